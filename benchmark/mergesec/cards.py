@@ -1,0 +1,162 @@
+"""Cards: what a component is and which parameters it takes, read without importing it.
+
+A card is a literal named ``CARD`` (or a list named ``CARDS``) at the top level of the component's
+module, so that ``bench list`` needs neither torch nor the component's own dependencies.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from mergesec.errors import UsageError, nearest
+
+KINDS = ("task", "backbone", "merging", "attack", "defense")
+HOOKS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("attack", "backdoor"): ("poison", "forge"),
+    ("attack", "protection"): ("recover",),
+    ("defense", "backdoor"): ("screen", "merge", "repair"),
+    ("defense", "protection"): ("train", "protect"),
+}
+_TYPES: dict[str, tuple[type, ...]] = {
+    "float": (float, int), "int": (int,), "bool": (bool,), "str": (str,), "choice": (str,),
+    "path": (str,), "list": (list, tuple),
+}  # fmt: skip
+_LITERAL = re.compile(r"^(?:CARD|CARDS)\b[^=\n]*= *(\{.*?^\}|\[.*?^\])", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter: type, published default, range."""
+
+    type: str
+    default: Any
+    doc: str = ""
+    min: float | None = None
+    max: float | None = None
+    choices: tuple[str, ...] = ()
+    also: tuple[Any, ...] = ()
+
+    def check(self, where: str, value: Any) -> Any:
+        """``value``, normalised; UsageError naming ``where`` if type or range is wrong."""
+        if value is None and self.default is None:
+            return None
+        if any(type(value) is type(a) and value == a for a in self.also):
+            return value
+        wrong = not isinstance(value, _TYPES[self.type])
+        wrong |= isinstance(value, bool) and self.type != "bool"
+        if wrong:
+            also = f" or {', '.join(map(repr, self.also))}" if self.also else ""
+            raise UsageError(where, f"expected {self.type}{also}, got {value!r}")
+        if self.type == "choice" and value not in self.choices:
+            raise UsageError(where, f"{value!r} is not a choice{nearest(value, self.choices)}")
+        if self.type in ("float", "int"):
+            low, high = self.min, self.max
+            if not value == value or (low is not None and value < low) or (high is not None and value > high):
+                raise UsageError(where, f"{value!r} is outside [{low}, {high}]")
+        if self.type == "float":
+            return float(value)
+        return list(value) if self.type == "list" else value
+
+
+@dataclass(frozen=True)
+class Card:
+    """Everything the engine and ``bench info`` know of a component before importing it."""
+
+    name: str
+    kind: str
+    class_name: str
+    version: str
+    title: str
+    summary: str
+    paper: str = ""
+    url: str = ""
+    threat: str = ""
+    hooks: tuple[str, ...] = ()
+    knowledge: str = ""
+    data: str = "none"
+    modalities: tuple[str, ...] = ("image", "text")
+    modality: str = ""
+    output: str = "static"
+    seeded: bool = False
+    siblings: str = ""
+    local: bool = False
+    classes: int = 0
+    source: str = ""
+    licence: str = ""
+    images: Mapping[str, int] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+
+    def bind(self, where: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """All parameters with defaults filled in; UsageError for unknown names and bad values."""
+        for name in given:
+            if name not in self.parameters:
+                hint = nearest(name, self.parameters) if self.parameters else "; it has none"
+                raise UsageError(f"{where}.{name}", f"{self.name} has no such parameter{hint}")
+        return {
+            name: p.check(f"{where}.{name}", given[name]) if name in given else p.default
+            for name, p in self.parameters.items()
+        }
+
+
+def _build(raw: Mapping[str, Any], where: str) -> Card:
+    raw = dict(raw)
+    if "class" not in raw:
+        raise UsageError(where, "the card lacks 'class'")
+    raw["class_name"] = raw.pop("class")
+    known = {f.name for f in fields(Card)}
+    required = ("name", "kind", "class_name", "version", "title", "summary")
+    for key in raw:
+        if key not in known:
+            raise UsageError(f"{where}: card", f"unknown field {key!r}{nearest(key, known)}")
+    for key in required:
+        if not isinstance(raw.get(key), str) or not raw[key]:
+            raise UsageError(f"{where}: card.{key.removesuffix('_name')}", "missing or not a string")
+    if raw["kind"] not in KINDS:
+        raise UsageError(f"{where}: card.kind", f"{raw['kind']!r}{nearest(raw['kind'], KINDS)}")
+    if raw["kind"] in ("attack", "defense"):
+        allowed = HOOKS.get((raw["kind"], raw.get("threat", "")))
+        if allowed is None:
+            raise UsageError(f"{where}: card.threat", f"{raw.get('threat')!r}; valid: backdoor, protection")
+        for hook in raw.get("hooks") or [""]:
+            if hook not in allowed:
+                raise UsageError(f"{where}: card.hooks", f"{hook!r}{nearest(hook, allowed)}")
+    try:
+        raw["parameters"] = {
+            n: Parameter(**{k: tuple(v) if k in ("choices", "also") else v for k, v in p.items()})
+            for n, p in raw.get("parameters", {}).items()
+        }
+    except TypeError as error:
+        raise UsageError(f"{where}: card.parameters", str(error)) from None
+    for name, p in raw["parameters"].items():
+        if p.type not in _TYPES:
+            raise UsageError(f"{where}: card.parameters.{name}", f"type {p.type!r}{nearest(p.type, _TYPES)}")
+    for key in ("hooks", "modalities"):
+        if key in raw:
+            raw[key] = tuple(raw[key])
+    return Card(**raw)
+
+
+def read_cards(path: Path) -> list[Card]:
+    """The cards in one module, read as literals; empty if it has none. Nothing is executed."""
+    text = path.read_text(encoding="utf-8")
+    match = _LITERAL.search(text)
+    if not match:
+        return []
+    try:
+        value = ast.literal_eval(match[1])
+    except (ValueError, SyntaxError) as error:
+        raise UsageError(str(path.name), f"CARD is not a plain literal ({error})") from None
+    raws = value if isinstance(value, list) else [value]
+    return [_build(raw, path.name) for raw in raws]
+
+
+def file_digest(path: Path) -> str:
+    """First 16 hex digits of the SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -1,0 +1,365 @@
+"""What a Task, Backbone, MergeMethod, Attack and Defense is, and what each is handed.
+
+This is the whole surface a catalogue or a plugin programs against. Every hook is a pure function
+of what its context hands over: it returns new tensors and leaves the ones it was given alone
+(the runner checks), takes its randomness from the context, and never sees test data.
+
+Tensors in a ``Weights`` mapping are read-only by contract. Shapes are written ``[N, C, H, W]``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mergesec.anatomy import Anatomy
+
+Weights = Mapping[str, Tensor]
+"""Named tensors of one network; read-only."""
+
+LossFn = Callable[["Model", "Split"], Tensor]
+"""(model in training mode, batch) -> scalar loss."""
+
+
+class ContractError(ValueError):
+    """A component returned something its contract does not allow (the message names what)."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Inputs and targets of one split or batch.
+
+    ``inputs`` is whatever the task's modality stores raw: images are uint8 ``[N, 3, H, W]`` on
+    disk and float32 in [0, 1] once batched; text is a list of strings. ``targets`` int64 ``[N]``.
+    """
+
+    inputs: Any
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def take(self, index: Tensor) -> Split:
+        """The rows named by ``index`` (int64 ``[M]``), in that order."""
+        if isinstance(self.inputs, Tensor):
+            return Split(self.inputs[index], self.targets[index])
+        return Split([self.inputs[i] for i in index.tolist()], self.targets[index])
+
+    def with_inputs(self, inputs: Any) -> Split:
+        return replace(self, inputs=inputs)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an expert is fine-tuned. Decides results, so it enters the step's key."""
+
+    optimizer: str = "adamw"
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.01
+    schedule: str = "cosine"
+    warmup: float = 0.1
+    epochs: int = 8
+    batch_size: int = 64
+    gradient_clip: float = 1.0
+    precision: str = "float32"
+    max_train: int = 0
+    """0 = every training image."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every hook gets: where it runs and the randomness the runner drew for it."""
+
+    device: torch.device
+    seed: int
+
+    def generator(self, stream: int = 0) -> torch.Generator:
+        """A fresh CPU generator; the same call gives the same numbers."""
+        generator = torch.Generator(device="cpu")
+        generator.manual_seed((self.seed + 0x9E3779B97F4A7C15 * stream) % (2**63))
+        return generator
+
+
+class Component:
+    """Base of everything registered. Parameters arrive as validated keyword arguments."""
+
+    name: str = ""
+    """Registered name; set by the catalogue."""
+
+
+# --------------------------------------------------------------------------- tasks, backbones
+
+
+@dataclass(frozen=True)
+class DataContext(Context):
+    """What a task may look at to load its data. ``folder`` is its local folder, if it has one."""
+
+    folder: str | None = None
+
+
+class Backbone(Component, ABC):
+    """Builds an empty network, loads base weights, tells the anatomy, and encodes raw inputs."""
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """A network whose ``state_dict`` has the names and shapes of ``base_weights``."""
+
+    @abstractmethod
+    def base_weights(self) -> Weights:
+        """The shared pretrained weights, float32."""
+
+    @abstractmethod
+    def anatomy(self) -> Anatomy:
+        """Which tensors are a block's query, key, value, output, up, gate and down."""
+
+    @abstractmethod
+    def features(self, network: nn.Module, inputs: Any) -> Tensor:
+        """Raw inputs to features ``[N, d]``: resizing, normalising or tokenising happens here.
+
+        Differentiable in float image inputs, so that triggers can be optimised in pixel space.
+        """
+
+    def head(self, task: str) -> Weights | None:
+        """The frozen head that ships with the base for ``task``; None if it has to be fitted."""
+        return None
+
+
+@dataclass
+class Model:
+    """A backbone with some weights loaded, on a device."""
+
+    backbone: Backbone
+    network: nn.Module
+
+    def features(self, inputs: Any) -> Tensor:
+        """Features ``[N, d]`` of raw ``inputs``."""
+        return self.backbone.features(self.network, inputs)
+
+
+class Task(Component, ABC):
+    """Owns its modality: data, splits, frozen head, loss, outcome of a sample."""
+
+    classes: Sequence[str]
+
+    @abstractmethod
+    def load(self, ctx: DataContext) -> dict[str, Split]:
+        """Splits ``train``, ``tuning`` and ``test``; tuning is never cut from test."""
+
+    @abstractmethod
+    def fit_head(self, model: Model, split: Split, ctx: Context) -> Weights:
+        """The frozen head for a base that ships none, fitted on training rows only."""
+
+    @abstractmethod
+    def outputs(self, model: Model, head: Weights, inputs: Any) -> Tensor:
+        """What the task's loss and outcome are computed from (classification: logits ``[N, K]``)."""
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Scalar training loss."""
+
+    @abstractmethod
+    def predictions(self, outputs: Tensor) -> Tensor:
+        """One integer per sample ``[N]``; correct where it equals the target."""
+
+    def pack(self, splits: Mapping[str, Split]) -> dict[str, Tensor]:
+        """Splits as named tensors, to be stored. Text tasks override this pair."""
+        packed: dict[str, Tensor] = {}
+        for name, split in splits.items():
+            packed[f"{name}/inputs"], packed[f"{name}/targets"] = split.inputs, split.targets
+        return packed
+
+    def unpack(self, tensors: Weights) -> dict[str, Split]:
+        names = sorted({key.split("/")[0] for key in tensors})
+        return {n: Split(tensors[f"{n}/inputs"], tensors[f"{n}/targets"]) for n in names}
+
+    def batch(self, split: Split, index: Tensor, device: torch.device) -> Split:
+        """Rows ``index`` as a batch in raw input space, on ``device``: images float32 in [0, 1]."""
+        rows = split.take(index)
+        inputs = rows.inputs
+        if isinstance(inputs, Tensor):
+            inputs = inputs.to(device)
+            if inputs.dtype == torch.uint8:
+                inputs = inputs.float().div_(255.0)
+        return Split(inputs, rows.targets.to(device))
+
+
+# --------------------------------------------------------------------------- merging
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A published expert: the task it was fine-tuned for and its weights."""
+
+    task: str
+    weights: Weights
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge gives: shared weights, and what differs per task (masks, adapters), if anything.
+
+    ``per_task[t]`` overrides or extends ``shared`` for task t; ``extra`` holds routers and the
+    like that only the method's own ``network`` understands.
+    """
+
+    shared: Weights
+    per_task: Mapping[str, Weights] = field(default_factory=dict)
+    extra: Weights = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
+    """Small JSON facts worth keeping, e.g. the tuned scaling coefficient."""
+
+
+@dataclass(frozen=True)
+class TaskView:
+    """What a defense, merge or attack may know of a task: its tuning rows and head. No test data."""
+
+    task: Task
+    head: Weights
+    tuning: Split
+
+
+@dataclass(frozen=True)
+class MergeContext(Context):
+    """For merges and repairs. ``score`` is the mean tuning accuracy of a merged model, in [0, 1]."""
+
+    backbone: Backbone
+    views: Mapping[str, TaskView]
+    score: Callable[[Merged], float]
+    siblings: Mapping[str, Sequence[Expert]] = field(default_factory=dict)
+    """Further independent experts per task, as many as the defense's card asks for."""
+
+
+class MergeMethod(Component, ABC):
+    """Maps (base, experts, context) to a merged model."""
+
+    @abstractmethod
+    def merge(self, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> Merged:
+        """The merged model. Integer tensors and tensors equal in all inputs keep the base's value."""
+
+    def network(self, backbone: Backbone, merged: Merged, task: str) -> nn.Module:
+        """The network that serves ``task``. Methods with routers or adapters override this."""
+        return load_network(backbone, {**merged.shared, **merged.per_task.get(task, {})})
+
+
+def load_network(backbone: Backbone, weights: Weights) -> nn.Module:
+    """``backbone.build()`` with ``weights`` loaded strictly, in evaluation mode."""
+    network = backbone.build()
+    network.load_state_dict(dict(weights), strict=True)
+    return network.eval()
+
+
+# --------------------------------------------------------------------------- attacks
+
+
+@dataclass(frozen=True)
+class TrainContext(Context):
+    """For hooks at training time. ``fit`` runs the recipe and returns the trained weights.
+
+    ``fit(split=None, loss=None)``: another training split and/or another loss than the task's.
+    ``target_class``, ``trigger`` are set for backdoors only.
+    """
+
+    task: Task
+    backbone: Backbone
+    base: Weights
+    head: Weights
+    train: Split
+    recipe: Recipe
+    fit: Callable[..., Weights]
+    target_class: int = 0
+    trigger: Weights = field(default_factory=dict)
+    benign: Weights | None = None
+    """The clean expert of the same coordinates, for attacks whose card asks for it."""
+
+
+@dataclass(frozen=True)
+class RecoverContext(Context):
+    """The free-rider's view: public base, the published model's task, his own experts, his data."""
+
+    backbone: Backbone
+    base: Weights
+    victim: str
+    own: Sequence[Expert]
+    views: Mapping[str, TaskView]
+    """Views of the free-rider's own tasks."""
+
+
+class Attack(Component):
+    """One or more hooks; the card lists which. T1: trigger, apply, poison. T2: recover."""
+
+    def trigger(self, ctx: TrainContext) -> Weights:
+        """The trigger's arrays, in raw input space. Stored and reused between cells."""
+        raise ContractError(f"{self.name}: the card lists a hook that needs trigger()")
+
+    def apply(self, trigger: Weights, inputs: Any) -> Any:
+        """Raw inputs (images float32 in [0, 1] ``[N, 3, H, W]``) with the trigger on them."""
+        raise ContractError(f"{self.name}: the card lists a hook that needs apply()")
+
+    def poison(self, ctx: TrainContext) -> Weights:
+        """The malicious expert's weights."""
+        raise ContractError(f"{self.name}: the card lists poison but the class has none")
+
+    def forge(self, weights: Weights, ctx: TrainContext) -> Weights:
+        """The malicious expert after an edit of its weights."""
+        raise ContractError(f"{self.name}: the card lists forge but the class has none")
+
+    def recover(self, published: Weights, ctx: RecoverContext) -> Weights:
+        """The published weights with the protection undone as well as can be."""
+        raise ContractError(f"{self.name}: the card lists recover but the class has none")
+
+
+# --------------------------------------------------------------------------- defenses
+
+
+@dataclass(frozen=True)
+class ProtectContext(Context):
+    """The owner's view when protecting a finished expert."""
+
+    backbone: Backbone
+    base: Weights
+    view: TaskView
+
+
+@dataclass(frozen=True)
+class Protected:
+    """A protected expert. ``report`` holds JSON facts such as condition numbers."""
+
+    weights: Weights
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Defense(Component):
+    """One or more hooks; the card lists which. T1: screen, merge, repair. T2: train, protect."""
+
+    hooks: ClassVar[tuple[str, ...]] = ()
+
+    def train(self, ctx: TrainContext) -> Weights:
+        """An expert trained so that it resists merging."""
+        raise ContractError(f"{self.name}: the card lists train but the class has none")
+
+    def protect(self, weights: Weights, ctx: ProtectContext) -> Protected:
+        """The expert as it is published."""
+        raise ContractError(f"{self.name}: the card lists protect but the class has none")
+
+    def network(self, backbone: Backbone, weights: Weights) -> nn.Module:
+        """The network of a protected expert; overridden where protection changes the topology."""
+        return load_network(backbone, weights)
+
+    def screen(self, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> list[Expert]:
+        """The experts that may enter the merge (a subset, or edited copies)."""
+        raise ContractError(f"{self.name}: the card lists screen but the class has none")
+
+    def merge(
+        self, base: Weights, experts: Sequence[Expert], method: MergeMethod, ctx: MergeContext
+    ) -> Merged:
+        """The merge, done instead of (usually around) ``method``."""
+        raise ContractError(f"{self.name}: the card lists merge but the class has none")
+
+    def repair(self, merged: Merged, base: Weights, ctx: MergeContext) -> Merged:
+        """The merged model after sanitising."""
+        raise ContractError(f"{self.name}: the card lists repair but the class has none")

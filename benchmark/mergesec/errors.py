@@ -1,0 +1,27 @@
+"""Errors a user can mend. The command line prints them as one message and exits with 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+class UsageError(ValueError):
+    """Bad input: names the field, the value, and what would have been valid."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+
+
+def nearest(value: Any, choices: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` for the closest choice, else the list of choices, as a message tail."""
+    options = sorted(choices)
+    close = difflib.get_close_matches(str(value), options, n=1, cutoff=0.5)
+    if not close:  # "mnist" should still find "mini/mnist"
+        close = [o for o in options if str(value).lower() in o.lower()][:1]
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    shown = ", ".join(options[:12]) + (", ..." if len(options) > 12 else "")
+    return f"; valid: {shown or 'none'}"
