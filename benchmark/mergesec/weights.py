@@ -1,0 +1,177 @@
+"""Arithmetic on named tensors: read-only mappings, task vectors, flat views, digests, checks.
+
+Everything here is a pure function: what comes in is never written to. Sums run in float32 whatever
+the storage type, and results come back in the base's type. Only floating tensors are merged;
+integer buffers (position ids, counters) keep the base's value.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from mergesec.contracts import ContractError, Weights
+
+
+def read_only(weights: Mapping[str, Tensor]) -> Weights:
+    """A mapping that refuses assignment. The names are copied, so later edits of the source do not show."""
+    return MappingProxyType(dict(weights))
+
+
+def mergeable(tensor: Tensor) -> bool:
+    """Whether a tensor takes part in merging: floating types do, integer and boolean buffers do not."""
+    return tensor.is_floating_point()
+
+
+# --------------------------------------------------------------------------- checks
+
+
+def check_same_layout(base: Weights, expert: Weights, who: str = "expert") -> None:
+    """Raise ContractError, naming the tensor, unless ``expert`` has the names and shapes of ``base``."""
+    for name in base:
+        if name not in expert:
+            raise ContractError(f"{who}: tensor '{name}' of the base is missing")
+    for name, tensor in expert.items():
+        if name not in base:
+            raise ContractError(f"{who}: tensor '{name}' is not in the base")
+        if tensor.shape != base[name].shape:
+            raise ContractError(
+                f"{who}: tensor '{name}' has shape {list(tensor.shape)}, "
+                f"the base has {list(base[name].shape)}"
+            )
+        if mergeable(tensor) != mergeable(base[name]):
+            raise ContractError(f"{who}: tensor '{name}' is {tensor.dtype}, the base has {base[name].dtype}")
+
+
+def check_finite(weights: Weights, who: str = "weights") -> None:
+    """Raise ContractError, naming the tensor, if any floating tensor holds NaN or infinity."""
+    for name, tensor in weights.items():
+        if mergeable(tensor) and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise ContractError(f"{who}: tensor '{name}' holds {bad} non-finite values of {tensor.numel()}")
+
+
+# --------------------------------------------------------------------------- task vectors, flat views
+
+
+def task_vector(base: Weights, weights: Weights) -> dict[str, Tensor]:
+    """τ = θ − θ0 per floating tensor, float32. Integer buffers are left out."""
+    check_same_layout(base, weights)
+    return {n: weights[n].float() - base[n].float() for n in sorted(base) if mergeable(base[n])}
+
+
+@dataclass(frozen=True)
+class FlatLayout:
+    """Where each floating tensor lies in one float32 vector: name order is the sorted one.
+
+    ``spans[name] = (start, stop)``. Names that share one tensor (tied weights) have one span, owned
+    by the first of them; ``tied[other] = owner``.
+    """
+
+    spans: Mapping[str, tuple[int, int]]
+    tied: Mapping[str, str]
+    size: int
+
+
+def flat_layout(base: Weights) -> FlatLayout:
+    """The layout of ``base``. Two names are tied if they view the same memory in the same way."""
+    spans: dict[str, tuple[int, int]] = {}
+    tied: dict[str, str] = {}
+    seen: dict[tuple[object, ...], str] = {}
+    position = 0
+    for name in sorted(base):
+        tensor = base[name]
+        if not mergeable(tensor):
+            continue
+        place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if tensor.numel() and place in seen:
+            tied[name] = seen[place]
+            continue
+        seen[place] = name
+        spans[name] = (position, position + tensor.numel())
+        position += tensor.numel()
+    return FlatLayout(MappingProxyType(spans), MappingProxyType(tied), position)
+
+
+def _check_ties(layout: FlatLayout, weights: Weights, who: str) -> None:
+    for name, owner in layout.tied.items():
+        if not torch.equal(weights[name], weights[owner]):
+            raise ContractError(f"{who}: '{name}' and '{owner}' are tied in the base but differ here")
+
+
+def zeros_flat(layout: FlatLayout, base: Weights) -> Tensor:
+    """A zero vector ``[layout.size]``, float32, on the base's device."""
+    device = next((t.device for t in base.values()), torch.device("cpu"))
+    return torch.zeros(layout.size, dtype=torch.float32, device=device)
+
+
+def flatten(layout: FlatLayout, weights: Weights) -> Tensor:
+    """``weights`` as one float32 vector ``[layout.size]`` (a copy)."""
+    _check_ties(layout, weights, "weights")
+    flat = zeros_flat(layout, weights)
+    for name, (start, stop) in layout.spans.items():
+        flat[start:stop] = weights[name].reshape(-1)
+    return flat
+
+
+def add_task_vector(
+    flat: Tensor, layout: FlatLayout, base: Weights, weights: Weights, coefficient: float = 1.0
+) -> Tensor:
+    """``flat += coefficient · (weights − base)``, tensor by tensor, so that no second vector is needed.
+
+    ``flat`` is the caller's own accumulator; it is changed and returned.
+    """
+    check_same_layout(base, weights)
+    _check_ties(layout, weights, "expert")
+    for name, (start, stop) in layout.spans.items():
+        delta = torch.sub(weights[name].to(flat.device).float(), base[name].to(flat.device).float())
+        flat[start:stop].add_(delta.reshape(-1), alpha=coefficient)
+    return flat
+
+
+def apply_flat(
+    layout: FlatLayout, base: Weights, delta: Tensor, coefficient: float = 1.0
+) -> dict[str, Tensor]:
+    """``base + coefficient · delta`` in the base's names, shapes and types; ``delta`` is ``[layout.size]``.
+
+    Computed in float32 and rounded once. Integer tensors are the base's; tied names get one tensor.
+    """
+    if delta.shape != (layout.size,):
+        raise ContractError(f"flat vector has shape {list(delta.shape)}, the layout needs [{layout.size}]")
+    moved: dict[str, Tensor] = {}
+    for name, (start, stop) in layout.spans.items():
+        tensor = base[name]
+        change = delta[start:stop].view(tensor.shape).to(tensor.device)
+        moved[name] = torch.add(tensor.float(), change, alpha=coefficient).to(tensor.dtype)
+    return {name: moved.get(layout.tied.get(name, name), tensor) for name, tensor in base.items()}
+
+
+# --------------------------------------------------------------------------- digests
+
+
+def _raw(tensor: Tensor) -> bytes:
+    """The bytes of a tensor in row-major order, whatever its type (bfloat16 included)."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return bytes(flat.view(torch.uint8).numpy().data) if flat.numel() else b""
+
+
+def digest_tensor(name: str, tensor: Tensor) -> str:
+    """sha256 over name, type, shape and bytes; strides and device do not enter."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    shape = ",".join(str(size) for size in tensor.shape)
+    digest = hashlib.sha256(f"{len(name)}:{name};{dtype};[{shape}];".encode())
+    digest.update(_raw(tensor))
+    return digest.hexdigest()
+
+
+def digest_weights(weights: Weights) -> str:
+    """One sha256 for a set of named tensors; the order of the names does not enter."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(f"{len(name)}:{name}={digest_tensor(name, weights[name])};".encode())
+    return digest.hexdigest()

@@ -1,0 +1,78 @@
+"""TIES-merging."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mergesec.contracts import Expert, MergeContext, Merged, MergeMethod, Weights
+from mergesec.weights import add_task_vector, apply_flat, zeros_flat
+from mergesec_methods.merging._scaling import scaled_merge
+from mergesec_methods.merging._sums import checked_layout
+from mergesec_methods.merging._ties import ties
+
+CARD = {
+    "name": "ties",
+    "kind": "merging",
+    "class": "Ties",
+    "version": "1",
+    "title": "TIES-merging",
+    "paper": "Yadav et al., TIES-merging: resolving interference when merging models, NeurIPS 2023",
+    "url": "https://arxiv.org/abs/2306.01708",
+    "summary": "trim small entries, elect a sign per weight, merge the entries that agree with it",
+    "output": "static",
+    "data": "tuning",
+    "modalities": ["image", "text"],
+    "seeded": False,
+    "parameters": {
+        "keep": {
+            "type": "float",
+            "default": 0.2,
+            "min": 0.0,
+            "max": 1.0,
+            "doc": "share of entries kept per task vector, by magnitude over the whole vector",
+        },
+        "merge_func": {
+            "type": "choice",
+            "choices": ["sum", "mean"],
+            "default": "sum",
+            "doc": "'sum' as in FusionBench and 'dis-sum'; 'mean' as in the paper",
+        },
+        "scaling": {
+            "type": "float",
+            "default": 0.3,
+            "min": 0.0,
+            "max": 10.0,
+            "also": ["tuned"],
+            "doc": "scaling coefficient λ; 'tuned' picks it from 'grid' on the tuning split",
+        },
+        "grid": {
+            "type": "list",
+            "default": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0],
+            "doc": "coefficients tried when scaling is 'tuned'",
+        },
+    },
+}
+
+
+class Ties(MergeMethod):
+    """θ = θ0 + λ · TIES(τ_1 … τ_T)."""
+
+    def __init__(self, keep: float, merge_func: str, scaling: float | str, grid: Sequence[float]) -> None:
+        self.keep = keep
+        self.merge_func = merge_func
+        self.scaling = scaling
+        self.grid = grid
+
+    def merge(self, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> Merged:
+        """The merged weights; trimming and election run once, whatever number of coefficients is tried."""
+        layout = checked_layout(base, experts)
+
+        def vector(index: int) -> Tensor:
+            return add_task_vector(zeros_flat(layout, base), layout, base, experts[index].weights)
+
+        total = ties(vector, len(experts), self.keep, self.merge_func)
+        return scaled_merge(
+            self.scaling, self.grid, lambda value: Merged(apply_flat(layout, base, total, value)), ctx
+        )
