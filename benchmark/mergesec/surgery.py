@@ -1,0 +1,155 @@
+"""Reading and rewriting the linear maps that an anatomy names, without touching the inputs.
+
+Everything returns new dictionaries that share the tensors it left alone. Arithmetic is float64 on
+the CPU; results are cast back to the dtype and device they came from.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mergesec.anatomy import Attention, Linear, Mlp
+
+if TYPE_CHECKING:
+    from mergesec.contracts import Weights
+
+
+def read(weights: Weights, linear: Linear) -> tuple[Tensor, Tensor | None]:
+    """Float64 CPU copies of a map's weight ``[out, in]`` and bias ``[out]`` (None if it has none)."""
+    rows = slice(*linear.rows) if linear.rows else slice(None)
+    weight = _double(weights[linear.weight][rows])
+    return weight, None if linear.bias is None else _double(weights[linear.bias][rows])
+
+
+def write(weights: Weights, linear: Linear, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    """``weights`` with this map replaced; other rows of a packed tensor, dtypes and devices stay.
+
+    Raises ValueError if a shape differs or a bias is given where there is none (or the reverse).
+    """
+    if (bias is None) != (linear.bias is None):
+        raise ValueError(f"{linear.weight}: a bias must be given exactly where there is one")
+    changed = dict(weights)
+    for name, value in ((linear.weight, weight), (linear.bias, bias)):
+        if name is None or value is None:
+            continue
+        fresh = changed[name].detach().clone()
+        rows = fresh[slice(*linear.rows)] if linear.rows else fresh
+        if rows.shape != value.shape:
+            raise ValueError(f"{name}: {tuple(value.shape)} does not fit {tuple(rows.shape)}")
+        rows.copy_(value)
+        changed[name] = fresh
+    return changed
+
+
+# ----------------------------------------------------------------------------- task vector
+
+
+def drop_task_vector(
+    weights: Weights, base: Weights, share: float, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Entries of ``weights − base`` dropped with probability ``share``, the rest divided by 1 − share.
+
+    Tensors that are not floats, or not in the base, stay. Draws from the generator in the order of
+    the sorted names.
+    """
+    changed = dict(weights)
+    for name in sorted(weights):
+        tensor = weights[name]
+        if tensor.is_floating_point() and name in base:
+            keep = torch.rand(tensor.shape, generator=generator) >= share
+            reference = _double(base[name])
+            vector = (_double(tensor) - reference) * keep / (1 - share)
+            changed[name] = (reference + vector).to(tensor.device, tensor.dtype)
+    return changed
+
+
+# ----------------------------------------------------------------------------- hidden units
+
+
+def hidden_units(weights: Weights, mlp: Mlp) -> Tensor:
+    """One float64 row per hidden unit: up row and bias, gate row and bias, down column ``[hidden, f]``.
+
+    The inner product of unit i of one network and unit j of another is entry (i, j) of
+    ``W1 W1'ᵀ + b1 b1'ᵀ + W2ᵀ W2'``, the matching matrix of weight matching.
+    """
+    columns: list[Tensor] = []
+    for linear in (mlp.up, mlp.gate):
+        if linear is not None:
+            weight, bias = read(weights, linear)
+            columns += [weight] if bias is None else [weight, bias[:, None]]
+    columns.append(read(weights, mlp.down)[0].T)
+    return torch.cat(columns, dim=1)
+
+
+def reorder_hidden(weights: Weights, mlp: Mlp, order: Tensor) -> dict[str, Tensor]:
+    """The same function with hidden unit ``order[j]`` moved to place j (``order`` int64 ``[hidden]``)."""
+    changed = dict(weights)
+    for linear in (mlp.up, mlp.gate):
+        if linear is not None:
+            weight, bias = read(weights, linear)
+            changed = write(changed, linear, weight[order], None if bias is None else bias[order])
+    weight, bias = read(weights, mlp.down)
+    return write(changed, mlp.down, weight[:, order], bias)
+
+
+def assign(scores: Tensor, *, maximize: bool) -> Tensor:
+    """The best one-to-one placement by ``scores[i, j]`` = gain of putting unit i in place j.
+
+    Returns ``order`` (int64 ``[n]``) with ``order[j]`` the unit that goes to place j, ready for
+    ``reorder_hidden``. SciPy pairs unit i with place σ(i); this is the *inverse* of σ. Applying σ
+    itself (as released PaRaMS code does) undoes an alignment into noise.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    units, places = linear_sum_assignment(scores.numpy(), maximize=maximize)
+    order = torch.empty(len(units), dtype=torch.int64)
+    order[torch.from_numpy(places)] = torch.from_numpy(units)
+    return order
+
+
+# ----------------------------------------------------------------------------- attention heads
+
+
+def head_rows(weights: Weights, linear: Linear, attention: Attention) -> tuple[Tensor, Tensor | None]:
+    """A query, key or value map by head, float64: ``[heads, head_dim, in]``, bias ``[heads, head_dim]``."""
+    weight, bias = read(weights, linear)
+    weight = weight.reshape(attention.heads, attention.head_dim, -1)
+    return weight, None if bias is None else bias.reshape(attention.heads, attention.head_dim)
+
+
+def head_columns(weights: Weights, attention: Attention) -> Tensor:
+    """The output map by head, float64: ``[heads, out, head_dim]``."""
+    weight, _ = read(weights, attention.output)
+    return weight.reshape(len(weight), attention.heads, attention.head_dim).transpose(0, 1)
+
+
+def change_heads(
+    weights: Weights,
+    attention: Attention,
+    *,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+) -> dict[str, Tensor]:
+    """Multiply every head by its matrices (each float64 ``[heads, head_dim, head_dim]``).
+
+    ``Q ← query·Q``, ``K ← key·K``, ``V ← value·V`` on rows with their biases, ``O ← O·output`` on
+    columns; the output bias is added after the heads are joined and stays. The function is unchanged
+    if ``queryᵀ·key`` and ``output·value`` are identities; the factor 1/√head_dim commutes with both.
+    """
+    changed = dict(weights)
+    rows = ((attention.query, query), (attention.key, key), (attention.value, value))
+    for linear, matrix in rows:
+        weight, bias = head_rows(weights, linear, attention)
+        mixed = None if bias is None else (matrix @ bias[..., None]).flatten()
+        changed = write(changed, linear, (matrix @ weight).flatten(0, 1), mixed)
+    columns = (head_columns(weights, attention) @ output).transpose(0, 1).flatten(1)
+    return write(changed, attention.output, columns, read(weights, attention.output)[1])
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float64, copy=True)
