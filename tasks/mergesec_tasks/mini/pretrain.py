@@ -1,0 +1,140 @@
+"""How the mini suite's base was made: shifted renderings, backbone and heads trained together.
+
+The base sees the classes of the eight tasks, but only grey, often inverted, flat and noisy
+photographs of them, printed digits instead of handwritten ones, and none of the tasks' own images.
+That makes it general without being good at the tasks, as a base of the merging literature is.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mergesec.classification import logits
+from mergesec_tasks.mini._canvas import SHIFTED
+from mergesec_tasks.mini._rendered import RenderedTask
+from mergesec_tasks.mini.cars import Cars
+from mergesec_tasks.mini.dtd import Textures
+from mergesec_tasks.mini.eurosat import LandUse
+from mergesec_tasks.mini.gtsrb import Signs
+from mergesec_tasks.mini.mnist import Digits
+from mergesec_tasks.mini.resisc45 import Aerial
+from mergesec_tasks.mini.sun397 import Scenes
+from mergesec_tasks.mini.svhn import HouseNumbers
+from mergesec_tasks.mini.vit import BASE_FILE, HEADS_FILE, WIDTH, MiniViT
+
+TASKS: tuple[type[RenderedTask], ...] = (Scenes, Cars, Aerial, LandUse, HouseNumbers, Signs, Digits, Textures)
+SCALE = 16.0
+"""Logit scale of the shipped heads."""
+
+
+def _data(images: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Shifted renderings of every task, ``images`` each: uint8 ``[N, 3, 32, 32]`` and labels ``[N]``."""
+    return [(s.inputs, s.targets) for s in (t().render(images, "pretrain", SHIFTED, seed) for t in TASKS)]
+
+
+def _train(
+    network: nn.Module,
+    heads: list[Tensor],
+    data: list[tuple[Tensor, Tensor]],
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    seed: int,
+    report: Callable[[str], None],
+) -> None:
+    """AdamW with warm-up and cosine decay; every step sees ``batch`` images of each task."""
+    backbone, scale = MiniViT(), torch.tensor(SCALE)
+    parameters = [*network.parameters(), *heads]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.05)
+    warmup = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps))),
+    )
+    generator = torch.Generator().manual_seed(seed)
+    network.train()
+    for step in range(steps):
+        rows = [torch.randint(len(labels), (batch,), generator=generator) for _, labels in data]
+        images = torch.cat([inputs[row] for row, (inputs, _) in zip(rows, data, strict=True)])
+        features = backbone.features(network, images.float() / 255.0)
+        loss = torch.zeros(())
+        for part, row, head, (_, labels) in zip(features.split(batch), rows, heads, data, strict=True):
+            scores = logits(part, {"weight": functional.normalize(head, dim=-1), "scale": scale})
+            loss = loss + functional.cross_entropy(scores, labels[row]) / len(heads)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0 or step == steps - 1:
+            report(f"pretrain step {step + 1}/{steps} loss {loss.item():.3f}")
+
+
+def pretrain(
+    out: Path,
+    seed: int = 0,
+    *,
+    steps: int = 1500,
+    batch: int = 16,
+    images: int = 8000,
+    learning_rate: float = 1e-3,
+    card: Path | None = None,
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Trains base and heads and writes them to ``out`` (float16 safetensors); returns the facts.
+
+    ``batch`` and ``images`` count per task. ``card``: where to write the model card, if anywhere.
+    Deterministic for a seed and a thread count.
+    """
+    start = time.perf_counter()
+    data = _data(images, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = MiniViT().build()
+        heads = [torch.randn(len(task.classes), WIDTH).requires_grad_() for task in TASKS]
+    _train(network, heads, data, steps, batch, learning_rate, seed, report)
+    out.mkdir(parents=True, exist_ok=True)
+    base = {name: value.detach().half().contiguous() for name, value in network.state_dict().items()}
+    packed = {}
+    for task, head in zip(TASKS, heads, strict=True):
+        packed[f"mini/{task.slug}/weight"] = functional.normalize(head.detach(), dim=-1).half()
+        packed[f"mini/{task.slug}/scale"] = torch.tensor(SCALE).half()
+    save_file(base, out / BASE_FILE)
+    save_file(packed, out / HEADS_FILE)
+    facts: dict[str, Any] = {
+        "seed": seed,
+        "steps": steps,
+        "batch": batch * len(TASKS),
+        "images": images * len(TASKS),
+        "learning_rate": learning_rate,
+        "parameters": sum(value.numel() for value in base.values()),
+        "seconds": time.perf_counter() - start,
+    }
+    if card is not None:
+        card.write_text(_card(facts), encoding="utf-8")
+    return facts
+
+
+def _card(facts: dict[str, Any]) -> str:
+    """The model card, as Markdown."""
+    return f"""# mini/vit
+
+| | |
+|---|---|
+| architecture | ViT, 8 pre-norm blocks of width 96, 4 heads, MLP 192, 16 tokens, convolutional stem |
+| parameters | {facts["parameters"]:,} |
+| data | {facts["images"]:,} shifted renderings of the eight mini tasks |
+| training | AdamW, {facts["steps"]:,} steps of {facts["batch"]} images, learning rate {facts["learning_rate"]:g}, cosine |
+| seed | {facts["seed"]} |
+| time | {facts["seconds"]:.0f} s on one CPU core |
+| licence | the project's |
+"""
