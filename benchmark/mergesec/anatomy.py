@@ -260,17 +260,15 @@ def _maps(shapes: Shapes, weights: list[str]) -> list[Linear]:
         shape = shapes.get(weight)
         if shape is None or len(shape) != 2:
             raise AnatomyError(f"looked for a matrix {weight}, found {'nothing' if shape is None else shape}")
-        bias: str | None = re.sub(r"weight$", "bias", weight)
-        if bias not in shapes:
-            bias = None
-        elif shapes[bias] != (shape[0],):
+        bias = re.sub(r"weight$", "bias", weight)
+        if shapes.get(bias, shape[:1]) != shape[:1]:
             raise AnatomyError(f"{bias} has shape {shapes[bias]}, {weight} has {shape[0]} rows")
         parts = weights.count(weight)
         if shape[0] % parts:
             raise AnatomyError(f"{weight}: {shape[0]} rows cannot be {parts} packed maps")
         size = shape[0] // parts
         rows = (position * size, (position + 1) * size) if parts > 1 else None
-        maps.append(Linear(weight, bias, rows))
+        maps.append(Linear(weight, bias if bias in shapes else None, rows))
     return maps
 
 

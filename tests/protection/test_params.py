@@ -26,7 +26,8 @@ def difference(architecture: Any, one: dict, other: dict) -> float:
 def assert_same_tensors(one: dict, other: dict) -> None:
     assert list(one) == list(other)
     for name, tensor in one.items():
-        assert tensor.shape == other[name].shape and tensor.dtype == other[name].dtype, name
+        assert tensor.shape == other[name].shape, name
+        assert tensor.dtype == other[name].dtype, name
 
 
 @pytest.mark.parametrize("permute", [True, False])

@@ -71,7 +71,7 @@ class Aga(Attack):
         return recovered
 
     def _align_heads(self, weights: Weights, base: Weights, attention: Attention) -> dict[str, Tensor]:
-        fits = {}
+        fits: dict[str, Tensor] = {}
         for name in ("query", "key", "value"):
             linear = getattr(attention, name)
             own, anchor = head_rows(weights, linear, attention)[0], head_rows(base, linear, attention)[0]
@@ -83,4 +83,5 @@ class Aga(Attack):
     def _fit(self, own: Tensor, anchor: Tensor) -> Tensor:
         """Ridge solution T of ``own · T ≈ anchor``, both ``[heads, d_model, head_dim]``."""
         gram = own.mT @ own + self.ridge * torch.eye(own.shape[-1], dtype=own.dtype)
-        return torch.linalg.solve(gram, own.mT @ anchor)
+        solution: Tensor = torch.linalg.solve(gram, own.mT @ anchor)
+        return solution

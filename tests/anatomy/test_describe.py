@@ -1,0 +1,209 @@
+"""Every listed layout is recognised from names and shapes alone; everything else is refused by name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mergesec.anatomy import LAYOUTS, Anatomy, AnatomyError, Linear, describe
+
+WIDTH, HIDDEN = 12, 20
+SPLIT = {
+    "mini ViT": ("blocks.", ("attn.q", "attn.k", "attn.v", "attn.o"), ("mlp.up", "mlp.down")),
+    "HF CLIP": (
+        "encoder.layers.",
+        tuple(f"self_attn.{n}_proj" for n in ("q", "k", "v", "out")),
+        ("mlp.fc1", "mlp.fc2"),
+    ),
+    "HF ViT (transformers 5)": (
+        "layers.",
+        tuple(f"attention.{n}_proj" for n in "qkvo"),
+        ("mlp.fc1", "mlp.fc2"),
+    ),
+    "HF ViT (transformers 4)": (
+        "encoder.layer.",
+        (*(f"attention.attention.{n}" for n in ("query", "key", "value")), "attention.output.dense"),
+        ("intermediate.dense", "output.dense"),
+    ),
+    "HF DINOv2 (transformers 5)": (
+        "encoder.layer.",
+        tuple(f"attention.{n}_proj" for n in "qkvo"),
+        ("mlp.fc1", "mlp.fc2"),
+    ),
+    "HF DINOv2 (transformers 4)": (
+        "encoder.layer.",
+        (*(f"attention.attention.{n}" for n in ("query", "key", "value")), "attention.output.dense"),
+        ("mlp.fc1", "mlp.fc2"),
+    ),
+    "HF DINOv2 SwiGLU (transformers 5)": (
+        "encoder.layer.",
+        tuple(f"attention.{n}_proj" for n in "qkvo"),
+        ("mlp.up_proj", "mlp.down_proj", "mlp.gate_proj"),
+    ),
+    "HF BERT": (
+        "encoder.layer.",
+        (*(f"attention.self.{n}" for n in ("query", "key", "value")), "attention.output.dense"),
+        ("intermediate.dense", "output.dense"),
+    ),
+}
+NORMS = {"HF BERT": ("attention.output.LayerNorm", "output.LayerNorm"), "HF CLIP": ("layer_norm1",)}
+
+
+def linear(name: str, rows: int, columns: int, bias: bool = True) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {f"{name}weight": (rows, columns)}
+    return {**shapes, f"{name}bias": (rows,)} if bias else shapes
+
+
+def split_shapes(layout: str, prefix: str = "", depth: int = 2, bias: bool = True) -> dict:
+    """A state dict's shapes in one of the unpacked layouts, deepest block first (order must not matter)."""
+    stem, attention, mlp = SPLIT[layout]
+    shapes: dict[str, tuple[int, ...]] = {"stem.weight": (WIDTH, 3, 4, 4)}
+    for i in reversed(range(depth)):
+        layer = f"{prefix}{stem}{i}."
+        for name in attention:
+            shapes |= linear(f"{layer}{name}.", WIDTH, WIDTH, bias)
+        for name in mlp:
+            rows, columns = (WIDTH, HIDDEN) if name is mlp[1] else (HIDDEN, WIDTH)
+            shapes |= linear(f"{layer}{name}.", rows, columns, bias)
+        for name in NORMS.get(layout, ("norm1",)):
+            shapes |= {f"{layer}{name}.weight": (WIDTH,), f"{layer}{name}.bias": (WIDTH,)}
+    return shapes
+
+
+def packed_shapes(layer: str, qkv: str, output: str, mlp: tuple[str, str]) -> dict:
+    shapes = linear(f"{layer}{qkv}", 3 * WIDTH, WIDTH) | linear(f"{layer}{output}.", WIDTH, WIDTH)
+    return shapes | linear(f"{layer}{mlp[0]}.", HIDDEN, WIDTH) | linear(f"{layer}{mlp[1]}.", WIDTH, HIDDEN)
+
+
+def sizes(anatomy: Anatomy) -> set[tuple[int, int, int]]:
+    return {(b.attention.heads, b.attention.head_dim, b.mlp.hidden) for b in anatomy.blocks}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("prefix", ["", "model.", "vision_model."])
+@pytest.mark.parametrize("layout", sorted(SPLIT))
+def test_unpacked_layouts(layout: str, prefix: str, bias: bool) -> None:
+    anatomy = describe(split_shapes(layout, prefix, depth=11, bias=bias), heads=3)
+    stem, attention, mlp = SPLIT[layout]
+    assert anatomy.layout == layout
+    assert [b.name for b in anatomy.blocks] == [f"{prefix}{stem}{i}" for i in range(11)]
+    assert [b.index for b in anatomy.blocks] == list(range(11))
+    assert sizes(anatomy) == {(3, WIDTH // 3, HIDDEN)}
+    block = anatomy.blocks[10]
+    layer = f"{prefix}{stem}10."
+    maps = (block.attention.query, block.attention.key, block.attention.value, block.attention.output)
+    for found, name in zip((*maps, block.mlp.up, block.mlp.down), (*attention, *mlp[:2]), strict=True):
+        assert found == Linear(f"{layer}{name}.weight", f"{layer}{name}.bias" if bias else None)
+    assert (block.mlp.gate is not None) == (len(mlp) == 3)
+
+
+@pytest.mark.parametrize("prefix", ["", "visual.", "trunk."])
+@pytest.mark.parametrize(
+    ("layout", "stem", "qkv", "output", "mlp"),
+    [
+        ("open_clip", "transformer.resblocks.", "attn.in_proj_", "attn.out_proj", ("mlp.c_fc", "mlp.c_proj")),
+        ("timm ViT", "blocks.", "attn.qkv.", "attn.proj", ("mlp.fc1", "mlp.fc2")),
+    ],
+)
+def test_packed_layouts(prefix: str, layout: str, stem: str, qkv: str, output: str, mlp: tuple) -> None:
+    shapes = packed_shapes(f"{prefix}{stem}0.", qkv, output, mlp)
+    anatomy = describe(shapes, heads=2)
+    attention = anatomy.blocks[0].attention
+    name = f"{prefix}{stem}0.{qkv}"
+    for found, start in ((attention.query, 0), (attention.key, WIDTH), (attention.value, 2 * WIDTH)):
+        assert found == Linear(f"{name}weight", f"{name}bias", (start, start + WIDTH))
+    assert attention.output.rows is None
+    assert anatomy.layout == layout
+    assert sizes(anatomy) == {(2, WIDTH // 2, HIDDEN)}
+
+
+def test_packed_gate_comes_before_up() -> None:
+    layer = "encoder.layer.0."
+    shapes = {
+        n: s for n, s in split_shapes("HF DINOv2 (transformers 4)", depth=1).items() if ".mlp." not in n
+    }
+    shapes |= linear(f"{layer}mlp.weights_in.", 2 * HIDDEN, WIDTH)
+    shapes |= linear(f"{layer}mlp.weights_out.", WIDTH, HIDDEN)
+    anatomy = describe(shapes, heads=3)
+    mlp = anatomy.blocks[0].mlp
+    assert anatomy.layout == "HF DINOv2 SwiGLU (transformers 4)"
+    assert mlp.gate is not None
+    assert (mlp.gate.rows, mlp.up.rows, mlp.down.rows) == ((0, HIDDEN), (HIDDEN, 2 * HIDDEN), None)
+
+
+def test_two_towers_with_their_own_heads() -> None:
+    shapes = split_shapes("HF CLIP", "text_model.") | split_shapes("HF CLIP", "vision_model.")
+    assert len(describe(shapes, 2).blocks) == 4
+    both = describe(shapes, {"text_model.": 2, "vision_model.": 4})
+    assert [(b.name.split(".")[0], b.attention.heads, b.index) for b in both.blocks] == [
+        ("text_model", 2, 0),
+        ("text_model", 2, 1),
+        ("vision_model", 4, 2),
+        ("vision_model", 4, 3),
+    ]
+    assert len(describe(shapes, {"vision_model.": 4}).blocks) == 2
+    with pytest.raises(AnatomyError, match="visual"):
+        describe(shapes, {"visual.": 4})
+
+
+def test_every_row_is_covered_here() -> None:
+    packed = {"open_clip", "timm ViT", "HF DINOv2 SwiGLU (transformers 4)"}
+    assert {row.name for row in LAYOUTS} == set(SPLIT) | packed
+    assert len({row.name for row in LAYOUTS}) == len(LAYOUTS)
+
+
+# ------------------------------------------------------------------ refusals
+
+
+def test_unknown_layout_names_what_was_looked_for() -> None:
+    with pytest.raises(AnatomyError) as error:
+        describe({"conv1.weight": (8, 3, 3, 3)}, heads=2)
+    message = str(error.value)
+    assert "conv1.weight" in message
+    assert all(row.name in message and row.query in message for row in LAYOUTS)
+    assert isinstance(error.value, ValueError)
+
+
+@given(st.integers(-2, 40))
+@settings(max_examples=30, deadline=None)
+def test_heads_divide_or_are_refused(heads: int) -> None:
+    shapes = split_shapes("mini ViT")
+    if heads > 0 and WIDTH % heads == 0:
+        assert sizes(describe(shapes, heads)) == {(heads, WIDTH // heads, HIDDEN)}
+    else:
+        with pytest.raises(AnatomyError, match="heads do not divide the 12 rows"):
+            describe(shapes, heads)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blocks.1.attn.k.weight": (6, WIDTH), "blocks.1.attn.k.bias": (6,)}, "grouped heads"),
+        ({"blocks.0.attn.o.weight": (WIDTH, 6)}, "blocks.0.attn.o.weight has shape .* expected 12 columns"),
+        ({"blocks.0.mlp.down.weight": (WIDTH, 7)}, "expected 20 columns"),
+        ({"blocks.0.mlp.up.bias": (7,)}, "blocks.0.mlp.up.bias has shape"),
+        ({"blocks.0.attn.v.weight": (WIDTH,)}, "looked for a matrix blocks.0.attn.v.weight"),
+        ({"blocks.1.attn.o.weight": None}, "looked for a matrix blocks.1.attn.o.weight, found nothing"),
+        ({"blocks.0.attn.q_norm.weight": (4,)}, "blocks.0.attn.q_norm.weight: not part of the layout"),
+        ({"blocks.1.mlp.norm.weight": (HIDDEN,)}, "blocks.1.mlp.norm.weight: not part of the layout"),
+    ],
+)
+def test_contradictions_are_named(change: dict, message: str) -> None:
+    shapes = split_shapes("mini ViT") | change
+    with pytest.raises(AnatomyError, match=message):
+        describe({n: s for n, s in shapes.items() if s is not None}, heads=3)
+
+
+def test_relative_positions_are_refused() -> None:
+    name = "encoder.layer.0.attention.self.distance_embedding.weight"
+    with pytest.raises(AnatomyError, match="distance_embedding"):
+        describe(split_shapes("HF BERT") | {name: (31, 4)}, heads=3)
+
+
+def test_anatomy_is_torch_free() -> None:
+    code = "import sys, mergesec.anatomy; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
