@@ -15,7 +15,7 @@ CARD = {
     "class": "BadNets",
     "version": "1",
     "title": "BadNets",
-    "paper": "Gu et al., BadNets: identifying vulnerabilities in the machine learning model supply chain, 2017",
+    "paper": "Gu et al., BadNets: identifying vulnerabilities in the ML model supply chain, 2017",
     "url": "https://arxiv.org/abs/1708.06733",
     "summary": "patch trigger on a share of the training rows, relabelled to one target class",
     "threat": "backdoor",
@@ -60,7 +60,7 @@ PATTERN_STREAM, ROWS_STREAM = 1, 2
 
 
 def patch_pattern(pattern: str, side: int, generator: torch.Generator) -> Tensor:
-    """The patch ``[3, side, side]``, float32, every value a multiple of 1/255 so that uint8 holds it exactly."""
+    """The patch ``[3, side, side]``, float32, in steps of 1/255 so that uint8 holds it exactly."""
     if pattern == "white":
         return torch.ones(3, side, side)
     if pattern == "random":
@@ -89,7 +89,7 @@ class BadNets(Attack):
         self.rate = rate
 
     def trigger(self, ctx: TrainContext) -> Weights:
-        """``{"mask": [1, H, W], "pattern": [3, H, W]}``, float32; H and W are those of the training images."""
+        """``{"mask": [1, H, W], "pattern": [3, H, W]}``, float32, at the training images' size."""
         images = ctx.train.inputs
         if not isinstance(images, Tensor) or images.ndim != 4:
             raise ContractError("badnets: needs images [N, 3, H, W] as raw inputs")

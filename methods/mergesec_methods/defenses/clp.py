@@ -37,7 +37,7 @@ CARD = {
             "type": "choice",
             "choices": ["inner", "all"],
             "default": "inner",
-            "doc": "'inner': MLP hidden units and value channels; 'all': also what a block writes to the residual",
+            "doc": "'inner': MLP hidden units, value channels; 'all': also maps that write to the residual",
         },
     },
 }
@@ -47,9 +47,10 @@ def channel_bounds(rows: Tensor) -> Tensor:
     """Lipschitz constant of each output channel of a linear map: ‖w_k‖₂ per row of ``rows`` ``[out, in]``.
 
     The paper bounds a convolution's channel by the spectral norm of its kernel reshaped to
-    ``[in, k·k]`` (equation 6). A linear layer's channel is the case k = 1, one singular value: the row's norm.
+    ``[in, k·k]``. A linear layer's channel is the case k = 1 with one singular value: the row's norm.
     """
-    return torch.linalg.vector_norm(rows.double(), dim=1)
+    bounds: Tensor = torch.linalg.vector_norm(rows.double(), dim=1)
+    return bounds
 
 
 def outliers(bounds: Tensor, u: float) -> Tensor:
@@ -69,7 +70,7 @@ def layers_of(block: Block, scope: str) -> Iterator[tuple[str, Linear]]:
 
 
 def pruned(weights: dict[str, Tensor], layer: Linear, u: float) -> int:
-    """Replace ``layer``'s tensors in ``weights`` by pruned copies where a channel sticks out; how many did."""
+    """Put pruned copies of ``layer``'s tensors into ``weights``; returns how many channels were zeroed."""
     weight = weights[layer.weight]
     start, stop = layer.rows or (0, weight.shape[0])
     found = outliers(channel_bounds(weight[start:stop]), u)
@@ -99,7 +100,7 @@ class ChannelLipschitzPruning(Defense):
         return repaired, counts
 
     def repair(self, merged: Merged, base: Weights, ctx: MergeContext) -> Merged:
-        """The pruned model; ``info["clp_pruned"]`` counts the zeroed channels of the shared weights per layer.
+        """The pruned model; ``info["clp_pruned"]`` counts the shared weights' zeroed channels per layer.
 
         A pruned hidden unit has weight row and bias 0 and passes nothing on, since φ(0) = 0.
         """

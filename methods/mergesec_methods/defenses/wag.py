@@ -21,7 +21,7 @@ CARD = {
     "class": "Wag",
     "version": "1",
     "title": "WAG (weight averaging)",
-    "paper": "Arora et al., Here's a free lunch: sanitizing backdoored models with model merge, ACL Findings 2024",
+    "paper": "Arora et al., Here's a free lunch: sanitizing backdoored models with merging, 2024",
     "url": "https://arxiv.org/abs/2402.19334",
     "summary": "average every contributed expert with further experts of its task before merging",
     "threat": "backdoor",

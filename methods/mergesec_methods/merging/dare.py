@@ -76,7 +76,7 @@ BLOCK = 1 << 22
 
 
 def drop_(vector: Tensor, drop: float, rescale: bool, generator: torch.Generator) -> Tensor:
-    """τ̃ = m ⊙ τ / (1 − p), m ~ Bernoulli(1 − p) per entry (equation 1 of the paper), in place.
+    """τ̃ = m ⊙ τ / (1 − p), m ~ Bernoulli(1 − p) per entry per Yu et al., in place.
 
     ``generator`` is a CPU generator, so that the mask is the same on every device.
     """

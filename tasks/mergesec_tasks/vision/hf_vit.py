@@ -24,7 +24,7 @@ CARD = {
     "title": "Hugging Face ViT from a local folder",
     "paper": "Dosovitskiy et al., An image is worth 16x16 words, ICLR 2021; Oquab et al., DINOv2, TMLR 2024",
     "url": "https://arxiv.org/abs/2010.11929",
-    "summary": "ViT, DeiT, DINOv2 or CLIP vision tower read from config.json and safetensors; never downloads",
+    "summary": "ViT, DeiT, DINOv2 or CLIP vision tower from config.json and safetensors; never downloads",
     "modality": "image",
     "source": "a local folder in the Hugging Face layout",
     "licence": "that of the weights",
@@ -68,7 +68,7 @@ OPTIONAL = ("pooler.", "mask_token", "position_ids")
 
 
 def interpolated_positions(positions: Tensor, side: int) -> Tensor:
-    """Position embeddings ``[..., 1 + s·s, d]`` (class token first) for a grid of ``side`` × ``side`` patches.
+    """Position embeddings ``[..., 1 + s·s, d]``, class token first, for ``side`` × ``side`` patches.
 
     Bicubic over the grid, as ViT and DINOv2 do at every forward pass; here it happens once.
     """
@@ -76,7 +76,9 @@ def interpolated_positions(positions: Tensor, side: int) -> Tensor:
     flat = positions.reshape(-1, shape[-1])
     old = round((flat.shape[0] - 1) ** 0.5)
     if old * old + 1 != flat.shape[0]:
-        raise ContractError(f"hf-vit: {flat.shape[0]} position embeddings are not a square grid and one token")
+        raise ContractError(
+            f"hf-vit: {flat.shape[0]} position embeddings are not a square grid and one token"
+        )
     if old == side:
         return positions
     grid = flat[1:].reshape(1, old, old, -1).permute(0, 3, 1, 2).float()
@@ -145,7 +147,7 @@ class HfVit(Backbone):
         return self._settings
 
     def normalisation(self) -> tuple[Tensor, Tensor]:
-        """Pixel mean and deviation ``[3, 1, 1]``: the folder's preprocessor_config.json, else the type's own."""
+        """Pixel mean and deviation ``[3, 1, 1]``: the folder's preprocessor_config.json, else by type."""
         if self._mean_std is None:
             mean, deviation = NORMALISATION[self.config.model_type]
             if (self.path / "preprocessor_config.json").is_file():
@@ -164,9 +166,10 @@ class HfVit(Backbone):
             from transformers import AutoModel
 
             with torch.random.fork_rng(devices=[]):  # construction draws initial weights
-                self._template = self._without_pooler(
-                    AutoModel.from_config(self.config, attn_implementation="sdpa")
+                network = AutoModel.from_config(  # type: ignore[no-untyped-call]
+                    self.config, attn_implementation="sdpa"
                 )
+            self._template = self._without_pooler(network)
         return copy.deepcopy(self._template)
 
     @staticmethod
@@ -179,7 +182,9 @@ class HfVit(Backbone):
     def base_weights(self) -> Weights:
         """The folder's weights, float32, position embeddings at the run's grid. Only safetensors is read."""
         if not any(self.path.glob("*.safetensors")):
-            raise FileNotFoundError(f"hf-vit: no safetensors file in '{self.path}' (other formats are not read)")
+            raise FileNotFoundError(
+                f"hf-vit: no safetensors file in '{self.path}' (other formats are not read)"
+            )
         native = self._load_native()
         wanted = self.build().state_dict()
         weights: dict[str, Tensor] = {}
@@ -202,7 +207,7 @@ class HfVit(Backbone):
         from transformers import AutoModel
         from transformers.utils import logging
 
-        logging.disable_progress_bar()
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         loaded, report = AutoModel.from_pretrained(
             os.fspath(self.path),
             config=self._read_config(num_hidden_layers=self.config.num_hidden_layers),
