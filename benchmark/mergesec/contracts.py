@@ -221,6 +221,8 @@ class TaskView:
     task: Task
     head: Weights
     tuning: Split
+    unlabelled: Any = None
+    """Inputs to adapt on without labels: tuning inputs, or test inputs under ``protocol: transductive``."""
 
 
 @dataclass(frozen=True)

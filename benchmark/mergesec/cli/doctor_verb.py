@@ -1,0 +1,63 @@
+"""``bench doctor``: is this machine fit to run, and if not, what to do."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+
+import typer
+
+from mergesec.cli import show
+
+
+def main() -> None:
+    from mergesec.catalog import load_catalog
+    from mergesec.errors import UsageError
+    from mergesec.executors.local import visible_gpus
+    from mergesec.files import check_writable, default_root
+
+    rows: list[list[str]] = []
+    rows.append(["python", "ok", platform.python_version()])
+    for name, needed in (("torch", True), ("hydra-core", True), ("transformers", False), ("open_clip_torch", False)):
+        try:
+            rows.append([name, "ok", version(name)])
+        except PackageNotFoundError:
+            extra = {"transformers": "real", "open_clip_torch": "clip"}.get(name, "")
+            rows.append([name, "MISSING" if needed else "absent", f"pip install 'mergesec[{extra}]'" if extra else "reinstall mergesec"])
+    try:
+        import torch
+
+        rows.append(["torch loads", "ok", f"{torch.get_num_threads()} threads"])
+    except Exception as error:
+        rows.append(["torch loads", "FAILED", str(error)[:120]])
+    from mergesec.compat import ensure_torchvision
+
+    rows.append(["torchvision", "ok", ensure_torchvision()])
+    rows.append(["cores", "ok", str(os.cpu_count())])
+    rows.append(["GPUs", "ok", ", ".join(visible_gpus()) or "none, CPU only"])
+    try:
+        check_writable(default_root(), "MERGESEC_CACHE")
+        free = shutil.disk_usage(default_root()).free / 1e9
+        rows.append(["store", "ok" if free > 2 else "LOW", f"{default_root()}, {free:.0f} GB free"])
+    except UsageError as error:
+        rows.append(["store", "FAILED", str(error)])
+    try:
+        entries = list(load_catalog())  # type: ignore[call-overload]
+        broken = _broken(entries)
+        rows.append(["catalogue", "FAILED" if broken else "ok", broken or f"{len(entries)} components load"])
+    except UsageError as error:
+        rows.append(["catalogue", "FAILED", str(error)])
+    show.table("", ["what", "", "found"], rows)
+    if any(r[1] in ("MISSING", "FAILED") for r in rows):
+        raise typer.Exit(1)
+
+
+def _broken(entries: list) -> str:  # type: ignore[type-arg]
+    for entry in entries:
+        try:
+            entry.load()
+        except Exception as error:
+            return f"{entry.card.kind} {entry.card.name}: {type(error).__name__}: {error}"[:200]
+    return ""

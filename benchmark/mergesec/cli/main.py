@@ -1,0 +1,68 @@
+"""``bench``: verbs are imported when they are called."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from importlib import import_module
+
+import click
+import typer
+from typer.core import TyperGroup
+
+VERBS = {
+    "list": "What is registered: tasks, backbones, merge methods, attacks, defenses.",
+    "info": "The card of one component: paper, threat model, parameters and defaults.",
+    "plan": "What a grid would do: cells, steps, what is cached, hours and disk.",
+    "run": "Run a grid and print its boards. The same command resumes.",
+    "status": "How far a grid is, and why cells failed.",
+    "board": "Boards from records already there.",
+    "plugin": "Check a plugin file against the contracts.",
+    "cache": "Show, verify or clear the artifact store.",
+    "doctor": "Is this machine fit to run?",
+    "pretrain": "Make the mini suite's pretrained backbone again.",
+}
+
+
+class _Lazy(TyperGroup):
+    """Knows every verb's name and help, imports a verb's module only to run it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        if ctx.resilient_parsing or "--help" in sys.argv[1:2] or len(sys.argv) < 2:
+            return click.Command(cmd_name, help=VERBS[cmd_name])
+        module = import_module(f"mergesec.cli.{cmd_name}_verb")
+        verb = typer.Typer(add_completion=False)
+        verb.command(cmd_name, help=VERBS[cmd_name])(module.main)
+        return typer.main.get_command(verb)
+
+
+app = typer.Typer(cls=_Lazy, add_completion=False, no_args_is_help=True)
+
+
+@app.callback()
+def _root() -> None:
+    """MergeSec: the security of model merging, as one reproducible grid."""
+
+
+def main() -> None:
+    """Entry point. Exit code 0 = all done, 1 = some cells failed, 2 = bad input, 130 = interrupted."""
+    from mergesec.errors import UsageError
+    from mergesec.files import Full
+
+    try:
+        app()
+    except (UsageError, Full) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(0)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        print(f"error: {error.filename or 'disk'}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)

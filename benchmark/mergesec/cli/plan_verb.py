@@ -1,0 +1,49 @@
+"""``bench plan``: what a grid would cost, before anything runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated
+
+import typer
+
+from mergesec.cli import show
+from mergesec.cli.options import DataRoot, GridOption, Overrides, Plugins
+
+
+def main(
+    grid: GridOption,
+    overrides: Overrides = None,
+    plugin: Plugins = None,
+    data_root: DataRoot = None,
+    jobs: Annotated[int, typer.Option(help="workers to divide the time by")] = 2,
+) -> None:
+    from mergesec.runner import History
+    from mergesec.session import open_session, wanted_steps
+
+    session = open_session(grid, overrides or (), plugin or (), data_root)
+    plan = session.plan
+    wanted = wanted_steps(session)
+    history = History(session.store.root)
+    total, todo = Counter[str](), Counter[str]()
+    seconds, size = Counter[str](), Counter[str]()
+    for step in plan.steps.values():
+        total[step.kind] += 1
+    for step in wanted.values():
+        s, b = history.predict(step)
+        todo[step.kind] += 1
+        seconds[step.kind] += s  # type: ignore[assignment]
+        size[step.kind] += b  # type: ignore[assignment]
+    rows = [
+        [kind, str(n), str(n - todo[kind]), str(todo[kind]), show.duration(seconds[kind]), f"{size[kind] / 1e6:.1f}"]
+        for kind, n in total.items()
+    ]
+    show.table("", ["step", "distinct", "cached or not needed", "to run", "time", "disk MB"], rows)
+    threats = Counter(c.cell.threat for c in plan.cells)
+    print(f"cells: {len(plan.cells)} ({', '.join(f'{n} {t}' for t, n in threats.items()) or 'none'})")
+    print(f"left out: {sum(plan.left_out.values())}")
+    for reason, n in plan.left_out.most_common():
+        print(f"  {n:>6} × {reason}")
+    work = float(sum(seconds.values()))
+    print(f"steps to run: {len(wanted)}; work {show.duration(work)}, about {show.duration(work / max(1, jobs))} on {jobs} workers; disk {sum(size.values()) / 1e6:.0f} MB")
+    print("times are means of earlier runs of the same step here, or rough defaults before there are any")

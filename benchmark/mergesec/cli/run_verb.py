@@ -1,0 +1,78 @@
+"""``bench run``: the main job."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mergesec.cli import show
+from mergesec.cli.options import DataRoot, GridOption, Overrides, Plugins, Results
+
+if TYPE_CHECKING:
+    from mergesec.boards import Board
+    from mergesec.session import Finished
+
+
+def main(
+    grid: GridOption,
+    overrides: Overrides = None,
+    plugin: Plugins = None,
+    jobs: Annotated[int | None, typer.Option(help="workers (per GPU, or on the CPU; default one per core)")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0,1")] = "auto",
+    data_root: DataRoot = None,
+    results: Results = "results",
+    threads: Annotated[int, typer.Option(help="threads per worker")] = 1,
+    step_timeout: Annotated[float, typer.Option(help="seconds one step may take; 0 = no limit")] = 7200.0,
+) -> None:
+    from mergesec.session import open_session, run_session
+
+    started = time.monotonic()
+    session = open_session(grid, overrides or (), plugin or (), data_root)
+    if not session.plan.cells:
+        from mergesec.errors import UsageError
+
+        reasons = "; ".join(f"{n}× {r}" for r, n in session.plan.left_out.most_common(3))
+        raise UsageError("grid", f"no cell is left to run ({reasons})")
+    progress = show.Progress()
+    try:
+        finished = run_session(
+            session, Path(results), progress, device, jobs, threads, step_timeout or None
+        )
+    finally:
+        progress.stop()
+    print_boards(finished.boards)
+    _summary(finished, time.monotonic() - started)
+
+
+def print_boards(boards: list[Board]) -> None:
+    from mergesec.boards import display
+
+    for board in boards:
+        show.table(board.title, *display(board))
+        if board.note:
+            print(board.note + "\n")
+
+
+def _summary(finished: Finished, seconds: float) -> None:
+    for path in finished.paths:
+        print(path)
+    total = len(finished.records)
+    done = sum(r.status == "done" for r in finished.records)
+    print(f"{done} of {total} cells done, {finished.outcome.done} steps run, {show.duration(seconds)}")
+    reasons: dict[str, int] = {}
+    for record in finished.records:
+        if record.status in ("failed", "blocked"):
+            reasons[record.reason] = reasons.get(record.reason, 0) + 1
+    for reason in dict.fromkeys(finished.outcome.failed.values()):
+        reasons.setdefault(reason, 0)
+    for reason, n in list(reasons.items())[:20]:
+        print(f"failed ({n} cells): {reason}", file=sys.stderr)
+    if finished.outcome.interrupted:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130)
+    if done < total:
+        raise typer.Exit(1)

@@ -1,0 +1,90 @@
+"""How verbs print: tables that stay readable in a pipe, and progress."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mergesec.executors.local import Answer
+    from mergesec.plan import Step
+
+
+def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A rich table on a terminal, aligned plain text elsewhere."""
+    rows = [list(map(str, r)) for r in rows]
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        grid = Table(title=title or None, title_justify="left", header_style="bold")
+        for name in header:
+            grid.add_column(name)
+        for row in rows:
+            grid.add_row(*row)
+        Console().print(grid)
+        return
+    widths = [max(len(str(r[i])) for r in [list(header), *rows]) for i in range(len(header))]
+    if title:
+        print(title)
+    for row in [list(header), ["-" * w for w in widths], *rows]:
+        print("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+    print()
+
+
+def duration(seconds: float) -> str:
+    """``1h02m``, ``3m20s`` or ``4.2s``."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
+
+
+class Progress:
+    """A live bar on a terminal; elsewhere one plain line per step that took a while, or failed."""
+
+    def __init__(self) -> None:
+        self._total = self._done = 0
+        self._started = self._spoken = time.monotonic()
+        self._bar = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                BarColumn(30), MofNCompleteColumn(), TextColumn("{task.description}"),
+                console=Console(stderr=True), transient=True,
+            )  # fmt: skip
+
+    def start(self, total: int, cached: int) -> None:
+        self._total = total
+        print(f"{total} steps to run, {cached} in the store", file=sys.stderr)
+        if self._bar is not None:
+            self._task = self._bar.add_task("", total=total)
+            self._bar.start()
+
+    def running(self, labels: Iterable[str]) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, description=" | ".join(labels)[:90])
+
+    def finished(self, step: Step, answer: Answer, remaining_seconds: float) -> None:
+        self._done += 1
+        bad = answer.status != "ok"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, total=max(self._total, self._done))
+            if bad:
+                self._bar.console.print(f"[red]failed[/] {step.label}: {answer.message}", highlight=False)
+        elif bad or answer.seconds > 5 or time.monotonic() - self._spoken > 15:
+            self._spoken = time.monotonic()
+            what = f"failed: {answer.message}" if bad else duration(answer.seconds)
+            elapsed = duration(time.monotonic() - self._started)
+            left = f", about {duration(remaining_seconds)} left" if remaining_seconds > 1 else ""
+            print(f"[{self._done}/{self._total} {elapsed}{left}] {step.label}: {what}", file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()

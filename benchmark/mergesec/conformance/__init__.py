@@ -1,0 +1,1 @@
+"""One battery for every component, built in or a stranger's."""

@@ -1,0 +1,1 @@
+"""Engines: each answers "run this step on a device" and nothing else."""

@@ -1,0 +1,222 @@
+"""Local engine: one spawned worker per device slot, so a crash or hang of one step stays there.
+
+Torch-free until a worker takes its first step: ``CUDA_VISIBLE_DEVICES`` and the thread count are set
+in the child before torch loads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pebble import ProcessPool
+
+from mergesec.errors import UsageError
+from mergesec.plan import Step
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One place a step can run: ``cpu`` or a GPU index."""
+
+    device: str
+    gpu: str = ""
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What a worker needs to know; never part of a key."""
+
+    store: str
+    plugins: tuple[str, ...]
+    data_root: str | None
+    threads: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of a step. ``status``: ok, error, corrupt (``key`` names the input) or full."""
+
+    status: str
+    message: str = ""
+    key: str = ""
+    seconds: float = 0.0
+    peak_mb: float = 0.0
+    bytes: int = 0
+
+
+def visible_gpus() -> list[str]:
+    """GPU indices on this machine, without loading torch."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        return [g for g in listed.split(",") if g.strip()]
+    try:
+        out = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [m[1] for m in re.finditer(r"^GPU (\d+):", out.stdout, re.MULTILINE)]
+
+
+def make_slots(device: str, jobs: int | None) -> list[Slot]:
+    """Slots for ``--device auto|cpu|cuda|cuda:0,1`` and ``--jobs`` (per GPU, or in all on the CPU)."""
+    if jobs is not None and jobs < 1:
+        raise UsageError("--jobs", f"must be at least 1, got {jobs}")
+    match = re.fullmatch(r"(auto|cpu|cuda)(?::([\d,]+))?", device)
+    if match is None or (match[2] and match[1] != "cuda"):
+        raise UsageError("--device", f"{device!r}; valid: auto, cpu, cuda, cuda:0,1")
+    gpus = visible_gpus() if match[1] != "cpu" else []
+    if match[2]:
+        chosen = match[2].strip(",").split(",")
+        missing = [g for g in chosen if g not in gpus]
+        if missing:
+            raise UsageError("--device", f"no GPU {missing[0]}; found {', '.join(gpus) or 'none'}")
+        gpus = chosen
+    if match[1] == "cuda" and not gpus:
+        raise UsageError("--device", "cuda was asked for, but no GPU is visible; try --device cpu")
+    if gpus:
+        return [Slot("cuda", g) for g in gpus for _ in range(jobs or 1)]
+    return [Slot("cpu")] * (jobs or _cores())
+
+
+def _cores() -> int:
+    with contextlib.suppress(AttributeError):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class LocalExecutor:
+    """A pool of one worker per slot; ``pebble`` restarts a worker that dies or is timed out."""
+
+    def __init__(self, slots: list[Slot], place: Workplace, timeout: float | None) -> None:
+        self.slots, self._timeout = slots, timeout
+        context = multiprocessing.get_context("spawn")
+        self._pools = [
+            ProcessPool(1, initializer=_prepare, initargs=(slot, place, os.getpid()), context=context)
+            for slot in slots
+        ]
+
+    def submit(self, slot: int, step: Step, kinds: Mapping[str, str]) -> Future[Answer]:
+        """Run ``step`` on a slot. The future raises TimeoutError or ProcessExpired if it is lost."""
+        future: Future[Answer] = self._pools[slot].schedule(
+            _work, args=[step, dict(kinds)], timeout=self._timeout
+        )
+        return future
+
+    def close(self, now: bool = False) -> None:
+        """Stop the workers; ``now`` kills what is running."""
+        for pool in self._pools:
+            if now:
+                pool.stop()
+            else:
+                pool.close()
+        for pool in self._pools:
+            with contextlib.suppress(TimeoutError, RuntimeError):
+                pool.join(timeout=None if now else 60)
+
+
+# --------------------------------------------------------------------------- inside a worker
+
+_PLACE: tuple[Slot, Workplace] | None = None
+_BENCH: Any = None
+
+
+def _prepare(slot: Slot, place: Workplace, parent: int) -> None:
+    """Before torch loads: device, threads; Ctrl-C is the parent's; leave when the parent is gone."""
+    global _PLACE
+    _PLACE = (slot, place)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["CUDA_VISIBLE_DEVICES"] = slot.gpu
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(place.threads)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+
+
+def _leave_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _bench() -> Any:
+    """The worker's bench, made at its first step: this is where torch loads."""
+    global _BENCH
+    if _BENCH is None:
+        import torch
+
+        from mergesec.catalog import load_catalog
+        from mergesec.steps import Bench
+        from mergesec.store import Store
+
+        assert _PLACE is not None
+        slot, place = _PLACE
+        torch.set_num_threads(place.threads)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        root = Path(place.data_root) if place.data_root else None
+        _BENCH = Bench(
+            Store(Path(place.store)), load_catalog(place.plugins), torch.device(slot.device), root
+        )
+    return _BENCH
+
+
+def _work(step: Step, kinds: dict[str, str]) -> Answer:
+    from mergesec.files import Full
+    from mergesec.store import CorruptArtifact
+
+    start = time.perf_counter()
+    try:
+        bench = _bench()
+        from mergesec.steps import run
+
+        blob, info = run(step, bench, kinds)
+        seconds, peak = time.perf_counter() - start, _peak_mb(bench)
+        facts = {**info, "seconds": seconds, "peak_mb": peak, "device": _device_name(bench)}
+        bench.store.put(step.kind, step.key, blob, facts)
+    except CorruptArtifact as error:
+        return Answer("corrupt", str(error), error.key)
+    except Full as error:
+        return Answer("full", str(error))
+    except (KeyboardInterrupt, SystemExit, Exception) as error:
+        return Answer("error", _explain(error), seconds=time.perf_counter() - start)
+    return Answer("ok", seconds=seconds, peak_mb=peak, bytes=len(blob))
+
+
+def _explain(error: BaseException) -> str:
+    """``Type: message (file:line)`` of the innermost frame, without machine paths."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    spot = f" ({Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno})" if trace else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}{spot}"
+
+
+def _peak_mb(bench: Any) -> float:
+    """Peak memory of this worker so far, MiB: GPU memory on CUDA, resident set elsewhere."""
+    if bench.device.type == "cuda":
+        import torch
+
+        return float(torch.cuda.max_memory_allocated() / 2**20)
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _device_name(bench: Any) -> str:
+    if bench.device.type == "cuda":
+        import torch
+
+        return str(torch.cuda.get_device_name())
+    return "cpu"

@@ -1,0 +1,79 @@
+"""Folders, atomic writes and content fingerprints. No torch."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from mergesec.errors import UsageError
+
+
+class Full(RuntimeError):
+    """The disk is full or the folder cannot be written."""
+
+
+def default_root() -> Path:
+    """``$MERGESEC_CACHE``, else ``$XDG_CACHE_HOME/mergesec``, else ``~/.cache/mergesec``."""
+    explicit = os.environ.get("MERGESEC_CACHE")
+    if explicit:
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mergesec"
+
+
+def check_writable(folder: Path, field: str) -> None:
+    """UsageError naming ``field`` unless files can be created in ``folder`` (made if missing)."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"0" * 4096)
+    except OSError as error:
+        raise UsageError(field, f"cannot write to {str(folder)!r} ({error.strerror})") from None
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write-temp, flush to disk, rename. Full if there is no room."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise Full(f"cannot write {path.name}: {error.strerror}") from None
+        raise
+
+
+def fingerprint(path: Path) -> str:
+    """Content digest of a file or folder (names and bytes); file digests are remembered by size and time."""
+    cache = default_root() / "fingerprints.json"
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    known: dict[str, str] = {}
+    if cache.is_file():
+        try:
+            known = json.loads(cache.read_text())
+        except ValueError:
+            known = {}
+    digest, changed = hashlib.sha256(), False
+    for file in files:
+        stat = file.stat()
+        stamp = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        if stamp not in known:
+            with file.open("rb") as handle:
+                known[stamp] = hashlib.file_digest(handle, "sha256").hexdigest()
+            changed = True
+        name = file.name if path.is_file() else str(file.relative_to(path))
+        digest.update(f"{name}|{known[stamp]}\n".encode())
+    if changed:
+        write_atomic(cache, json.dumps(known).encode())
+    return digest.hexdigest()[:32]

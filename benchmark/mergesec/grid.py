@@ -1,0 +1,419 @@
+"""Grid YAML → frozen GridSpec → cells. No torch; 100,000 cells take seconds."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mergesec.catalog import Catalog, Entry
+from mergesec.errors import UsageError, nearest
+from mergesec.files import fingerprint
+from mergesec.presets import preset_names, presets_folder
+
+THREATS = ("clean", "protection", "backdoor")
+RECIPE_FIELDS: dict[str, type] = {
+    "optimizer": str, "learning_rate": float, "weight_decay": float, "schedule": str, "warmup": float,
+    "epochs": int, "batch_size": int, "gradient_clip": float, "precision": str, "max_train": int,
+}  # fmt: skip
+RECIPE_CHOICES = {
+    "optimizer": ("adamw", "sgd"), "schedule": ("cosine", "constant"),
+    "precision": ("float32", "bfloat16", "float16"),
+}  # fmt: skip
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Named = str | dict[str, Any]
+
+
+class Suite(_Strict):
+    """Which tasks are merged, on which backbone."""
+
+    name: str = "custom"
+    backbone: Named
+    tasks: tuple[Named, ...] = Field(min_length=1)
+
+
+class Axes(_Strict):
+    """What is crossed. A parameter given as a list is an axis of its own."""
+
+    merging: tuple[Named, ...] = Field(min_length=1)
+    attacks: tuple[Named, ...] = ("none",)
+    defenses: tuple[Named, ...] = ("none",)
+    victim: tuple[str, ...] | Literal["all"] = "all"
+    adversary: tuple[str, ...] | Literal["all"] = "all"
+    target_class: tuple[int, ...] = (0,)
+    experts: tuple[int | str | tuple[str, ...], ...] = ("all",)
+
+
+class GridSpec(_Strict):
+    """A resolved grid file. See docs/grids.md for every field."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    suite: Suite
+    axes: Axes
+    threats: tuple[Literal["clean", "protection", "backdoor"], ...] = THREATS
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    protocol: Literal["inductive", "transductive"] = "inductive"
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    include: tuple[dict[str, Any], ...] = ()
+    exclude: tuple[dict[str, Any], ...] = ()
+
+
+# --------------------------------------------------------------------------- reading
+
+
+def load_grid(source: str, overrides: Sequence[str] = ()) -> GridSpec:
+    """Compose a preset by name, or a YAML file by path, with Hydra overrides; UsageError if malformed."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    folder, name = _locate(source)
+    search = ["hydra.searchpath=[pkg://mergesec.conf]"] if folder != presets_folder() else []
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
+            config = compose(name, overrides=[*overrides, *search])
+        raw = OmegaConf.to_container(config, resolve=True)
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise UsageError(f"grid {source}", _hydra_message(error, folder)) from None
+    except AttributeError:  # hydra's answer to a YAML file that is not a mapping
+        raise UsageError(f"grid {source}", "not a mapping of fields") from None
+    if not isinstance(raw, dict):
+        raise UsageError(f"grid {source}", "not a mapping of fields")
+    raw = {str(k): v for k, v in raw.items()}
+    raw.setdefault("name", name)
+    return parse_grid(raw, f"grid {source}")
+
+
+def _hydra_message(error: Exception, folder: Path) -> str:
+    text = " ".join(str(error).split())
+    for root in (str(folder.resolve()), str(presets_folder())):
+        text = text.replace(root, "<grids>")
+    hint = "; to set a field the file lacks, write +key=value" if "Could not override" in text else ""
+    return text[:400] + hint
+
+
+def _locate(source: str) -> tuple[Path, str]:
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml") or "/" in source:
+        if not path.is_file():
+            raise UsageError("--grid", f"no file {source!r}")
+        if path.suffix != ".yaml":
+            raise UsageError("--grid", f"{source!r} must end in .yaml")
+        return path.resolve().parent, path.stem
+    if source not in preset_names():
+        raise UsageError("--grid", f"no preset {source!r}{nearest(source, preset_names())}")
+    return presets_folder(), source
+
+
+def parse_grid(raw: Mapping[str, Any], where: str) -> GridSpec:
+    """Validate; UsageError names the first wrong field, its value and the nearest valid choice."""
+    try:
+        return GridSpec.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        # union branches ("str", "tuple[...]") are pydantic's, not the user's
+        path = [p for p in first["loc"] if not isinstance(p, str) or p.isidentifier()]
+        spot = ".".join(str(p) for p in path if p not in ("str", "int", "dict", "tuple", "literal"))
+        if first["type"] == "extra_forbidden":
+            model = {"suite": Suite, "axes": Axes}.get(str(path[0]) if len(path) > 1 else "", GridSpec)
+            message = f"unknown field{nearest(path[-1], model.model_fields)}"
+        else:
+            message = f"{first['msg']}, got {first['input']!r}"[:300]
+        raise UsageError(f"{where}: {spot or 'file'}", message) from None
+
+
+# --------------------------------------------------------------------------- resolving
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A component with its parameters bound. ``text`` is its identity: what enters step keys."""
+
+    kind: str
+    name: str
+    parameters: tuple[tuple[str, Any], ...]
+    shown: str
+    text: str
+
+    @property
+    def label(self) -> str:
+        """Name with the parameters that differ from the defaults, as boards show it."""
+        return f"{self.name}({self.shown})" if self.shown else self.name
+
+
+NONE = Ref("none", "none", (), "", '"none"')
+
+
+def make_ref(entry: Entry, given: Mapping[str, Any], where: str) -> Ref:
+    """Bind parameters and fix the identity: name, version, plugin digest, parameters."""
+    card = entry.card
+    bound = card.bind(where, given)
+    changed = {k: v for k, v in bound.items() if v != card.parameters[k].default}
+    shown = ", ".join(f"{k}={_short(v)}" for k, v in sorted(changed.items()))
+    content = {k: _path_content(f"{where}.{k}", v) for k, v in bound.items() if card.parameters[k].type == "path"}
+    identity = {
+        "kind": card.kind, "name": card.name, "version": card.version, "parameters": {**bound, **content},
+    }  # fmt: skip
+    if entry.digest:
+        identity["digest"] = entry.digest
+    frozen = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(bound.items()))
+    return Ref(card.kind, card.name, frozen, shown, json.dumps(identity, sort_keys=True))
+
+
+def _path_content(where: str, value: Any) -> str | None:
+    """What a path parameter contributes to identity: the content, never the place."""
+    if value is None:
+        return None
+    if not Path(value).exists():
+        raise UsageError(where, f"no file or folder {value!r}")
+    return fingerprint(Path(value))
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, str) and "/" in value:
+        return Path(value).name
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _expand(items: Iterable[Named], kind: str, where: str, catalog: Catalog) -> list[Ref]:
+    """Refs for each item; lists of parameter values become a product."""
+    refs: list[Ref] = []
+    for i, item in enumerate(items):
+        spot = f"{where}[{i}]"
+        given = {"name": item} if isinstance(item, str) else dict(item)
+        name = given.pop("name", None)
+        if not isinstance(name, str):
+            raise UsageError(spot, f"needs a name, got {item!r}")
+        if name == "none" and kind in ("attack", "defense"):
+            refs.append(NONE)
+            continue
+        entry = catalog.get(kind, name, spot)
+        choices = [
+            [(key, v) for v in values] for key, values in ((k, _values(entry, k, v)) for k, v in given.items())
+        ]
+        refs += [make_ref(entry, dict(combo), spot) for combo in itertools.product(*choices)]
+    doubled = [r for r, n in Counter(refs).items() if n > 1]
+    if doubled:
+        raise UsageError(where, f"{doubled[0].label} is named twice")
+    return refs
+
+
+def _values(entry: Entry, name: str, value: Any) -> list[Any]:
+    parameter = entry.card.parameters.get(name)
+    if isinstance(value, list):
+        if parameter is None or parameter.type != "list" or any(isinstance(v, list) for v in value):
+            return value
+    return [value]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One point of the grid. ``subject`` is the victim (protection) or adversary (backdoor) task."""
+
+    threat: str
+    merging: Ref
+    attack: Ref
+    defense: Ref
+    subject: str
+    target_class: int
+    experts: tuple[str, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid with every name resolved against the catalogue."""
+
+    spec: GridSpec
+    catalog: Catalog
+    backbone: Ref
+    tasks: tuple[Ref, ...]
+    merging: tuple[Ref, ...]
+    attacks: tuple[Ref, ...]
+    defenses: tuple[Ref, ...]
+    recipe: tuple[tuple[str, Any], ...]
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def task(self, name: str) -> Ref:
+        return next(t for t in self.tasks if t.name == name)
+
+
+def resolve(spec: GridSpec, catalog: Catalog) -> Grid:
+    """Bind every name and parameter; UsageError names the field that does not fit."""
+    (backbone,) = _expand([spec.suite.backbone], "backbone", "suite.backbone", catalog)
+    tasks = _expand(spec.suite.tasks, "task", "suite.tasks", catalog)
+    names = [t.name for t in tasks]
+    modalities = catalog.get("backbone", backbone.name).card.modalities
+    for i, task in enumerate(tasks):
+        modality = catalog.get("task", task.name).card.modality
+        if modality not in modalities:
+            raise UsageError(
+                f"suite.tasks[{i}]", f"{task.name} is {modality}; {backbone.name} takes {', '.join(modalities)}"
+            )
+    if len(set(names)) != len(names):
+        raise UsageError("suite.tasks", "a task is named twice")
+    axes = spec.axes
+    for axis in ("victim", "adversary"):
+        value = getattr(axes, axis)
+        for name in value if value != "all" else ():
+            if name not in names:
+                raise UsageError(f"axes.{axis}", f"{name!r} is not a task of the suite{nearest(name, names)}")
+    for i, experts in enumerate(axes.experts):
+        _check_experts(f"axes.experts[{i}]", experts, names)
+    smallest = min((catalog.get("task", n).card.classes for n in names), default=0)
+    for target in axes.target_class:
+        if target < 0 or (smallest and target >= smallest):
+            raise UsageError("axes.target_class", f"{target} is outside [0, {smallest - 1}]")
+    fixed = dict(catalog.get("backbone", backbone.name).card.recipe)
+    recipe = tuple(sorted({**fixed, **_check_recipe(spec.recipe)}.items()))
+    grid = Grid(
+        spec, catalog, backbone, tuple(tasks),
+        tuple(_expand(axes.merging, "merging", "axes.merging", catalog)),
+        tuple(_expand(axes.attacks, "attack", "axes.attacks", catalog)),
+        tuple(_expand(axes.defenses, "defense", "axes.defenses", catalog)),
+        recipe,
+    )  # fmt: skip
+    for listname in ("include", "exclude"):
+        for i, pattern in enumerate(getattr(spec, listname)):
+            for key in pattern:
+                if key not in _PATTERN_KEYS:
+                    raise UsageError(f"{listname}[{i}].{key}", f"unknown{nearest(key, _PATTERN_KEYS)}")
+    return grid
+
+
+def _check_experts(where: str, experts: int | str | tuple[str, ...], names: list[str]) -> None:
+    if isinstance(experts, bool) or (isinstance(experts, int) and not 2 <= experts <= len(names)):
+        raise UsageError(where, f"{experts!r} is outside [2, {len(names)}]")
+    if isinstance(experts, str) and experts not in ("all", "pairs"):
+        raise UsageError(where, f"{experts!r}{nearest(experts, ('all', 'pairs'))}")
+    for name in experts if isinstance(experts, tuple) else ():
+        if name not in names:
+            raise UsageError(where, f"{name!r} is not a task of the suite{nearest(name, names)}")
+
+
+def _check_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
+    checked: dict[str, Any] = {}
+    for key, value in given.items():
+        if key not in RECIPE_FIELDS:
+            raise UsageError(f"recipe.{key}", f"unknown{nearest(key, RECIPE_FIELDS)}")
+        kind = RECIPE_FIELDS[key]
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if (kind is float and not number) or (kind is not float and type(value) is not kind):
+            raise UsageError(f"recipe.{key}", f"expected {kind.__name__}, got {value!r}")
+        if key in RECIPE_CHOICES and value not in RECIPE_CHOICES[key]:
+            raise UsageError(f"recipe.{key}", f"{value!r}{nearest(value, RECIPE_CHOICES[key])}")
+        if number and (value < 0 or (value == 0 and key in ("epochs", "batch_size", "learning_rate"))):
+            raise UsageError(f"recipe.{key}", f"must be positive, got {value!r}")
+        checked[key] = kind(value)
+    return checked
+
+
+# --------------------------------------------------------------------------- cells
+
+_PATTERN_KEYS = ("threat", "merging", "attack", "defense", "subject", "target_class", "seed")
+
+
+def why_not(grid: Grid, threat: str, merging: Ref, attack: Ref, defense: Ref) -> str:
+    """Why this combination makes no sense; empty if it does. Decided from cards alone."""
+    catalog = grid.catalog
+    modality = catalog.get("task", grid.tasks[0].name).card.modality
+    for ref in (attack, defense):
+        if ref is NONE:
+            continue
+        card = catalog.get(ref.kind, ref.name).card
+        if threat == "clean":
+            return f"clean grids take no {ref.kind}"
+        if card.threat != threat:
+            return f"{ref.kind} {ref.name} belongs to {card.threat}, not {threat}"
+        if modality not in card.modalities:
+            return f"{ref.kind} {ref.name} does not work on {modality}"
+    card = catalog.get("merging", merging.name).card
+    if modality not in card.modalities:
+        return f"merging {merging.name} does not work on {modality}"
+    if defense is not NONE:
+        hooks = catalog.get("defense", defense.name).card.hooks
+        if "repair" in hooks and card.output != "static":
+            return f"{defense.name} repairs one network; {merging.name} keeps weights per task"
+    return ""
+
+
+def _companions(experts: int | str | tuple[str, ...], subject: str, names: list[str]) -> list[tuple[str, ...]]:
+    """The merged tasks, in suite order, for one value of the experts axis."""
+    if experts == "all":
+        sets = [tuple(names)]
+    elif experts == "pairs":
+        sets = [(subject, other) for other in names if other != subject]
+    elif isinstance(experts, int):
+        start = names.index(subject)
+        sets = [tuple(names[(start + i) % len(names)] for i in range(experts))]
+    else:
+        sets = [tuple(dict.fromkeys((*((subject,) if subject else ()), *experts)))]
+    return [tuple(sorted(s, key=names.index)) for s in sets]
+
+
+def _subjects(grid: Grid, threat: str) -> list[tuple[str, int]]:
+    names = [t.name for t in grid.tasks]
+    axes = grid.spec.axes
+    if threat == "protection":
+        return [(n, 0) for n in (names if axes.victim == "all" else axes.victim)]
+    if threat == "backdoor":
+        tasks = names if axes.adversary == "all" else axes.adversary
+        return [(n, c) for n in tasks for c in axes.target_class]
+    return [("", 0)]
+
+
+def _matches(pattern: Mapping[str, Any], cell: Cell) -> bool:
+    for key, wanted in pattern.items():
+        value = getattr(cell, key)
+        options = wanted if isinstance(wanted, (list, tuple)) else [wanted]
+        names = (value.name, value.label) if isinstance(value, Ref) else (value,)
+        if not any(n == o for n in names for o in options):
+            return False
+    return True
+
+
+def cells(grid: Grid) -> Iterator[Cell]:
+    """Every cell that makes sense, once. What is left out is counted in ``grid.left_out``."""
+    names = [t.name for t in grid.tasks]
+    spec = grid.spec
+    grid.left_out.clear()
+    for threat in dict.fromkeys(spec.threats):
+        merges = []
+        for experts in spec.axes.experts:
+            for subject, target in _subjects(grid, threat):
+                anchor = subject or names[0]
+                if threat == "clean" and experts == "pairs":
+                    sets = list(itertools.combinations(names, 2))
+                else:
+                    sets = _companions(experts, anchor if isinstance(experts, int) else subject, names)
+                merges += [(subject, target, s) for s in sets]
+        merges = list(dict.fromkeys(merges))
+        for merging, attack, defense in itertools.product(grid.merging, grid.attacks, grid.defenses):
+            reason = why_not(grid, threat, merging, attack, defense)
+            if reason:
+                grid.left_out[reason] += len(merges) * len(spec.seeds)
+                continue
+            for (subject, target, tasks), seed in itertools.product(merges, spec.seeds):
+                cell = Cell(threat, merging, attack, defense, subject, target, tasks, seed)
+                if spec.include and not any(_matches(p, cell) for p in spec.include):
+                    grid.left_out["not in include"] += 1
+                elif any(_matches(p, cell) for p in spec.exclude):
+                    grid.left_out["excluded"] += 1
+                else:
+                    yield cell

@@ -1,0 +1,363 @@
+"""Cells → a DAG of steps, one per distinct work, keyed by content.
+
+A step is a frozen value. Its key hashes what decides its result: the components (name, version,
+parameters, plugin digest), its inputs' keys, its arguments and the seed drawn from its
+coordinates. Where and how it runs never enters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from mergesec.cards import Card
+from mergesec.grid import NONE, Cell, Grid, Ref, cells
+
+KEY_VERSION = 1
+"""Version of the key algorithm; a golden test pins it."""
+
+TRAINED = ("expert", "poison", "guard")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One unit of work. ``components`` and ``inputs`` are (role, value) pairs; ``args`` is JSON."""
+
+    key: str
+    kind: str
+    components: tuple[tuple[str, Ref], ...]
+    inputs: tuple[tuple[str, str], ...]
+    args: str
+
+    @property
+    def label(self) -> str:
+        """What a person reads in progress lines and errors."""
+        args = json.loads(self.args)
+        detail = [args[k] for k in ("task",) if k in args]
+        for role, ref in self.components:
+            if role in ("merging", "attack", "defense"):
+                detail.append(ref.label)
+        return f"{self.kind} {' '.join(detail)}".strip()
+
+
+def step_key(
+    kind: str, components: Iterable[tuple[str, str]], inputs: Iterable[tuple[str, str]], args: str
+) -> str:
+    """SHA-256 (first 40 hex digits) of the canonical JSON of everything that decides the result."""
+    text = json.dumps([KEY_VERSION, kind, list(components), list(inputs), args], separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+
+@lru_cache(maxsize=65536)
+def draw_seed(*coordinates: str | int) -> int:
+    """A 63-bit seed from coordinates; the only source of randomness in a run."""
+    text = json.dumps(coordinates, separators=(",", ":"))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+@dataclass(frozen=True, slots=True)
+class CellPlan:
+    """A cell and the evaluation (or comparison) steps its metrics are read from, by role."""
+
+    cell: Cell
+    roles: tuple[tuple[str, str], ...]
+
+
+@dataclass
+class Plan:
+    """All steps in an order that respects dependencies, and all cells."""
+
+    grid: Grid
+    steps: dict[str, Step]
+    cells: list[CellPlan]
+    left_out: Counter[str]
+
+
+@dataclass
+class Planner:
+    """Builds steps on demand and never twice."""
+
+    grid: Grid
+    fingerprint: Callable[[str], str]
+    """Content digest of a local task's folder, by task name."""
+    steps: dict[str, Step] = field(default_factory=dict)
+    _memo: dict[tuple[Any, ...], str] = field(default_factory=dict)
+
+    # ----- the steps, in the order of the road
+
+    def data(self, task: str) -> str:
+        return self._once(("data", task), self._data)
+
+    def _data(self, task: str) -> str:
+        ref, card = self.grid.task(task), self._card("task", task)
+        source = self.fingerprint(task) if card.local else ""
+        return self._add("data", [("task", ref)], [], task=task, source=source)
+
+    def base(self) -> str:
+        return self._once(("base",), lambda: self._add("base", [self._backbone], []))
+
+    def head(self, task: str) -> str:
+        return self._once(("head", task), self._head)
+
+    def _head(self, task: str) -> str:
+        return self._add(
+            "head", [("task", self.grid.task(task)), self._backbone],
+            [("data", self.data(task)), ("base", self.base())],
+            task=task, seed=draw_seed("head", task),
+        )  # fmt: skip
+
+    def _train(self, kind: str, task: str, components: Any, extra: Any, **args: Any) -> str:
+        return self._add(
+            kind, [("task", self.grid.task(task)), self._backbone, *components],
+            [("data", self.data(task)), ("base", self.base()), ("head", self.head(task)), *extra],
+            task=task, recipe=self.grid.recipe, **args,
+        )  # fmt: skip
+
+    def expert(self, task: str, seed: int, replica: int = 0) -> str:
+        return self._once(("expert", task, seed, replica), self._expert)
+
+    def _expert(self, task: str, seed: int, replica: int) -> str:
+        return self._train("expert", task, [], [], seed=draw_seed("expert", task, seed, replica))
+
+    def trigger(self, attack: Ref, task: str, target: int, seed: int) -> str:
+        return self._once(("trigger", attack, task, target, seed), self._trigger)
+
+    def _trigger(self, attack: Ref, task: str, target: int, seed: int) -> str:
+        drawn = self._seed(attack, "trigger", task, target, seed)
+        return self._train("trigger", task, [("attack", attack)], [], target=target, **drawn)
+
+    def poisoned(self, attack: Ref, task: str, target: int, seed: int) -> str:
+        return self._once(("poisoned", attack, task, target, seed), self._poisoned)
+
+    def _poisoned(self, attack: Ref, task: str, target: int, seed: int) -> str:
+        hooks = self._card("attack", attack.name).hooks
+        trigger = ("trigger", self.trigger(attack, task, target, seed))
+        result = self.expert(task, seed)
+        # the same seed as the clean expert: clean and poisoned training differ by the attack alone
+        drawn = draw_seed("expert", task, seed, 0)
+        if "poison" in hooks:
+            result = self._train(
+                "poison", task, [("attack", attack)], [trigger], target=target, seed=drawn
+            )
+        if "forge" in hooks:
+            extra = [trigger, ("weights", result), ("benign", self.expert(task, seed))]
+            result = self._train("forge", task, [("attack", attack)], extra, target=target, seed=drawn)
+        return result
+
+    def published(self, defense: Ref, task: str, seed: int) -> str:
+        return self._once(("published", defense, task, seed), self._published)
+
+    def _published(self, defense: Ref, task: str, seed: int) -> str:
+        result = self.expert(task, seed)
+        if defense is NONE:
+            return result
+        hooks = self._card("defense", defense.name).hooks
+        if "train" in hooks:
+            drawn = draw_seed("expert", task, seed, 0)
+            result = self._train("guard", task, [("defense", defense)], [], seed=drawn)
+        if "protect" in hooks:
+            extra = [("weights", result)]
+            drawn_args = self._seed(defense, "protect", task, seed)
+            result = self._train("protect", task, [("defense", defense)], extra, **drawn_args)
+        return result
+
+    def recovered(
+        self, attack: Ref, defense: Ref, task: str, experts: tuple[str, ...], seed: int
+    ) -> str:
+        return self._once(("recovered", attack, defense, task, experts, seed), self._recovered)
+
+    def _recovered(
+        self, attack: Ref, defense: Ref, task: str, experts: tuple[str, ...], seed: int
+    ) -> str:
+        published = self.published(defense, task, seed)
+        if attack is NONE:
+            return published
+        inputs = [("base", self.base()), ("published", published)]
+        components = [self._backbone, ("attack", attack)]
+        # only an attack that uses the free-rider's own experts or data depends on who they are
+        if self._card("attack", attack.name).data != "none":
+            for other in experts:
+                if other != task:
+                    inputs += [(f"expert:{other}", self.expert(other, seed)), *self._views([other])]
+                    components.append((f"task:{other}", self.grid.task(other)))
+        drawn = self._seed(attack, "recover", task, seed)
+        return self._add("recover", components, inputs, task=task, **drawn)
+
+    def merged(
+        self, merging: Ref, contributed: tuple[tuple[str, str], ...], defense: Ref, seed: int
+    ) -> str:
+        return self._once(("merged", merging, contributed, defense, seed), self._merged)
+
+    def _merged(
+        self, merging: Ref, contributed: tuple[tuple[str, str], ...], defense: Ref, seed: int
+    ) -> str:
+        tasks = [t for t, _ in contributed]
+        card = None if defense is NONE else self._card("defense", defense.name)
+        hooks = card.hooks if card is not None and card.threat == "backdoor" else ()
+        inputs = [("base", self.base()), *((f"expert:{t}", k) for t, k in contributed)]
+        inputs += self._views(tasks)
+        components = [self._backbone, *((f"task:{t}", self.grid.task(t)) for t in tasks)]
+        extra = self._siblings(card, defense, tasks, seed) if card is not None and hooks else []
+        drawn = self._seed(defense, "defend", seed) if hooks else {}
+        if "screen" in hooks:
+            key = self._add("screen", [*components, ("defense", defense)], [*inputs, *extra], **drawn)
+            inputs.append(("screened", key))
+        around = [("defense", defense)] if "merge" in hooks else []
+        seeded = self._seed(merging, "merge", seed)
+        key = self._add(
+            "merge", [*components, ("merging", merging), *around],
+            [*inputs, *(extra if around else [])], **seeded, **({"defend": drawn} if around else {}),
+            protocol=self.grid.spec.protocol,
+        )  # fmt: skip
+        if "repair" in hooks:
+            repair_inputs = [("base", self.base()), ("merged", key), *self._views(tasks), *extra]
+            repair_parts = [*components, ("merging", merging), ("defense", defense)]
+            key = self._add("repair", repair_parts, repair_inputs, **drawn)
+        return key
+
+    def evaluation(
+        self, model: str, tasks: tuple[str, ...], producer: Ref = NONE,
+        trigger: tuple[Ref, str] | None = None,
+    ) -> str:  # fmt: skip
+        return self._once(("evaluation", model, tasks, producer, trigger), self._evaluation)
+
+    def _evaluation(
+        self, model: str, tasks: tuple[str, ...], producer: Ref, trigger: tuple[Ref, str] | None
+    ) -> str:
+        components = [self._backbone, *((f"task:{t}", self.grid.task(t)) for t in tasks)]
+        inputs = [("model", model), *self._views(tasks)]
+        if producer is not NONE:
+            components.append(("producer", producer))
+        if trigger is not None:
+            components.append(("attack", trigger[0]))
+            inputs.append(("trigger", trigger[1]))
+        return self._add("evaluate", components, inputs)
+
+    def comparison(self, first: str, second: str, task: str, producer: Ref) -> str:
+        return self._once(("comparison", first, second, task, producer), self._comparison)
+
+    def _comparison(self, first: str, second: str, task: str, producer: Ref) -> str:
+        components = [self._backbone, (f"task:{task}", self.grid.task(task)), ("producer", producer)]
+        inputs = [("first", first), ("second", second), *self._views([task])]
+        return self._add("compare", components, inputs, task=task)
+
+    # ----- cells
+
+    def cell(self, cell: Cell) -> CellPlan:
+        """The evaluations a cell's metrics are read from."""
+        roles = [("base", self.evaluation(self.base(), tuple(t.name for t in self.grid.tasks)))]
+        clean = tuple((t, self.expert(t, cell.seed)) for t in cell.experts)
+        roles += [(f"expert:{t}", self.evaluation(k, (t,))) for t, k in clean]
+        merge = self.merged(cell.merging, clean, NONE, cell.seed)
+        roles.append(("clean_merge", self.evaluation(merge, cell.experts, cell.merging)))
+        if cell.threat == "protection":
+            roles += self._protection(cell, dict(clean))
+        elif cell.threat == "backdoor":
+            roles += self._backdoor(cell, dict(clean), merge)
+        return CellPlan(cell, tuple(roles))
+
+    def _protection(self, cell: Cell, clean: dict[str, str]) -> list[tuple[str, str]]:
+        victim, seed = cell.subject, cell.seed
+        published = self.published(cell.defense, victim, seed)
+        recovered = self.recovered(cell.attack, cell.defense, victim, cell.experts, seed)
+        roles = [("published", self.evaluation(published, (victim,), cell.defense))]
+        # an attack may hand back the plain topology, so its result is read as a plain network
+        producer = cell.defense if cell.attack is NONE else NONE
+        roles.append(("recovered", self.evaluation(recovered, (victim,), producer)))
+        for role, model in (("protected_merge", published), ("merge", recovered)):
+            contributed = tuple({**clean, victim: model}.items())
+            key = self.merged(cell.merging, contributed, NONE, seed)
+            roles.append((role, self.evaluation(key, cell.experts, cell.merging)))
+        if cell.defense is not NONE:
+            key = self.comparison(self.expert(victim, seed), published, victim, cell.defense)
+            roles.append(("logits", key))
+        return roles
+
+    def _backdoor(self, cell: Cell, clean: dict[str, str], merge: str) -> list[tuple[str, str]]:
+        adversary, seed = cell.subject, cell.seed
+        contributed, trigger = clean, None
+        if cell.attack is not NONE:
+            bad = self.poisoned(cell.attack, adversary, cell.target_class, seed)
+            contributed = {**clean, adversary: bad}
+            trigger = (cell.attack, self.trigger(cell.attack, adversary, cell.target_class, seed))
+        final = self.merged(cell.merging, tuple(contributed.items()), cell.defense, seed)
+        roles = [("merge", self.evaluation(final, cell.experts, cell.merging))]
+        if trigger is not None:
+            for role, model, tasks, producer in (
+                ("poisoned", bad, (adversary,), NONE), ("merge", final, cell.experts, cell.merging),
+                ("clean_merge", merge, cell.experts, cell.merging), ("base", self.base(), cell.experts, NONE),
+            ):  # fmt: skip
+                if role == "poisoned":
+                    roles.append((role, self.evaluation(model, tasks, producer)))
+                roles.append((f"{role}+trigger", self.evaluation(model, tasks, producer, trigger)))
+        return roles
+
+    # ----- helpers
+
+    @property
+    def _backbone(self) -> tuple[str, Ref]:
+        return ("backbone", self.grid.backbone)
+
+    def _card(self, kind: str, name: str) -> Card:
+        return self.grid.catalog.entries[kind][name].card
+
+    def _seed(self, ref: Ref, *coordinates: str | int) -> dict[str, int]:
+        """A seed argument, only if the component draws at all: what does not draw is shared by seeds."""
+        if not self._card(ref.kind, ref.name).seeded:
+            return {}
+        return {"seed": draw_seed(ref.name, *coordinates)}
+
+    def _views(self, tasks: Iterable[str]) -> list[tuple[str, str]]:
+        return [pair for t in tasks for pair in ((f"data:{t}", self.data(t)), (f"head:{t}", self.head(t)))]
+
+    def _siblings(self, card: Card, defense: Ref, tasks: list[str], seed: int) -> list[tuple[str, str]]:
+        if not card.siblings:
+            return []
+        count = int(dict(defense.parameters)[card.siblings])
+        return [(f"sibling:{t}:{i}", self.expert(t, seed, i)) for t in tasks for i in range(1, count + 1)]
+
+    def _once(self, memo: tuple[Any, ...], build: Callable[..., str]) -> str:
+        key = self._memo.get(memo)
+        if key is None:
+            key = self._memo[memo] = build(*memo[1:])
+        return key
+
+    def _add(
+        self, kind: str, components: Iterable[tuple[str, Ref]], inputs: Iterable[tuple[str, str]], **args: Any
+    ) -> str:
+        components, inputs = tuple(components), tuple(inputs)
+        text = json.dumps(args, sort_keys=True, separators=(",", ":"))
+        key = step_key(kind, [(role, ref.text) for role, ref in components], inputs, text)
+        if key not in self.steps:
+            self.steps[key] = Step(key, kind, components, inputs, text)
+        return key
+
+
+def make_plan(grid: Grid, fingerprint: Callable[[str], str]) -> Plan:
+    """Plan every cell of the grid. Steps come out in dependency order."""
+    planner = Planner(grid, fingerprint)
+    planned = [planner.cell(cell) for cell in cells(grid)]
+    return Plan(grid, planner.steps, planned, Counter(grid.left_out))
+
+
+def needed_steps(plan: Plan, has: Callable[[str], bool]) -> dict[str, Step]:
+    """The steps to run: those whose result is missing and wanted, directly or through another."""
+    wanted: dict[str, Step] = {}
+    stack = [key for cell in plan.cells for _, key in cell.roles]
+    seen: set[str] = set()
+    while stack:
+        key = stack.pop()
+        if key in seen:
+            continue
+        seen.add(key)
+        if has(key):
+            continue
+        step = plan.steps[key]
+        wanted[key] = step
+        stack += [k for _, k in step.inputs]
+    return {k: s for k, s in plan.steps.items() if k in wanted}  # dependency order

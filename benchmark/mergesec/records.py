@@ -1,0 +1,266 @@
+"""Records: one JSON per cell, with counts, per-sample outcomes and provenance.
+
+A metric keeps its numerator and denominator and the outcome of every test sample (packed bits), so
+that boards, paired intervals and other definitions can be made from records alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mergesec import __version__
+from mergesec.errors import UsageError
+from mergesec.files import write_atomic
+from mergesec.grid import NONE, Cell, Grid, Ref
+from mergesec.plan import CellPlan, Plan
+from mergesec.runner import Outcome
+from mergesec.store import Store, parse_safetensors
+
+SCHEMA = 1
+Bits = NDArray[np.bool_]
+
+
+class Count(BaseModel):
+    """``k`` of ``n`` samples. ``hits`` and ``mask`` are bits over all test samples, base64 of packed bytes.
+
+    ``mask`` is None where every sample counts (accuracy); for ASR it leaves out the target class.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    k: int
+    n: int
+    total: int
+    hits: str
+    mask: str | None = None
+
+    def arrays(self) -> tuple[Bits, Bits]:
+        """(hits, mask), each bool ``[total]``."""
+        hits = _unpack(self.hits, self.total)
+        return hits, np.ones(self.total, bool) if self.mask is None else _unpack(self.mask, self.total)
+
+
+class Record(BaseModel):
+    """What one cell came to."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    schema_version: int = SCHEMA
+    cell: str
+    grid: str
+    suite: str
+    backbone: str
+    protocol: str
+    threat: str
+    merging: str
+    attack: str
+    defense: str
+    subject: str
+    target_class: int
+    experts: list[str]
+    seed: int
+    status: str
+    reason: str = ""
+    counts: dict[str, Count] = {}
+    """``acc/<role>/<task>``, ``asr/<role>/<task>``, ``ra/<role>/<task>``."""
+    values: dict[str, float] = {}
+    facts: dict[str, Any] = {}
+    steps: dict[str, str] = {}
+    cost: dict[str, dict[str, float]] = {}
+    provenance: dict[str, Any] = {}
+
+
+def _pack(bits: Bits) -> str:
+    return base64.b64encode(np.packbits(bits).tobytes()).decode()
+
+
+def _unpack(text: str, total: int) -> Bits:
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=total).astype(bool)
+
+
+def count(hits: Bits, mask: Bits | None = None) -> Count:
+    """Count hits, inside ``mask`` if there is one."""
+    if mask is None:
+        return Count(k=int(hits.sum()), n=len(hits), total=len(hits), hits=_pack(hits))
+    inside = hits & mask
+    return Count(k=int(inside.sum()), n=int(mask.sum()), total=len(hits), hits=_pack(inside), mask=_pack(mask))
+
+
+# --------------------------------------------------------------------------- from steps to records
+
+Evaluation = dict[str, NDArray[np.int32]]
+
+
+def read_evaluation(store: Store, kind: str, key: str) -> tuple[Evaluation, dict[str, Any]]:
+    """Predictions and targets of an evaluate step, as numpy, verified; no torch."""
+    blob, meta = store.read(kind, key)
+    arrays = {n: np.frombuffer(r.data, np.int32) for n, r in parse_safetensors(blob).items()}
+    return arrays, meta["info"]
+
+
+def cell_name(cell: Cell) -> str:
+    """A readable, unique file name."""
+    parts = [cell.threat, cell.merging.name, cell.attack.name, cell.defense.name, cell.subject, f"s{cell.seed}"]
+    text = "|".join(
+        [cell.threat, cell.merging.text, cell.attack.text, cell.defense.text, cell.subject,
+         str(cell.target_class), ",".join(cell.experts), str(cell.seed)]
+    )  # fmt: skip
+    shown = "-".join(p.replace("/", "_") for p in parts if p and p != "none")
+    return f"{shown}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+def _status(plan: CellPlan, has: Mapping[str, Any], outcome: Outcome) -> tuple[str, str]:
+    for _, key in plan.roles:
+        if key in outcome.failed:
+            return "failed", outcome.failed[key]
+        if key in outcome.blocked:
+            return "blocked", outcome.blocked[key]
+    if all(key in has for _, key in plan.roles):
+        return "done", ""
+    return "missing", "not run yet"
+
+
+def _counts(cell: Cell, role: str, found: Evaluation) -> dict[str, Count]:
+    """Accuracy for a clean evaluation; ASR (non-target samples only) and RA for a triggered one."""
+    name, _, triggered = role.partition("+")
+    name = name.partition(":")[0]
+    counts: dict[str, Count] = {}
+    for key in found:
+        if not key.startswith("predictions|"):
+            continue
+        task = key.removeprefix("predictions|")
+        predicted, target = found[key], found[f"targets|{task}"]
+        if not triggered:
+            counts[f"acc/{name}/{task}"] = count(predicted == target)
+        else:
+            outside = target != cell.target_class
+            counts[f"asr/{name}/{task}"] = count(predicted == cell.target_class, outside)
+            counts[f"ra/{name}/{task}"] = count(predicted == target, outside)
+    return counts
+
+
+def make_records(plan: Plan, store: Store, outcome: Outcome) -> list[Record]:
+    """One record per cell, from committed evaluations only. CorruptArtifact if one does not verify."""
+    kinds = {key: plan.steps[key].kind for c in plan.cells for _, key in c.roles}
+    present = store.keys()
+    found = {k: read_evaluation(store, kind, k) for k, kind in kinds.items() if k in present}
+    shared = _shared_provenance(plan.grid)
+    records = []
+    for planned in plan.cells:
+        status, reason = _status(planned, found, outcome)
+        counts: dict[str, Count] = {}
+        values: dict[str, float] = {}
+        facts: dict[str, Any] = {}
+        if status == "done":
+            for role, key in planned.roles:
+                arrays, info = found[key]
+                counts |= _counts(planned.cell, role, arrays)
+                if "max_abs_dlogit" in info:
+                    values["max_abs_dlogit"] = float(info["max_abs_dlogit"])
+                    facts["protection"] = info.get("report", {})
+        cost = _cost(plan, planned, store, found)
+        records.append(_record(plan, planned, status, reason, counts, values, facts, cost, found, shared))
+    return records
+
+
+def _cost(
+    plan: Plan, planned: CellPlan, store: Store, found: Mapping[str, Any]
+) -> dict[str, dict[str, float]]:
+    """Per role: seconds and peak MiB of the evaluation, and of the step that made the model."""
+    cost: dict[str, dict[str, float]] = {}
+    for role, key in planned.roles:
+        if key not in found:
+            continue
+        cost[role] = {n: float(found[key][1][n]) for n in ("seconds", "peak_mb")}
+        model = dict(plan.steps[key].inputs).get("model")
+        if model is not None:
+            made = store.info(plan.steps[model].kind, model)
+            cost[role] |= {f"made_{n}": float(made[n]) for n in ("seconds", "peak_mb") if n in made}
+    return cost
+
+
+def _record(
+    plan: Plan, planned: CellPlan, status: str, reason: str, counts: dict[str, Count],
+    values: dict[str, float], facts: dict[str, Any], cost: dict[str, dict[str, float]],
+    found: Mapping[str, Any], shared: dict[str, Any],
+) -> Record:  # fmt: skip
+    cell, spec = planned.cell, plan.grid.spec
+    devices = sorted({found[k][1]["device"] for _, k in planned.roles if k in found})
+    used = [r.name for r in (cell.merging, cell.attack, cell.defense) if r is not NONE]
+    components = {name: shared["components"][name] for name in used}
+    return Record(
+        cell=cell_name(cell), grid=spec.name, suite=spec.suite.name, backbone=plan.grid.backbone.label,
+        protocol=spec.protocol, threat=cell.threat, merging=cell.merging.label, attack=cell.attack.label,
+        defense=cell.defense.label, subject=cell.subject, target_class=cell.target_class,
+        experts=list(cell.experts), seed=cell.seed, status=status, reason=reason, counts=counts,
+        values=values, facts=facts, steps=dict(planned.roles), cost=cost,
+        provenance={**shared, "components": components, "devices": devices},
+    )  # fmt: skip
+
+
+def _shared_provenance(grid: Grid) -> dict[str, Any]:
+    packages = {"python": platform.python_version(), "mergesec": __version__}
+    for name in ("torch", "numpy", "scipy", "transformers"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    refs: list[Ref] = [*grid.merging, *grid.attacks, *grid.defenses]
+    components = {r.name: _component(grid, r) for r in refs if r is not NONE}
+    return {
+        "versions": packages,
+        "backbone": json.loads(grid.backbone.text),
+        "tasks": {t.name: json.loads(t.text) for t in grid.tasks},
+        "recipe": dict(grid.recipe),
+        "components": components,
+    }
+
+
+def _component(grid: Grid, ref: Ref) -> dict[str, str]:
+    entry = grid.catalog.get(ref.kind, ref.name)
+    found = {"version": entry.card.version, "origin": entry.origin}
+    return {**found, "digest": entry.digest} if entry.digest else found
+
+
+# --------------------------------------------------------------------------- reading and writing
+
+
+def write_records(folder: Path, records: list[Record], grid: Grid) -> None:
+    """One file per cell under ``folder/<grid>/`` and a manifest naming the cells that were asked for."""
+    home = folder / grid.spec.name
+    for record in records:
+        text = json.dumps(record.model_dump(mode="json"), sort_keys=True) + "\n"
+        path = home / f"{record.cell}.json"
+        if not path.is_file() or path.read_text() != text:
+            write_atomic(path, text.encode())
+    manifest = {
+        "schema_version": SCHEMA,
+        "spec": json.loads(grid.spec.model_dump_json()),
+        "cells": sorted(r.cell for r in records),
+    }
+    write_atomic(home / "grid.json", (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+
+
+def read_records(folder: Path, grid: str) -> list[Record]:
+    """The records of a grid's current cells; UsageError if the grid was never run there."""
+    manifest = folder / grid / "grid.json"
+    if not manifest.is_file():
+        known = sorted(p.parent.name for p in folder.glob("*/grid.json"))
+        raise UsageError("grid", f"no records of {grid!r} in {folder}; found: {', '.join(known) or 'none'}")
+    records = []
+    for name in json.loads(manifest.read_text())["cells"]:
+        path = folder / grid / f"{name}.json"
+        try:
+            records.append(Record.model_validate_json(path.read_bytes()))
+        except (OSError, ValidationError) as error:
+            raise UsageError(str(path.name), f"unreadable record ({str(error).splitlines()[0]})") from None
+    return records

@@ -1,0 +1,503 @@
+"""What each kind of step does. Runs inside a worker; a short function each.
+
+A function takes a ``Work`` (the step with its inputs behind verified, cached reads) and returns the
+tensors and JSON facts that the store commits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from mergesec.catalog import Catalog
+from mergesec.contracts import (
+    Attack,
+    Backbone,
+    ContractError,
+    DataContext,
+    Defense,
+    Expert,
+    MergeContext,
+    Merged,
+    MergeMethod,
+    Model,
+    ProtectContext,
+    Recipe,
+    RecoverContext,
+    Split,
+    Task,
+    TaskView,
+    TrainContext,
+    Weights,
+    load_network,
+)
+from mergesec.grid import Ref
+from mergesec.plan import Step
+from mergesec.store import Store
+from mergesec.training import fit
+from mergesec.weights import check_finite, check_same_layout, read_only
+
+EVALUATION_BATCH = 256
+Result = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+@dataclass
+class Bench:
+    """A worker's workplace: store, catalogue, device, and what it keeps between steps."""
+
+    store: Store
+    catalog: Catalog
+    device: torch.device
+    data_root: Path | None = None
+    cache_bytes: int = 600_000_000
+    _tensors: OrderedDict[str, tuple[Weights, dict[str, Any]]] = field(default_factory=OrderedDict)
+    _instances: dict[str, Any] = field(default_factory=dict)
+
+    def read(self, kind: str, key: str) -> tuple[Weights, dict[str, Any]]:
+        """Verified tensors and facts of an artifact; least recently used ones are dropped."""
+        if key in self._tensors:
+            self._tensors.move_to_end(key)
+            return self._tensors[key]
+        blob, meta = self.store.read(kind, key)
+        self._tensors[key] = read_only(load_tensors(blob)), meta["info"]
+        while len(self._tensors) > 1 and self._size() > self.cache_bytes:
+            self._tensors.popitem(last=False)
+        return self._tensors[key]
+
+    def _size(self) -> int:
+        return sum(t.nbytes for weights, _ in self._tensors.values() for t in weights.values())
+
+    def component(self, ref: Ref) -> Any:
+        if ref.text not in self._instances:
+            entry = self.catalog.get(ref.kind, ref.name)
+            parameters = {k: list(v) if isinstance(v, tuple) else v for k, v in ref.parameters}
+            self._instances[ref.text] = entry.create(parameters)
+        return self._instances[ref.text]
+
+
+class Work:
+    """One step with its inputs and components at hand."""
+
+    def __init__(self, step: Step, bench: Bench, kinds: Mapping[str, str]) -> None:
+        self.step, self.bench = step, bench
+        self.args: dict[str, Any] = json.loads(step.args)
+        self.inputs = dict(step.inputs)
+        self.refs = dict(step.components)
+        self._kinds = kinds
+        self._handed: list[tuple[str, Tensor, int]] = []
+
+    @property
+    def device(self) -> torch.device:
+        return self.bench.device
+
+    @property
+    def backbone(self) -> Backbone:
+        backbone: Backbone = self.component("backbone")
+        return backbone
+
+    @property
+    def seed(self) -> int:
+        return int(self.args.get("seed", 0))
+
+    def component(self, role: str) -> Any:
+        return self.bench.component(self.refs[role])
+
+    def tensors(self, role: str) -> Weights:
+        """An input's tensors, on the device, remembered so that mutation is noticed."""
+        weights, _ = self.bench.read(self._kinds[self.inputs[role]], self.inputs[role])
+        moved = read_only({k: v.to(self.device) for k, v in weights.items()})
+        self._handed += [(f"{role}.{k}", v, v._version) for k, v in moved.items()]
+        return moved
+
+    def info(self, role: str) -> dict[str, Any]:
+        return self.bench.read(self._kinds[self.inputs[role]], self.inputs[role])[1]
+
+    def splits(self, role: str, task: Task) -> dict[str, Split]:
+        return task.unpack(self.bench.read(self._kinds[self.inputs[role]], self.inputs[role])[0])
+
+    def merged(self, role: str) -> Merged:
+        """A merge artifact, or plain weights seen as one."""
+        return unflatten(self.tensors(role), self.info(role))
+
+    def check_untouched(self) -> None:
+        """ContractError if a hook changed a tensor it was handed."""
+        for name, tensor, version in self._handed:
+            if tensor._version != version:
+                raise ContractError(f"changed its input {name} in place")
+
+
+# --------------------------------------------------------------------------- merged artifacts
+
+
+def flatten(merged: Merged) -> dict[str, Tensor]:
+    """Tensors of a merge under names that tell shared, per-task and extra apart."""
+    flat = {f"shared|{k}": v for k, v in merged.shared.items()}
+    for task, weights in merged.per_task.items():
+        flat |= {f"task|{task}|{k}": v for k, v in weights.items()}
+    return flat | {f"extra|{k}": v for k, v in merged.extra.items()}
+
+
+def unflatten(tensors: Weights, info: Mapping[str, Any]) -> Merged:
+    shared: dict[str, Tensor] = {}
+    per_task: dict[str, dict[str, Tensor]] = {}
+    extra: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        room, _, rest = name.partition("|")
+        if room == "task":
+            task, _, rest = rest.partition("|")
+            per_task.setdefault(task, {})[rest] = tensor
+        else:
+            (shared if room == "shared" else extra)[rest] = tensor
+    return Merged(read_only(shared), {t: read_only(w) for t, w in per_task.items()}, extra, dict(info))
+
+
+def check_merged(merged: Any, base: Weights, who: str) -> Merged:
+    """ContractError unless ``merged`` is a Merged of finite tensors that fit the base."""
+    if not isinstance(merged, Merged):
+        raise ContractError(f"{who} returned {type(merged).__name__}, not Merged")
+    check_same_layout(base, merged.shared, who)
+    check_finite(flatten(merged), who)
+    return merged
+
+
+def check_weights(weights: Any, base: Weights, who: str) -> Weights:
+    """ContractError unless ``weights`` are finite and have the base's names, shapes and dtypes."""
+    if not isinstance(weights, Mapping):
+        raise ContractError(f"{who} returned {type(weights).__name__}, not named tensors")
+    check_same_layout(base, weights, who)
+    check_finite(weights, who)
+    return weights
+
+
+# --------------------------------------------------------------------------- data, base, head
+
+
+def data(work: Work) -> Result:
+    """All splits of a task, as stored tensors."""
+    task: Task = work.component("task")
+    root = work.bench.data_root
+    folder = str(root / task.name) if root is not None else None
+    splits = task.load(DataContext(torch.device("cpu"), 0, folder))
+    for name in ("train", "tuning", "test"):
+        if name not in splits or not len(splits[name]):
+            raise ContractError(f"{task.name}: split {name} is missing or empty")
+    sizes = {n: len(s) for n, s in splits.items()}
+    facts = {"sizes": sizes, "classes": list(task.classes), "partial": bool(getattr(task, "partial", False))}
+    return task.pack(splits), facts
+
+
+def base(work: Work) -> Result:
+    weights = dict(work.backbone.base_weights())
+    check_finite(weights, "base")
+    return weights, {"parameters": sum(v.numel() for v in weights.values())}
+
+
+def head(work: Work) -> Result:
+    """The shipped head, or one fitted on the base and training rows."""
+    task: Task = work.component("task")
+    shipped = work.backbone.head(task.name)
+    if shipped is not None:
+        return dict(shipped), {"fitted": False}
+    model = Model(work.backbone, load_network(work.backbone, work.tensors("base")).to(work.device))
+    ctx = DataContext(work.device, work.seed)
+    return dict(task.fit_head(model, work.splits("data", task)["train"], ctx)), {"fitted": True}
+
+
+# --------------------------------------------------------------------------- training-time hooks
+
+
+def train_context(work: Work) -> TrainContext:
+    task: Task = work.component("task")
+    split = work.splits("data", task)["train"]
+    base_weights, head_weights = work.tensors("base"), work.tensors("head")
+    recipe = Recipe(**{k: v for k, v in work.args["recipe"]})
+
+    def run_recipe(split_: Split | None = None, loss: Any = None, **other: Any) -> Weights:
+        chosen = other.pop("split", split_)
+        if other:
+            raise ContractError(f"fit() has no argument {next(iter(other))!r}")
+        return fit(
+            work.backbone, task, base_weights, head_weights, chosen if chosen is not None else split,
+            recipe, work.seed, work.device, loss,
+        )  # fmt: skip
+
+    return TrainContext(
+        device=work.device, seed=work.seed, task=task, backbone=work.backbone, base=base_weights,
+        head=head_weights, train=split, recipe=recipe, fit=run_recipe,
+        target_class=int(work.args.get("target", 0)),
+        trigger=work.tensors("trigger") if "trigger" in work.inputs else {},
+        benign=work.tensors("benign") if "benign" in work.inputs else None,
+    )  # fmt: skip
+
+
+def expert(work: Work) -> Result:
+    ctx = train_context(work)
+    return dict(check_weights(ctx.fit(), ctx.base, "training")), {}
+
+
+def trigger(work: Work) -> Result:
+    attack: Attack = work.component("attack")
+    arrays = dict(attack.trigger(train_context(work)))
+    check_finite(arrays, f"{attack.name}.trigger")
+    return arrays, {}
+
+
+def poison(work: Work) -> Result:
+    attack: Attack = work.component("attack")
+    ctx = train_context(work)
+    return dict(check_weights(attack.poison(ctx), ctx.base, attack.name)), {}
+
+
+def forge(work: Work) -> Result:
+    attack: Attack = work.component("attack")
+    ctx = train_context(work)
+    return dict(check_weights(attack.forge(work.tensors("weights"), ctx), ctx.base, attack.name)), {}
+
+
+def guard(work: Work) -> Result:
+    defense: Defense = work.component("defense")
+    ctx = train_context(work)
+    return dict(check_weights(defense.train(ctx), ctx.base, defense.name)), {}
+
+
+# --------------------------------------------------------------------------- weights hooks
+
+
+def view(work: Work, task_name: str, data_role: str, head_role: str, task_role: str) -> TaskView:
+    """What may be known of a task: its tuning rows, and test inputs only if the protocol says so."""
+    task: Task = work.component(task_role)
+    splits = work.splits(data_role, task)
+    transductive = work.args.get("protocol") == "transductive"
+    source = splits["test" if transductive else "tuning"]
+    return TaskView(task, work.tensors(head_role), splits["tuning"], source.inputs)
+
+
+class Views(Mapping[str, TaskView]):
+    """Views of tasks, read when asked for: most merges never look at data."""
+
+    def __init__(self, work: Work, tasks: list[str]) -> None:
+        self._work, self._tasks, self._read = work, tasks, dict[str, TaskView]()
+
+    def __getitem__(self, task: str) -> TaskView:
+        if task not in self._tasks:
+            raise KeyError(task)
+        if task not in self._read:
+            self._read[task] = view(self._work, task, f"data:{task}", f"head:{task}", f"task:{task}")
+        return self._read[task]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tasks)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+
+def protect(work: Work) -> Result:
+    defense: Defense = work.component("defense")
+    owner = view(work, work.args["task"], "data", "head", "task")
+    base_weights = work.tensors("base")
+    ctx = ProtectContext(work.device, work.seed, work.backbone, base_weights, owner)
+    result = defense.protect(work.tensors("weights"), ctx)
+    check_finite(result.weights, defense.name)
+    if type(defense).network is Defense.network:  # a defense of its own topology answers for it itself
+        check_weights(result.weights, base_weights, defense.name)
+    return dict(result.weights), {"report": dict(result.report)}
+
+
+def recover(work: Work) -> Result:
+    attack: Attack = work.component("attack")
+    own = [r.removeprefix("expert:") for r in work.inputs if r.startswith("expert:")]
+    base_weights = work.tensors("base")
+    ctx = RecoverContext(
+        work.device, work.seed, work.backbone, base_weights, work.args["task"],
+        [Expert(t, work.tensors(f"expert:{t}")) for t in own], Views(work, own),
+    )  # fmt: skip
+    recovered = attack.recover(work.tensors("published"), ctx)
+    return dict(check_weights(recovered, base_weights, attack.name)), {}
+
+
+def merge_context(work: Work, method: MergeMethod, seed: int) -> MergeContext:
+    tasks = [r.removeprefix("task:") for r in work.refs if r.startswith("task:")]
+    views = Views(work, tasks)
+    siblings: dict[str, list[Expert]] = {}
+    for role in work.inputs:
+        if role.startswith("sibling:"):
+            task = role.split(":")[1]
+            siblings.setdefault(task, []).append(Expert(task, work.tensors(role)))
+
+    def score(merged: Merged) -> float:
+        """Mean tuning accuracy over tasks."""
+        total = 0.0
+        for name in tasks:
+            network = method.network(work.backbone, merged, name).to(work.device)
+            v = views[name]
+            predicted = predict(v.task, Model(work.backbone, network), v.head, v.tuning, work.device)
+            total += float((predicted == v.tuning.targets).float().mean())
+        return total / len(tasks)
+
+    return MergeContext(work.device, seed, work.backbone, views, score, siblings)
+
+
+def contributed(work: Work) -> list[Expert]:
+    """The experts handed in, after screening if there was one."""
+    names = [r.removeprefix("expert:") for r in work.inputs if r.startswith("expert:")]
+    if "screened" not in work.inputs:
+        return [Expert(t, work.tensors(f"expert:{t}")) for t in names]
+    edited = unflatten(work.tensors("screened"), {}).per_task
+    kept = work.info("screened")["kept"]
+    return [Expert(t, edited[t] if t in edited else work.tensors(f"expert:{t}")) for t in kept]
+
+
+def screen(work: Work) -> Result:
+    """Which experts may enter, and those the defense edited; untouched ones are not stored again."""
+    defense: Defense = work.component("defense")
+    experts = contributed(work)
+    base_weights = work.tensors("base")
+    ctx = merge_context(work, _PlainMerge(), work.seed)
+    kept = defense.screen(base_weights, experts, ctx)
+    if not kept:
+        raise ContractError(f"{defense.name} kept no expert")
+    given = {e.task: e.weights for e in experts}
+    edited = {e.task: e.weights for e in kept if e.weights is not given.get(e.task)}
+    for weights in edited.values():
+        check_weights(weights, base_weights, defense.name)
+    return flatten(Merged({}, edited)), {"kept": [e.task for e in kept]}
+
+
+class _PlainMerge(MergeMethod):
+    """Stands in where a score is asked for before a merge method is known."""
+
+    def merge(self, base: Weights, experts: Any, ctx: MergeContext) -> Merged:
+        return Merged(base)
+
+
+def merge(work: Work) -> Result:
+    method: MergeMethod = work.component("merging")
+    experts, base_weights = contributed(work), work.tensors("base")
+    for e in experts:
+        check_same_layout(base_weights, e.weights, f"expert {e.task}")
+    ctx = merge_context(work, method, work.seed)
+    if "defense" in work.refs:
+        defense: Defense = work.component("defense")
+        merged, who = defense.merge(base_weights, experts, method, ctx), defense.name
+    else:
+        merged, who = method.merge(base_weights, experts, ctx), method.name
+    check_merged(merged, base_weights, who)
+    return flatten(merged), dict(merged.info)
+
+
+def repair(work: Work) -> Result:
+    method: MergeMethod = work.component("merging")
+    defense: Defense = work.component("defense")
+    base_weights = work.tensors("base")
+    ctx = merge_context(work, method, work.seed)
+    repaired = defense.repair(work.merged("merged"), base_weights, ctx)
+    check_merged(repaired, base_weights, defense.name)
+    return flatten(repaired), dict(repaired.info)
+
+
+# --------------------------------------------------------------------------- evaluation
+
+
+def predict(
+    task: Task, model: Model, head: Weights, split: Split, device: torch.device,
+    change: Callable[[Any], Any] | None = None,
+) -> Tensor:  # fmt: skip
+    """Predictions int64 ``[N]`` (on the CPU); ``change`` is applied to raw inputs first."""
+    return task_outputs(task, model, head, split, device, change, task.predictions).long()
+
+
+def task_outputs(
+    task: Task, model: Model, head: Weights, split: Split, device: torch.device,
+    change: Callable[[Any], Any] | None = None, read: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """Outputs of a whole split, batched, without gradients; ``read`` reduces each batch."""
+    found = []
+    with torch.inference_mode():
+        for index in torch.arange(len(split)).split(EVALUATION_BATCH):
+            inputs = task.batch(split, index, device).inputs
+            outputs = task.outputs(model, head, change(inputs) if change else inputs)
+            found.append((read(outputs) if read else outputs).cpu())
+    return torch.cat(found)
+
+
+def network_of(work: Work, role: str, task: str, producer: Any) -> nn.Module:
+    """The network that serves ``task``, as whoever produced the artifact says."""
+    if isinstance(producer, MergeMethod):
+        network = producer.network(work.backbone, work.merged(role), task)
+    elif isinstance(producer, Defense):
+        network = producer.network(work.backbone, work.tensors(role))
+    else:
+        network = load_network(work.backbone, work.tensors(role))
+    return network.to(work.device).eval()
+
+
+def evaluate(work: Work) -> Result:
+    """Test predictions (and targets) of every task, optionally under a trigger."""
+    producer = work.component("producer") if "producer" in work.refs else None
+    change = None
+    if "attack" in work.refs:
+        attack: Attack = work.component("attack")
+        arrays = work.tensors("trigger")
+
+        def change(inputs: Any) -> Any:
+            return attack.apply(arrays, inputs)
+
+    found: dict[str, Tensor] = {}
+    network: nn.Module | None = None
+    single = not isinstance(producer, MergeMethod) or not (
+        type(producer).network is not MergeMethod.network or work.merged("model").per_task
+    )
+    for role in work.refs:
+        if not role.startswith("task:"):
+            continue
+        name = role.removeprefix("task:")
+        if network is None or not single:
+            network = network_of(work, "model", name, producer)
+        task: Task = work.component(role)
+        split = work.splits(f"data:{name}", task)["test"]
+        model = Model(work.backbone, network)
+        predicted = predict(task, model, work.tensors(f"head:{name}"), split, work.device, change)
+        found[f"predictions|{name}"] = predicted.int()
+        found[f"targets|{name}"] = split.targets.int()
+    return found, {}
+
+
+def compare(work: Work) -> Result:
+    """Largest difference of test outputs between two networks that should be the same function."""
+    name = work.args["task"]
+    task: Task = work.component(f"task:{name}")
+    producer = work.component("producer")
+    split = work.splits(f"data:{name}", task)["test"]
+    outputs = []
+    for role, maker in (("first", None), ("second", producer)):
+        model = Model(work.backbone, network_of(work, role, name, maker))
+        outputs.append(task_outputs(task, model, work.tensors(f"head:{name}"), split, work.device))
+    gap = (outputs[0] - outputs[1]).abs().max()
+    return {}, {"max_abs_dlogit": float(gap), "report": work.info("second").get("report", {})}
+
+
+KINDS: dict[str, Callable[[Work], Result]] = {
+    "data": data, "base": base, "head": head, "expert": expert, "trigger": trigger, "poison": poison,
+    "forge": forge, "guard": guard, "protect": protect, "recover": recover, "screen": screen,
+    "merge": merge, "repair": repair, "evaluate": evaluate, "compare": compare,
+}  # fmt: skip
+
+
+def run(step: Step, bench: Bench, kinds: Mapping[str, str]) -> tuple[bytes, dict[str, Any]]:
+    """Do a step: (safetensors bytes, JSON facts). ``kinds`` tells the kind of each input key."""
+    work = Work(step, bench, kinds)
+    tensors, info = KINDS[step.kind](work)
+    work.check_untouched()
+    # clones untie shared memory, which safetensors refuses, and detach from graphs
+    plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    return save_tensors(plain), info

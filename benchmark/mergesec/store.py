@@ -1,0 +1,140 @@
+"""Content-addressed artifacts: safetensors plus a JSON that commits them. Nothing is unpickled.
+
+``<root>/<kind>/<key>.safetensors`` holds tensors, ``<key>.json`` the metadata and the digest of each
+tensor. The JSON is renamed into place last: an artifact exists exactly when its JSON does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergesec.files import write_atomic
+
+
+class CorruptArtifact(RuntimeError):
+    """Stored bytes do not match their digest. The artifact has been removed; compute it again."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"artifact {key} is corrupt")
+        self.key = key
+
+
+def _digest(name: str, dtype: str, shape: tuple[int, ...], data: bytes | memoryview) -> str:
+    digest = hashlib.sha256(f"{name}|{dtype}|{tuple(shape)}|".encode())
+    digest.update(data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A tensor's bytes, as safetensors lays them out."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+
+def parse_safetensors(blob: bytes) -> dict[str, Raw]:
+    """Tensors of a safetensors file; ValueError if the file is malformed or truncated."""
+    size = int.from_bytes(blob[:8], "little")
+    header = json.loads(blob[8 : 8 + size])
+    body = memoryview(blob)[8 + size :]
+    found = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            if end > len(body):
+                raise ValueError("truncated")
+            found[name] = Raw(entry["dtype"], tuple(entry["shape"]), body[start:end])
+    return found
+
+
+class Store:
+    """A folder of artifacts, safe for several processes at once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def _paths(self, kind: str, key: str) -> tuple[Path, Path]:
+        folder = self.root / "artifacts" / kind
+        return folder / f"{key}.json", folder / f"{key}.safetensors"
+
+    def has(self, kind: str, key: str) -> bool:
+        return self._paths(kind, key)[0].is_file()
+
+    def keys(self) -> set[str]:
+        """Every committed key: one directory scan per kind."""
+        found: set[str] = set()
+        folder = self.root / "artifacts"
+        for kind in folder.iterdir() if folder.is_dir() else ():
+            if kind.is_dir():
+                with os.scandir(kind) as entries:
+                    found.update(e.name[:-5] for e in entries if e.name.endswith(".json"))
+        return found
+
+    def put(self, kind: str, key: str, blob: bytes, info: Mapping[str, Any]) -> None:
+        """Commit. ``blob`` is a safetensors file, ``info`` JSON facts; Full if there is no room."""
+        meta_path, tensor_path = self._paths(kind, key)
+        digests = {n: _digest(n, r.dtype, r.shape, r.data) for n, r in parse_safetensors(blob).items()}
+        write_atomic(tensor_path, blob)
+        meta = {"key": key, "kind": kind, "digests": digests, "bytes": len(blob), "info": dict(info)}
+        meta["check"] = _check(meta)
+        write_atomic(meta_path, json.dumps(meta, sort_keys=True).encode())
+
+    def read(self, kind: str, key: str) -> tuple[bytes, dict[str, Any]]:
+        """(safetensors bytes, metadata), verified. CorruptArtifact (removed) on any mismatch."""
+        meta_path, tensor_path = self._paths(kind, key)
+        try:
+            meta = json.loads(meta_path.read_bytes())
+            blob = tensor_path.read_bytes()
+            found = {n: _digest(n, r.dtype, r.shape, r.data) for n, r in parse_safetensors(blob).items()}
+            sound = meta["check"] == _check(meta) and found == meta["digests"] and meta["key"] == key
+        except (OSError, ValueError, KeyError, TypeError):
+            sound = False
+        if not sound:
+            self.remove(kind, key)
+            raise CorruptArtifact(key)
+        return blob, meta
+
+    def info(self, kind: str, key: str) -> dict[str, Any]:
+        """The JSON facts alone, tensors unread; empty if absent or unreadable."""
+        try:
+            found: dict[str, Any] = json.loads(self._paths(kind, key)[0].read_bytes())["info"]
+        except (OSError, ValueError, KeyError):
+            return {}
+        return found
+
+    def remove(self, kind: str, key: str) -> None:
+        for path in self._paths(kind, key):
+            path.unlink(missing_ok=True)
+
+    def artifacts(self) -> Iterator[tuple[str, str, int]]:
+        """(kind, key, bytes) of everything committed."""
+        folder = self.root / "artifacts"
+        for path in sorted(folder.glob("*/*.json")):
+            tensors = path.with_suffix(".safetensors")
+            size = path.stat().st_size + (tensors.stat().st_size if tensors.exists() else 0)
+            yield path.parent.name, path.stem, size
+
+    def sweep(self) -> int:
+        """Remove what a killed process left behind: temporary and uncommitted files older than an hour."""
+        removed = 0
+        for path in (self.root / "artifacts").glob("*/*"):
+            orphan = path.suffix == ".safetensors" and not path.with_suffix(".json").exists()
+            if (path.name.startswith(".tmp-") or orphan) and time.time() - path.stat().st_mtime > 3600:
+                path.unlink(missing_ok=True)
+                removed += 1
+        return removed
+
+
+def _check(meta: Mapping[str, Any]) -> str:
+    """Digest of the metadata itself, so that a flipped byte in the JSON is found too."""
+    body = {k: v for k, v in meta.items() if k != "check"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
