@@ -1,7 +1,7 @@
 """Dropout pruning by the free-rider: drop a share of the protected task vector and rescale the rest.
 
 ``τ' = m ⊙ (θ_published − θ_base) / (1 − p)``, ``m ~ Bernoulli(1 − p)`` entry by entry (the drop-and-rescale
-rule of DARE, Section 3), done to the published expert before it enters any merge. The expectation of
+rule of DARE), done to the published expert before it enters any merge. The expectation of
 τ' is τ, so it helps only where the protection concentrates its harm in few entries.
 """
 
@@ -18,7 +18,7 @@ CARD = {
     "class": "DropoutPruning",
     "version": "1",
     "title": "Dropout pruning",
-    "paper": "Yu et al., Language Models are Super Mario (DARE), ICML 2024; adaptive free-rider of PaRaMS",
+    "paper": "Yu et al., Language Models are Super Mario (DARE), ICML 2024",
     "url": "https://arxiv.org/abs/2311.03099",
     "summary": "drop a random share of the protected task vector and rescale the rest",
     "threat": "protection",

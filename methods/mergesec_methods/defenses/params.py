@@ -3,7 +3,7 @@
 Three modules, in this order:
 
 1. dropout (off by default): a share p of the task vector is dropped and the rest divided by 1 − p,
-   so that later matching against the base sees more noise (Section on re-alignment; no released code).
+   so that later matching against the base sees more noise (no code was released for this module).
 2. rearrangement of the MLP's hidden units, as far from the base as a permutation can:
    ``A = W1 W1_baseᵀ + b1 b1_baseᵀ + W2ᵀ W2_base`` and a linear assignment minimising ``Σ_i A[i, σ(i)]``;
    unit i moves to place σ(i).
