@@ -1,9 +1,9 @@
 """Re-alignment: put rearranged hidden units back by matching them to the public base.
 
 The adaptive attack of the PaRaMS paper (the released repository has the matching routine but not the
-attack). Per block, ``S[i, j]`` is the similarity of published unit i and
-base unit j over up row, up bias (gate row, gate bias) and down column; the assignment maximising
-``Σ_i S[i, σ(i)]`` is found and unit i goes to place σ(i), i.e. the inverse permutation is applied.
+attack). Per block, ``S[i, j]`` is the similarity of published unit i and base unit j over up row, up
+bias (gate row, gate bias) and down column; the assignment maximising ``Σ_i S[i, σ(i)]`` is found and
+unit i goes to place σ(i), i.e. the inverse permutation is applied.
 Attention is left as published: this attack undoes rearrangement only.
 """
 
