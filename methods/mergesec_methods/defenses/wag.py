@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mergesec.contracts import (
     ContractError,
@@ -54,8 +55,7 @@ class Wag(Defense):
     ) -> Merged:
         """``method`` on the averaged experts; ContractError where a task lacks siblings."""
         merged = method.merge(base, [self._averaged(base, expert, ctx) for expert in experts], ctx)
-        info = {**merged.info, "wag_models": self.models}
-        return Merged(merged.shared, merged.per_task, merged.extra, info)
+        return replace(merged, info={**merged.info, "wag_models": self.models})
 
     def _averaged(self, base: Weights, expert: Expert, ctx: MergeContext) -> Expert:
         siblings = ctx.siblings.get(expert.task, ())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from mergesec.contracts import ContractError, MergeContext, Merged
 
@@ -17,7 +18,7 @@ def scaled_merge(
     """
     if scaling != "tuned":
         fixed = merge_at(float(scaling))
-        return Merged(fixed.shared, fixed.per_task, fixed.extra, {**fixed.info, "scaling": float(scaling)})
+        return replace(fixed, info={**fixed.info, "scaling": float(scaling)})
     if not grid:
         raise ContractError("scaling 'tuned' needs at least one coefficient in 'grid'")
     coefficients = sorted({float(value) for value in grid})
@@ -26,4 +27,4 @@ def scaled_merge(
     best = max(coefficients, key=lambda value: (scores[value], -abs(value)))
     chosen = merge_at(best)
     facts = {"scaling": best, "tuned": True, "tuning_scores": {str(k): v for k, v in scores.items()}}
-    return Merged(chosen.shared, chosen.per_task, chosen.extra, {**chosen.info, **facts})
+    return replace(chosen, info={**chosen.info, **facts})

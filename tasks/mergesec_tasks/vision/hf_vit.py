@@ -25,7 +25,7 @@ CARD = {
     "paper": "Dosovitskiy et al., An image is worth 16x16 words, ICLR 2021; Oquab et al., DINOv2, TMLR 2024",
     "url": "https://arxiv.org/abs/2010.11929",
     "summary": "ViT, DeiT, DINOv2 or CLIP vision tower from config.json and safetensors; never downloads",
-    "modality": "image",
+    "modalities": ["image"],
     "source": "a local folder in the Hugging Face layout",
     "licence": "that of the weights",
     "recipe": {
