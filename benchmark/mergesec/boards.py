@@ -65,7 +65,9 @@ def _put(row: Row, name: str, estimate: Estimate) -> None:
     row[f"{name}_low"], row[f"{name}_high"] = estimate.interval()
 
 
-def _group(records: Iterable[Record], key: Callable[[Record], tuple[Any, ...]]) -> dict[tuple[Any, ...], list[Record]]:
+def _group(
+    records: Iterable[Record], key: Callable[[Record], tuple[Any, ...]]
+) -> dict[tuple[Any, ...], list[Record]]:
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
         groups.setdefault(key(record), []).append(record)
@@ -144,8 +146,10 @@ def protection_boards(records: Sequence[Record], reader: Reader) -> list[Board]:
         }  # fmt: skip
         # attack none is the protection as it stands: it recovers nothing by definition
         undefined = attack == "none" or defense == "none"
-        part["recovery"] = nothing() if undefined else ratio(
-            part["MMP_attacked"] - part["MMP+"], part["MMP-"] - part["MMP+"], LEAST_LOSS
+        part["recovery"] = (
+            nothing()
+            if undefined
+            else ratio(part["MMP_attacked"] - part["MMP+"], part["MMP-"] - part["MMP+"], LEAST_LOSS)
         )
         for name, estimate in part.items():
             _put(row, name, estimate)
@@ -290,13 +294,19 @@ def cost_board(records: Sequence[Record]) -> Board | None:
 
 
 def _sorted(frame: pd.DataFrame, by: str, ascending: bool) -> pd.DataFrame:
-    return frame.sort_values(by, ascending=ascending, kind="stable", na_position="last").reset_index(drop=True)
+    return frame.sort_values(by, ascending=ascending, kind="stable", na_position="last").reset_index(
+        drop=True
+    )
 
 
 def make_boards(records: Sequence[Record]) -> list[Board]:
     """All boards these records support. The two threat models never share one."""
     reader = Reader()
-    boards = [clean_board(records, reader), *protection_boards(records, reader), backdoor_board(records, reader)]
+    boards = [
+        clean_board(records, reader),
+        *protection_boards(records, reader),
+        backdoor_board(records, reader),
+    ]
     return [b for b in [*boards, cost_board(records)] if b is not None]
 
 
@@ -316,8 +326,10 @@ def display(board: Board) -> tuple[list[str], list[list[str]]]:
     frame = board.frame
     hidden = {f"{m}{end}" for m in board.measures for end in ("_low", "_high")}
     hidden |= {"cells_done", "cells_expected", "seeds", "tier"}
-    columns = [c for c in _SHOWN.get(board.name, tuple(frame.columns)) if c in frame.columns and c not in hidden]
-    extra = [c for c in ("tier", "cells") if c == "cells" and "cells_done" in frame or c in frame.columns]
+    columns = [
+        c for c in _SHOWN.get(board.name, tuple(frame.columns)) if c in frame.columns and c not in hidden
+    ]
+    extra = [c for c in ("tier", "cells") if (c == "cells" and "cells_done" in frame) or c in frame.columns]
     rows = []
     for _, row in frame.iterrows():
         texts = [_text(row, c, board.measures) for c in columns]

@@ -57,7 +57,7 @@ class Parameter:
             raise UsageError(where, f"{value!r} is not a choice{nearest(value, self.choices)}")
         if self.type in ("float", "int"):
             low, high = self.min, self.max
-            if not value == value or (low is not None and value < low) or (high is not None and value > high):
+            if value != value or (low is not None and value < low) or (high is not None and value > high):
                 raise UsageError(where, f"{value!r} is outside [{low}, {high}]")
         if self.type == "float":
             return float(value)
@@ -105,6 +105,11 @@ class Card:
         }
 
 
+def _parameter(raw: Mapping[str, Any]) -> Parameter:
+    given: dict[str, Any] = {k: tuple(v) if k in ("choices", "also") else v for k, v in raw.items()}
+    return Parameter(**given)
+
+
 def _build(raw: Mapping[str, Any], where: str) -> Card:
     raw = dict(raw)
     if "class" not in raw:
@@ -128,10 +133,7 @@ def _build(raw: Mapping[str, Any], where: str) -> Card:
             if hook not in allowed:
                 raise UsageError(f"{where}: card.hooks", f"{hook!r}{nearest(hook, allowed)}")
     try:
-        raw["parameters"] = {
-            n: Parameter(**{k: tuple(v) if k in ("choices", "also") else v for k, v in p.items()})
-            for n, p in raw.get("parameters", {}).items()
-        }
+        raw["parameters"] = {n: _parameter(p) for n, p in raw.get("parameters", {}).items()}
     except TypeError as error:
         raise UsageError(f"{where}: card.parameters", str(error)) from None
     for name, p in raw["parameters"].items():

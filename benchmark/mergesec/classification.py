@@ -68,7 +68,7 @@ class ClassificationTask(Task):
         model.network.eval()
         rows: list[Tensor] = []
         with torch.no_grad():
-            for index in torch.arange(len(split)).split(FEATURE_BATCH):
+            for index in torch.split(torch.arange(len(split)), FEATURE_BATCH):
                 rows.append(model.features(self.batch(split, index, device).inputs))
         model.network.train(training)
         return torch.cat(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections import Counter
@@ -17,7 +18,6 @@ from mergesec.errors import UsageError, nearest
 from mergesec.files import fingerprint
 from mergesec.presets import preset_names, presets_folder
 
-THREATS = ("clean", "protection", "backdoor")
 RECIPE_FIELDS: dict[str, type] = {
     "optimizer": str, "learning_rate": float, "weight_decay": float, "schedule": str, "warmup": float,
     "epochs": int, "batch_size": int, "gradient_clip": float, "precision": str, "max_train": int,
@@ -62,7 +62,7 @@ class GridSpec(_Strict):
     description: str = ""
     suite: Suite
     axes: Axes
-    threats: tuple[Literal["clean", "protection", "backdoor"], ...] = THREATS
+    threats: tuple[Literal["clean", "protection", "backdoor"], ...] = ("clean", "protection", "backdoor")
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     protocol: Literal["inductive", "transductive"] = "inductive"
     recipe: dict[str, Any] = Field(default_factory=dict)
@@ -95,9 +95,8 @@ def load_grid(source: str, overrides: Sequence[str] = ()) -> GridSpec:
         raise UsageError(f"grid {source}", "not a mapping of fields") from None
     if not isinstance(raw, dict):
         raise UsageError(f"grid {source}", "not a mapping of fields")
-    raw = {str(k): v for k, v in raw.items()}
-    raw.setdefault("name", name)
-    return parse_grid(raw, f"grid {source}")
+    fields = {"name": name, **{str(k): v for k, v in raw.items()}}
+    return parse_grid(fields, f"grid {source}")
 
 
 def _hydra_message(error: Exception, folder: Path) -> str:
@@ -131,7 +130,8 @@ def parse_grid(raw: Mapping[str, Any], where: str) -> GridSpec:
         path = [p for p in first["loc"] if not isinstance(p, str) or p.isidentifier()]
         spot = ".".join(str(p) for p in path if p not in ("str", "int", "dict", "tuple", "literal"))
         if first["type"] == "extra_forbidden":
-            model = {"suite": Suite, "axes": Axes}.get(str(path[0]) if len(path) > 1 else "", GridSpec)
+            models: dict[str, type[_Strict]] = {"suite": Suite, "axes": Axes}
+            model = models.get(str(path[0]) if len(path) > 1 else "", GridSpec)
             message = f"unknown field{nearest(path[-1], model.model_fields)}"
         else:
             message = f"{first['msg']}, got {first['input']!r}"[:300]
@@ -141,15 +141,25 @@ def parse_grid(raw: Mapping[str, Any], where: str) -> GridSpec:
 # --------------------------------------------------------------------------- resolving
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Ref:
-    """A component with its parameters bound. ``text`` is its identity: what enters step keys."""
+    """A component with its parameters bound. ``text`` is its identity: what enters step keys.
+
+    Equality and hash are the text's alone: a big grid looks refs up a million times.
+    """
 
     kind: str
     name: str
     parameters: tuple[tuple[str, Any], ...]
     shown: str
     text: str
+    digest: str = ""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Ref) and self.text == other.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
 
     @property
     def label(self) -> str:
@@ -166,14 +176,17 @@ def make_ref(entry: Entry, given: Mapping[str, Any], where: str) -> Ref:
     bound = card.bind(where, given)
     changed = {k: v for k, v in bound.items() if v != card.parameters[k].default}
     shown = ", ".join(f"{k}={_short(v)}" for k, v in sorted(changed.items()))
-    content = {k: _path_content(f"{where}.{k}", v) for k, v in bound.items() if card.parameters[k].type == "path"}
+    content = {
+        k: _path_content(f"{where}.{k}", v) for k, v in bound.items() if card.parameters[k].type == "path"
+    }
     identity = {
         "kind": card.kind, "name": card.name, "version": card.version, "parameters": {**bound, **content},
     }  # fmt: skip
     if entry.digest:
         identity["digest"] = entry.digest
     frozen = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(bound.items()))
-    return Ref(card.kind, card.name, frozen, shown, json.dumps(identity, sort_keys=True))
+    text = json.dumps(identity, sort_keys=True)
+    return Ref(card.kind, card.name, frozen, shown, text, hashlib.sha256(text.encode()).hexdigest()[:32])
 
 
 def _path_content(where: str, value: Any) -> str | None:
@@ -205,7 +218,8 @@ def _expand(items: Iterable[Named], kind: str, where: str, catalog: Catalog) -> 
             continue
         entry = catalog.get(kind, name, spot)
         choices = [
-            [(key, v) for v in values] for key, values in ((k, _values(entry, k, v)) for k, v in given.items())
+            [(key, v) for v in values]
+            for key, values in ((k, _values(entry, k, v)) for k, v in given.items())
         ]
         refs += [make_ref(entry, dict(combo), spot) for combo in itertools.product(*choices)]
     doubled = [r for r, n in Counter(refs).items() if n > 1]
@@ -216,10 +230,12 @@ def _expand(items: Iterable[Named], kind: str, where: str, catalog: Catalog) -> 
 
 def _values(entry: Entry, name: str, value: Any) -> list[Any]:
     parameter = entry.card.parameters.get(name)
-    if isinstance(value, list):
-        if parameter is None or parameter.type != "list" or any(isinstance(v, list) for v in value):
-            return value
-    return [value]
+    if not isinstance(value, list):
+        return [value]
+    single = (
+        parameter is not None and parameter.type == "list" and not any(isinstance(v, list) for v in value)
+    )
+    return [value] if single else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +280,8 @@ def resolve(spec: GridSpec, catalog: Catalog) -> Grid:
         modality = catalog.get("task", task.name).card.modality
         if modality not in modalities:
             raise UsageError(
-                f"suite.tasks[{i}]", f"{task.name} is {modality}; {backbone.name} takes {', '.join(modalities)}"
+                f"suite.tasks[{i}]",
+                f"{task.name} is {modality}; {backbone.name} takes {', '.join(modalities)}",
             )
     if len(set(names)) != len(names):
         raise UsageError("suite.tasks", "a task is named twice")
@@ -353,7 +370,9 @@ def why_not(grid: Grid, threat: str, merging: Ref, attack: Ref, defense: Ref) ->
     return ""
 
 
-def _companions(experts: int | str | tuple[str, ...], subject: str, names: list[str]) -> list[tuple[str, ...]]:
+def _companions(
+    experts: int | str | tuple[str, ...], subject: str, names: list[str]
+) -> list[tuple[str, ...]]:
     """The merged tasks, in suite order, for one value of the experts axis."""
     if experts == "all":
         sets = [tuple(names)]
@@ -399,7 +418,7 @@ def cells(grid: Grid) -> Iterator[Cell]:
             for subject, target in _subjects(grid, threat):
                 anchor = subject or names[0]
                 if threat == "clean" and experts == "pairs":
-                    sets = list(itertools.combinations(names, 2))
+                    sets: list[tuple[str, ...]] = list(itertools.combinations(names, 2))
                 else:
                     sets = _companions(experts, anchor if isinstance(experts, int) else subject, names)
                 merges += [(subject, target, s) for s in sets]

@@ -7,13 +7,14 @@ coordinates. Where and how it runs never enters.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from mergesec.cards import Card
 from mergesec.grid import NONE, Cell, Grid, Ref, cells
@@ -21,7 +22,8 @@ from mergesec.grid import NONE, Cell, Grid, Ref, cells
 KEY_VERSION = 1
 """Version of the key algorithm; a golden test pins it."""
 
-TRAINED = ("expert", "poison", "guard")
+T = TypeVar("T")
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +50,13 @@ class Step:
 def step_key(
     kind: str, components: Iterable[tuple[str, str]], inputs: Iterable[tuple[str, str]], args: str
 ) -> str:
-    """SHA-256 (first 40 hex digits) of the canonical JSON of everything that decides the result."""
-    text = json.dumps([KEY_VERSION, kind, list(components), list(inputs), args], separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:40]
+    """SHA-256 (first 40 hex digits) of everything that decides the result.
+
+    ``components`` are (role, digest of identity), ``inputs`` (role, key), ``args`` canonical JSON.
+    Roles, digests and keys hold neither newline nor tab, so the text below is unambiguous.
+    """
+    rows = [f"{KEY_VERSION}\t{kind}", *map("\t".join, components), "", *map("\t".join, inputs), "", args]
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:40]
 
 
 @lru_cache(maxsize=65536)
@@ -86,7 +92,7 @@ class Planner:
     fingerprint: Callable[[str], str]
     """Content digest of a local task's folder, by task name."""
     steps: dict[str, Step] = field(default_factory=dict)
-    _memo: dict[tuple[Any, ...], str] = field(default_factory=dict)
+    _memo: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     # ----- the steps, in the order of the road
 
@@ -141,9 +147,7 @@ class Planner:
         # the same seed as the clean expert: clean and poisoned training differ by the attack alone
         drawn = draw_seed("expert", task, seed, 0)
         if "poison" in hooks:
-            result = self._train(
-                "poison", task, [("attack", attack)], [trigger], target=target, seed=drawn
-            )
+            result = self._train("poison", task, [("attack", attack)], [trigger], target=target, seed=drawn)
         if "forge" in hooks:
             extra = [trigger, ("weights", result), ("benign", self.expert(task, seed))]
             result = self._train("forge", task, [("attack", attack)], extra, target=target, seed=drawn)
@@ -166,14 +170,10 @@ class Planner:
             result = self._train("protect", task, [("defense", defense)], extra, **drawn_args)
         return result
 
-    def recovered(
-        self, attack: Ref, defense: Ref, task: str, experts: tuple[str, ...], seed: int
-    ) -> str:
+    def recovered(self, attack: Ref, defense: Ref, task: str, experts: tuple[str, ...], seed: int) -> str:
         return self._once(("recovered", attack, defense, task, experts, seed), self._recovered)
 
-    def _recovered(
-        self, attack: Ref, defense: Ref, task: str, experts: tuple[str, ...], seed: int
-    ) -> str:
+    def _recovered(self, attack: Ref, defense: Ref, task: str, experts: tuple[str, ...], seed: int) -> str:
         published = self.published(defense, task, seed)
         if attack is NONE:
             return published
@@ -183,25 +183,21 @@ class Planner:
         if self._card("attack", attack.name).data != "none":
             for other in experts:
                 if other != task:
-                    inputs += [(f"expert:{other}", self.expert(other, seed)), *self._views([other])]
+                    inputs += [(f"expert:{other}", self.expert(other, seed)), *self._views((other,))]
                     components.append((f"task:{other}", self.grid.task(other)))
         drawn = self._seed(attack, "recover", task, seed)
         return self._add("recover", components, inputs, task=task, **drawn)
 
-    def merged(
-        self, merging: Ref, contributed: tuple[tuple[str, str], ...], defense: Ref, seed: int
-    ) -> str:
+    def merged(self, merging: Ref, contributed: tuple[tuple[str, str], ...], defense: Ref, seed: int) -> str:
         return self._once(("merged", merging, contributed, defense, seed), self._merged)
 
-    def _merged(
-        self, merging: Ref, contributed: tuple[tuple[str, str], ...], defense: Ref, seed: int
-    ) -> str:
-        tasks = [t for t, _ in contributed]
+    def _merged(self, merging: Ref, contributed: tuple[tuple[str, str], ...], defense: Ref, seed: int) -> str:
+        tasks = tuple(t for t, _ in contributed)
         card = None if defense is NONE else self._card("defense", defense.name)
         hooks = card.hooks if card is not None and card.threat == "backdoor" else ()
         inputs = [("base", self.base()), *((f"expert:{t}", k) for t, k in contributed)]
         inputs += self._views(tasks)
-        components = [self._backbone, *((f"task:{t}", self.grid.task(t)) for t in tasks)]
+        components = self._parties(tasks)
         extra = self._siblings(card, defense, tasks, seed) if card is not None and hooks else []
         drawn = self._seed(defense, "defend", seed) if hooks else {}
         if "screen" in hooks:
@@ -229,7 +225,7 @@ class Planner:
     def _evaluation(
         self, model: str, tasks: tuple[str, ...], producer: Ref, trigger: tuple[Ref, str] | None
     ) -> str:
-        components = [self._backbone, *((f"task:{t}", self.grid.task(t)) for t in tasks)]
+        components = list(self._parties(tasks))
         inputs = [("model", model), *self._views(tasks)]
         if producer is not NONE:
             components.append(("producer", producer))
@@ -243,23 +239,31 @@ class Planner:
 
     def _comparison(self, first: str, second: str, task: str, producer: Ref) -> str:
         components = [self._backbone, (f"task:{task}", self.grid.task(task)), ("producer", producer)]
-        inputs = [("first", first), ("second", second), *self._views([task])]
+        inputs = [("first", first), ("second", second), *self._views((task,))]
         return self._add("compare", components, inputs, task=task)
 
     # ----- cells
 
     def cell(self, cell: Cell) -> CellPlan:
         """The evaluations a cell's metrics are read from."""
-        roles = [("base", self.evaluation(self.base(), tuple(t.name for t in self.grid.tasks)))]
-        clean = tuple((t, self.expert(t, cell.seed)) for t in cell.experts)
-        roles += [(f"expert:{t}", self.evaluation(k, (t,))) for t, k in clean]
-        merge = self.merged(cell.merging, clean, NONE, cell.seed)
-        roles.append(("clean_merge", self.evaluation(merge, cell.experts, cell.merging)))
+        clean, merge, controls = self._once(
+            ("controls", cell.merging, cell.experts, cell.seed), self._controls
+        )
+        roles = list(controls)
         if cell.threat == "protection":
             roles += self._protection(cell, dict(clean))
         elif cell.threat == "backdoor":
             roles += self._backdoor(cell, dict(clean), merge)
         return CellPlan(cell, tuple(roles))
+
+    def _controls(self, merging: Ref, experts: tuple[str, ...], seed: int) -> Any:
+        """Clean experts, their merge, and the evaluations every cell on them is read beside."""
+        roles = [("base", self.evaluation(self.base(), tuple(t.name for t in self.grid.tasks)))]
+        clean = tuple((t, self.expert(t, seed)) for t in experts)
+        roles += [(f"expert:{t}", self.evaluation(k, (t,))) for t, k in clean]
+        merge = self.merged(merging, clean, NONE, seed)
+        roles.append(("clean_merge", self.evaluation(merge, experts, merging)))
+        return clean, merge, tuple(roles)
 
     def _protection(self, cell: Cell, clean: dict[str, str]) -> list[tuple[str, str]]:
         victim, seed = cell.subject, cell.seed
@@ -312,27 +316,39 @@ class Planner:
             return {}
         return {"seed": draw_seed(ref.name, *coordinates)}
 
-    def _views(self, tasks: Iterable[str]) -> list[tuple[str, str]]:
-        return [pair for t in tasks for pair in ((f"data:{t}", self.data(t)), (f"head:{t}", self.head(t)))]
+    def _views(self, tasks: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+        """Data and heads of the tasks, as inputs."""
+        return self._once(("views", tasks), self._make_views)
 
-    def _siblings(self, card: Card, defense: Ref, tasks: list[str], seed: int) -> list[tuple[str, str]]:
+    def _make_views(self, tasks: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+        return tuple(p for t in tasks for p in ((f"data:{t}", self.data(t)), (f"head:{t}", self.head(t))))
+
+    def _parties(self, tasks: tuple[str, ...]) -> tuple[tuple[str, Ref], ...]:
+        """Backbone and tasks, as components."""
+        return self._once(("parties", tasks), self._make_parties)
+
+    def _make_parties(self, tasks: tuple[str, ...]) -> tuple[tuple[str, Ref], ...]:
+        return (self._backbone, *((f"task:{t}", self.grid.task(t)) for t in tasks))
+
+    def _siblings(self, card: Card, defense: Ref, tasks: tuple[str, ...], seed: int) -> list[tuple[str, str]]:
         if not card.siblings:
             return []
         count = int(dict(defense.parameters)[card.siblings])
         return [(f"sibling:{t}:{i}", self.expert(t, seed, i)) for t in tasks for i in range(1, count + 1)]
 
-    def _once(self, memo: tuple[Any, ...], build: Callable[..., str]) -> str:
-        key = self._memo.get(memo)
-        if key is None:
-            key = self._memo[memo] = build(*memo[1:])
-        return key
+    def _once(self, memo: tuple[Any, ...], build: Callable[..., T]) -> T:
+        found = self._memo.get(memo)
+        if found is None:
+            found = self._memo[memo] = build(*memo[1:])
+        result: T = found
+        return result
 
     def _add(
         self, kind: str, components: Iterable[tuple[str, Ref]], inputs: Iterable[tuple[str, str]], **args: Any
     ) -> str:
         components, inputs = tuple(components), tuple(inputs)
-        text = json.dumps(args, sort_keys=True, separators=(",", ":"))
-        key = step_key(kind, [(role, ref.text) for role, ref in components], inputs, text)
+        text = _canonical(args) if args else "{}"
+        key = step_key(kind, [(role, ref.digest) for role, ref in components], inputs, text)
         if key not in self.steps:
             self.steps[key] = Step(key, kind, components, inputs, text)
         return key
@@ -341,7 +357,13 @@ class Planner:
 def make_plan(grid: Grid, fingerprint: Callable[[str], str]) -> Plan:
     """Plan every cell of the grid. Steps come out in dependency order."""
     planner = Planner(grid, fingerprint)
-    planned = [planner.cell(cell) for cell in cells(grid)]
+    collecting = gc.isenabled()
+    gc.disable()  # millions of small tuples, no cycles: collecting them takes a third of the time
+    try:
+        planned = [planner.cell(cell) for cell in cells(grid)]
+    finally:
+        if collecting:
+            gc.enable()
     return Plan(grid, planner.steps, planned, Counter(grid.left_out))
 
 

@@ -92,7 +92,9 @@ def count(hits: Bits, mask: Bits | None = None) -> Count:
     if mask is None:
         return Count(k=int(hits.sum()), n=len(hits), total=len(hits), hits=_pack(hits))
     inside = hits & mask
-    return Count(k=int(inside.sum()), n=int(mask.sum()), total=len(hits), hits=_pack(inside), mask=_pack(mask))
+    return Count(
+        k=int(inside.sum()), n=int(mask.sum()), total=len(hits), hits=_pack(inside), mask=_pack(mask)
+    )
 
 
 # --------------------------------------------------------------------------- from steps to records
@@ -109,7 +111,14 @@ def read_evaluation(store: Store, kind: str, key: str) -> tuple[Evaluation, dict
 
 def cell_name(cell: Cell) -> str:
     """A readable, unique file name."""
-    parts = [cell.threat, cell.merging.name, cell.attack.name, cell.defense.name, cell.subject, f"s{cell.seed}"]
+    parts = [
+        cell.threat,
+        cell.merging.name,
+        cell.attack.name,
+        cell.defense.name,
+        cell.subject,
+        f"s{cell.seed}",
+    ]
     text = "|".join(
         [cell.threat, cell.merging.text, cell.attack.text, cell.defense.text, cell.subject,
          str(cell.target_class), ",".join(cell.experts), str(cell.seed)]

@@ -83,7 +83,9 @@ class History:
 
     @staticmethod
     def _what(step: Step) -> str:
-        names = [r.name for role, r in step.components if role in ("backbone", "attack", "defense", "merging")]
+        names = [
+            r.name for role, r in step.components if role in ("backbone", "attack", "defense", "merging")
+        ]
         return "|".join([step.kind, *names])
 
     def add(self, step: Step, answer: Answer) -> None:

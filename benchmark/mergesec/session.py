@@ -44,7 +44,11 @@ def open_session(
     """Read, resolve and plan a grid; UsageError for anything the user can mend."""
     plugins = tuple(str(Path(p).resolve()) if Path(p).is_file() else p for p in plugins)
     catalog = load_catalog(plugins)
-    root = Path(data_root or os.environ.get("MERGESEC_DATA") or "") if data_root or os.environ.get("MERGESEC_DATA") else None
+    root = (
+        Path(data_root or os.environ.get("MERGESEC_DATA") or "")
+        if data_root or os.environ.get("MERGESEC_DATA")
+        else None
+    )
     if root is not None and not root.is_dir():
         raise UsageError("--data-root", f"no folder {str(root)!r}")
     home = store or default_root()
@@ -57,7 +61,8 @@ def _task_fingerprints(root: Path | None):  # type: ignore[no-untyped-def]
     def of(task: str) -> str:
         if root is None:
             raise UsageError(
-                "--data-root", f"task {task} reads a local folder; give --data-root DIR with DIR/{task}/ in it"
+                "--data-root",
+                f"task {task} reads a local folder; give --data-root DIR with DIR/{task}/ in it",
             )
         folder = root / task
         if not folder.is_dir():

@@ -60,7 +60,9 @@ class Bootstrap:
         """Share of each seed in each draw, ``[DRAWS, len(seeds)]``."""
         if seeds not in self._seeds:
             rng = _generator("seeds", *seeds)
-            self._seeds[seeds] = rng.multinomial(len(seeds), [1 / len(seeds)] * len(seeds), DRAWS) / len(seeds)
+            self._seeds[seeds] = rng.multinomial(len(seeds), [1 / len(seeds)] * len(seeds), DRAWS) / len(
+                seeds
+            )
         return self._seeds[seeds]
 
     def rate(self, task: str, counts: dict[int, Count]) -> Estimate:
@@ -72,7 +74,9 @@ class Bootstrap:
         for seed in seeds:
             hits, mask = counts[seed].arrays()
             weights = self._sample_weights(task, counts[seed].total)
-            rates.append((weights @ hits.astype(np.float32)) / np.maximum(weights @ mask.astype(np.float32), 1))
+            rates.append(
+                (weights @ hits.astype(np.float32)) / np.maximum(weights @ mask.astype(np.float32), 1)
+            )
         draws = (np.stack(rates, 1) * self._seed_weights(seeds)).sum(1)
         return Estimate(float(np.mean([c.k / c.n for c in counts.values()])), draws)
 

@@ -219,7 +219,7 @@ def train_context(work: Work) -> TrainContext:
     task: Task = work.component("task")
     split = work.splits("data", task)["train"]
     base_weights, head_weights = work.tensors("base"), work.tensors("head")
-    recipe = Recipe(**{k: v for k, v in work.args["recipe"]})
+    recipe = Recipe(**dict(work.args["recipe"]))
 
     def run_recipe(split_: Split | None = None, loss: Any = None, **other: Any) -> Weights:
         chosen = other.pop("split", split_)
@@ -423,7 +423,7 @@ def task_outputs(
     """Outputs of a whole split, batched, without gradients; ``read`` reduces each batch."""
     found = []
     with torch.inference_mode():
-        for index in torch.arange(len(split)).split(EVALUATION_BATCH):
+        for index in torch.split(torch.arange(len(split)), EVALUATION_BATCH):
             inputs = task.batch(split, index, device).inputs
             outputs = task.outputs(model, head, change(inputs) if change else inputs)
             found.append((read(outputs) if read else outputs).cpu())

@@ -59,7 +59,7 @@ def fit(
         torch.manual_seed(seed)
         for _ in range(recipe.epochs):
             order = rows[torch.randperm(len(rows), generator=generator)]
-            for index in order.split(recipe.batch_size):
+            for index in torch.split(order, recipe.batch_size):
                 batch = task.batch(split, index, device)
                 with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
                     value = objective(model, batch)

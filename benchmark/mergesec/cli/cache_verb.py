@@ -31,7 +31,11 @@ def main(
         for name, _, n in found:
             number[name] += 1
             size[name] += n
-        show.table(str(store.root), ["kind", "artifacts", "MB"], [[k, str(number[k]), f"{size[k] / 1e6:.1f}"] for k in number])
+        show.table(
+            str(store.root),
+            ["kind", "artifacts", "MB"],
+            [[k, str(number[k]), f"{size[k] / 1e6:.1f}"] for k in number],
+        )
     elif action == "verify":
         bad = 0
         for name, key, _ in found:

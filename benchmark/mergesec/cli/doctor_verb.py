@@ -6,10 +6,14 @@ import os
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 import typer
 
 from mergesec.cli import show
+
+if TYPE_CHECKING:
+    from mergesec.catalog import Entry
 
 
 def main() -> None:
@@ -20,12 +24,23 @@ def main() -> None:
 
     rows: list[list[str]] = []
     rows.append(["python", "ok", platform.python_version()])
-    for name, needed in (("torch", True), ("hydra-core", True), ("transformers", False), ("open_clip_torch", False)):
+    for name, needed in (
+        ("torch", True),
+        ("hydra-core", True),
+        ("transformers", False),
+        ("open_clip_torch", False),
+    ):
         try:
             rows.append([name, "ok", version(name)])
         except PackageNotFoundError:
             extra = {"transformers": "real", "open_clip_torch": "clip"}.get(name, "")
-            rows.append([name, "MISSING" if needed else "absent", f"pip install 'mergesec[{extra}]'" if extra else "reinstall mergesec"])
+            rows.append(
+                [
+                    name,
+                    "MISSING" if needed else "absent",
+                    f"pip install 'mergesec[{extra}]'" if extra else "reinstall mergesec",
+                ]
+            )
     try:
         import torch
 
@@ -44,7 +59,7 @@ def main() -> None:
     except UsageError as error:
         rows.append(["store", "FAILED", str(error)])
     try:
-        entries = list(load_catalog())  # type: ignore[call-overload]
+        entries = list(load_catalog())
         broken = _broken(entries)
         rows.append(["catalogue", "FAILED" if broken else "ok", broken or f"{len(entries)} components load"])
     except UsageError as error:
@@ -54,7 +69,7 @@ def main() -> None:
         raise typer.Exit(1)
 
 
-def _broken(entries: list) -> str:  # type: ignore[type-arg]
+def _broken(entries: list[Entry]) -> str:
     for entry in entries:
         try:
             entry.load()

@@ -15,9 +15,9 @@ def main(name: Annotated[str, typer.Argument(help="a registered name")], plugin:
     from mergesec.errors import UsageError, nearest
 
     catalog = load_catalog(plugin or ())
-    found = [e for e in catalog if e.card.name == name]  # type: ignore[attr-defined]
+    found = [e for e in catalog if e.card.name == name]
     if not found:
-        raise UsageError("name", f"unknown {name!r}{nearest(name, [e.card.name for e in catalog])}")  # type: ignore[attr-defined]
+        raise UsageError("name", f"unknown {name!r}{nearest(name, [e.card.name for e in catalog])}")
     for entry in found:
         card = entry.card
         facts = {

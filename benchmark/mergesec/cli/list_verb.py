@@ -11,7 +11,9 @@ from mergesec.cli import show
 
 
 def main(
-    kind: Annotated[str, typer.Argument(help="task, backbone, merging, attack, defense, grid, or all")] = "all",
+    kind: Annotated[
+        str, typer.Argument(help="task, backbone, merging, attack, defense, grid, or all")
+    ] = "all",
     plugin: Annotated[list[str] | None, typer.Option(help="a plugin file to include")] = None,
 ) -> None:
     from mergesec.catalog import load_catalog

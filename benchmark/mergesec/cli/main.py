@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import sys
 from importlib import import_module
+from typing import Any
 
-import click
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 VERBS = {
     "list": "What is registered: tasks, backbones, merge methods, attacks, defenses.",
@@ -27,14 +27,14 @@ VERBS = {
 class _Lazy(TyperGroup):
     """Knows every verb's name and help, imports a verb's module only to run it."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return list(VERBS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in VERBS:
             return None
         if ctx.resilient_parsing or "--help" in sys.argv[1:2] or len(sys.argv) < 2:
-            return click.Command(cmd_name, help=VERBS[cmd_name])
+            return TyperCommand(cmd_name, help=VERBS[cmd_name])
         module = import_module(f"mergesec.cli.{cmd_name}_verb")
         verb = typer.Typer(add_completion=False)
         verb.command(cmd_name, help=VERBS[cmd_name])(module.main)

@@ -35,7 +35,14 @@ def main(
         seconds[step.kind] += s  # type: ignore[assignment]
         size[step.kind] += b  # type: ignore[assignment]
     rows = [
-        [kind, str(n), str(n - todo[kind]), str(todo[kind]), show.duration(seconds[kind]), f"{size[kind] / 1e6:.1f}"]
+        [
+            kind,
+            str(n),
+            str(n - todo[kind]),
+            str(todo[kind]),
+            show.duration(seconds[kind]),
+            f"{size[kind] / 1e6:.1f}",
+        ]
         for kind, n in total.items()
     ]
     show.table("", ["step", "distinct", "cached or not needed", "to run", "time", "disk MB"], rows)
@@ -45,5 +52,7 @@ def main(
     for reason, n in plan.left_out.most_common():
         print(f"  {n:>6} × {reason}")
     work = float(sum(seconds.values()))
-    print(f"steps to run: {len(wanted)}; work {show.duration(work)}, about {show.duration(work / max(1, jobs))} on {jobs} workers; disk {sum(size.values()) / 1e6:.0f} MB")
+    print(
+        f"steps to run: {len(wanted)}; work {show.duration(work)}, about {show.duration(work / max(1, jobs))} on {jobs} workers; disk {sum(size.values()) / 1e6:.0f} MB"
+    )
     print("times are means of earlier runs of the same step here, or rough defaults before there are any")

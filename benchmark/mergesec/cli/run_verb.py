@@ -21,7 +21,9 @@ def main(
     grid: GridOption,
     overrides: Overrides = None,
     plugin: Plugins = None,
-    jobs: Annotated[int | None, typer.Option(help="workers (per GPU, or on the CPU; default one per core)")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="workers (per GPU, or on the CPU; default one per core)")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0,1")] = "auto",
     data_root: DataRoot = None,
     results: Results = "results",
@@ -39,9 +41,7 @@ def main(
         raise UsageError("grid", f"no cell is left to run ({reasons})")
     progress = show.Progress()
     try:
-        finished = run_session(
-            session, Path(results), progress, device, jobs, threads, step_timeout or None
-        )
+        finished = run_session(session, Path(results), progress, device, jobs, threads, step_timeout or None)
     finally:
         progress.stop()
     print_boards(finished.boards)

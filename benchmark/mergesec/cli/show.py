@@ -83,7 +83,11 @@ class Progress:
             what = f"failed: {answer.message}" if bad else duration(answer.seconds)
             elapsed = duration(time.monotonic() - self._started)
             left = f", about {duration(remaining_seconds)} left" if remaining_seconds > 1 else ""
-            print(f"[{self._done}/{self._total} {elapsed}{left}] {step.label}: {what}", file=sys.stderr, flush=True)
+            print(
+                f"[{self._done}/{self._total} {elapsed}{left}] {step.label}: {what}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def stop(self) -> None:
         if self._bar is not None:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,10 +117,8 @@ class LocalExecutor:
     def close(self, now: bool = False) -> None:
         """Stop the workers; ``now`` kills what is running."""
         for pool in self._pools:
-            if now:
-                pool.stop()
-            else:
-                pool.close()
+            stop: Callable[[], None] = pool.stop if now else pool.close
+            stop()
         for pool in self._pools:
             with contextlib.suppress(TimeoutError, RuntimeError):
                 pool.join(timeout=None if now else 60)
@@ -165,9 +163,7 @@ def _bench() -> Any:
         torch.set_num_threads(place.threads)
         torch.use_deterministic_algorithms(True, warn_only=True)
         root = Path(place.data_root) if place.data_root else None
-        _BENCH = Bench(
-            Store(Path(place.store)), load_catalog(place.plugins), torch.device(slot.device), root
-        )
+        _BENCH = Bench(Store(Path(place.store)), load_catalog(place.plugins), torch.device(slot.device), root)
     return _BENCH
 
 
