@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,19 @@ def interpolated_positions(positions: Tensor, side: int) -> Tensor:
     resized = functional.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
     rows = resized.permute(0, 2, 3, 1).reshape(side * side, -1).to(positions.dtype)
     return torch.cat([flat[:1], rows]).reshape(*shape[:-2], side * side + 1, shape[-1])
+
+
+@contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+    """transformers silent for a while: what matters in its loading report is checked, not printed."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
 
 
 class HfVit(Backbone):
@@ -207,16 +222,16 @@ class HfVit(Backbone):
         from transformers import AutoModel
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        loaded, report = AutoModel.from_pretrained(
-            os.fspath(self.path),
-            config=self._read_config(num_hidden_layers=self.config.num_hidden_layers),
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with _quiet(logging):
+            loaded, report = AutoModel.from_pretrained(
+                os.fspath(self.path),
+                config=self._read_config(num_hidden_layers=self.config.num_hidden_layers),
+                dtype=torch.float32,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
         missing = [n for n in sorted(report["missing_keys"]) if not any(part in n for part in OPTIONAL)]
         if missing:
             raise ContractError(
