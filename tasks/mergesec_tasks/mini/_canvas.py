@@ -23,6 +23,9 @@ _AXIS = ((np.arange(SIZE, dtype=np.float32) + 0.5) * PIXEL - 1.0).astype(np.floa
 class Style:
     """How a drawing is photographed. Ranges are uniform, in pixel values [0, 1] or pixels."""
 
+    viewpoint: float = 0.6
+    """Turns, shifts, shears and tilts of the camera are multiplied by this."""
+    zoom: float = 1.1
     saturation: tuple[float, float] = (0.8, 1.15)
     """Colour kept (0 grey, 1 as drawn)."""
     inverted: float = 0.0
@@ -40,14 +43,16 @@ class Style:
 
 NATIVE = Style()
 SHIFTED = Style(
+    viewpoint=1.0,
+    zoom=1.0,
     saturation=(0.0, 0.15),
-    inverted=0.5,
-    contrast=(0.45, 0.9),
+    inverted=0.25,
+    contrast=(0.5, 0.95),
     gain=(0.7, 1.1),
     tint=0.03,
     shading=0.3,
-    blur=(0.3, 1.1),
-    noise=(0.03, 0.1),
+    blur=(0.3, 1.0),
+    noise=(0.03, 0.08),
 )
 """What the base is pretrained on: grey, often inverted, flat, noisy photographs of the same drawings."""
 
@@ -105,8 +110,10 @@ def gaussian_matrices(sigmas: Array) -> Array:
 class Canvas:
     """A batch of ``count`` images being drawn; ``pixels`` is float32 ``[N, 3, S, S]`` in [0, 1]."""
 
-    def __init__(self, count: int, rng: np.random.Generator, pool: str = "train") -> None:
-        self.count, self.rng, self.pool = count, rng, pool
+    def __init__(
+        self, count: int, rng: np.random.Generator, pool: str = "train", style: Style = NATIVE
+    ) -> None:
+        self.count, self.rng, self.pool, self.style = count, rng, pool, style
         self.pixels: Array = np.zeros((count, 3, SIZE, SIZE), dtype=np.float32)
         self.x: Array = np.broadcast_to(_AXIS[None, None, :], (count, SIZE, SIZE))
         self.y: Array = np.broadcast_to(_AXIS[None, :, None], (count, SIZE, SIZE))
@@ -165,7 +172,9 @@ class Canvas:
         aspect: float = 0.0,
     ) -> tuple[Array, Array]:
         """Object coordinates ``[N, S, S]`` under a random viewpoint (turn in radians, zoom > 1 nearer)."""
-        angle, size = self.uniform(-turn, turn), self.uniform(*zoom)
+        wild = self.style.viewpoint
+        turn, shift, shear, tilt = turn * wild, shift * wild, shear * wild, tilt * wild
+        angle, size = self.uniform(-turn, turn), self.uniform(*zoom) * np.float32(self.style.zoom)
         x, y = self.x - self.uniform(-shift, shift), self.y - self.uniform(-shift, shift)
         depth = 1.0 + self.uniform(-tilt, tilt) * x + self.uniform(-tilt, tilt) * y
         stretch = np.exp(self.uniform(-aspect, aspect))
@@ -189,8 +198,9 @@ class Canvas:
         """Multiplies the light by ``1 + field``."""
         self.pixels *= np.clip(1.0 + field, 0.0, 2.0)[:, None]
 
-    def finish(self, style: Style) -> NDArray[np.uint8]:
-        """The photographs, uint8 ``[N, 3, S, S]``."""
+    def finish(self) -> NDArray[np.uint8]:
+        """The photographs in the canvas's style, uint8 ``[N, 3, S, S]``."""
+        style = self.style
         image = np.clip(self.pixels, 0.0, 1.0)
         angle = self.uniform(0.0, 2 * np.pi)
         slope = np.cos(angle) * self.x + np.sin(angle) * self.y

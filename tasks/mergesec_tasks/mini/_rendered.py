@@ -35,9 +35,9 @@ class RenderedTask(ClassificationTask):
         images = np.empty((count, 3, SIZE, SIZE), dtype=np.uint8)
         for label in range(len(self.classes)):
             rows = np.flatnonzero(labels == label)
-            canvas = Canvas(len(rows), rng, pool)
+            canvas = Canvas(len(rows), rng, pool, style)
             self.draw(canvas, label)
-            images[rows] = canvas.finish(style)
+            images[rows] = canvas.finish()
         return Split(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
 
     def load(self, ctx: DataContext) -> dict[str, Split]:

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -29,7 +29,7 @@ from mergesec_tasks.mini.mnist import Digits
 from mergesec_tasks.mini.resisc45 import Aerial
 from mergesec_tasks.mini.sun397 import Scenes
 from mergesec_tasks.mini.svhn import HouseNumbers
-from mergesec_tasks.mini.vit import BASE_FILE, HEADS_FILE, WIDTH, MiniViT
+from mergesec_tasks.mini.vit import BASE_FILE, HEADS_FILE, WIDTH, MiniViT, Network
 
 TASKS: tuple[type[RenderedTask], ...] = (Scenes, Cars, Aerial, LandUse, HouseNumbers, Signs, Digits, Textures)
 SCALE = 16.0
@@ -39,6 +39,24 @@ SCALE = 16.0
 def _data(images: int, seed: int) -> list[tuple[Tensor, Tensor]]:
     """Shifted renderings of every task, ``images`` each: uint8 ``[N, 3, 32, 32]`` and labels ``[N]``."""
     return [(s.inputs, s.targets) for s in (t().render(images, "pretrain", SHIFTED, seed) for t in TASKS)]
+
+
+def _initialise(network: nn.Module, images: Tensor) -> None:
+    """Small residual branches, and features centred on ``images`` so that the cosine heads can start.
+
+    Without the centring all features point one way and the loss stays at chance for hundreds of steps.
+    """
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.012 if name.endswith((".o", ".down")) else 0.04)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
+    with torch.no_grad():
+        centre = MiniViT().features(network, images.float() / 255.0).mean(dim=0)
+        cast(Network, network).norm.bias.sub_(centre)
 
 
 def _train(
@@ -54,7 +72,7 @@ def _train(
     """AdamW with warm-up and cosine decay; every step sees ``batch`` images of each task."""
     backbone, scale = MiniViT(), torch.tensor(SCALE)
     parameters = [*network.parameters(), *heads]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.05, fused=True)
     warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -79,6 +97,17 @@ def _train(
             report(f"pretrain step {step + 1}/{steps} loss {loss.item():.3f}")
 
 
+def _save(out: Path, network: nn.Module, heads: list[Tensor]) -> None:
+    """Writes base and unit-length heads as float16 safetensors."""
+    out.mkdir(parents=True, exist_ok=True)
+    packed = {}
+    for task, head in zip(TASKS, heads, strict=True):
+        packed[f"mini/{task.slug}/weight"] = functional.normalize(head.detach(), dim=-1).half()
+        packed[f"mini/{task.slug}/scale"] = torch.tensor(SCALE).half()
+    save_file({k: v.detach().half().contiguous() for k, v in network.state_dict().items()}, out / BASE_FILE)
+    save_file(packed, out / HEADS_FILE)
+
+
 def pretrain(
     out: Path,
     seed: int = 0,
@@ -100,23 +129,17 @@ def pretrain(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = MiniViT().build()
-        heads = [torch.randn(len(task.classes), WIDTH).requires_grad_() for task in TASKS]
+        _initialise(network, torch.cat([inputs[:64] for inputs, _ in data]))
+        heads = [(torch.randn(len(t.classes), WIDTH) * WIDTH**-0.5).requires_grad_() for t in TASKS]
     _train(network, heads, data, steps, batch, learning_rate, seed, report)
-    out.mkdir(parents=True, exist_ok=True)
-    base = {name: value.detach().half().contiguous() for name, value in network.state_dict().items()}
-    packed = {}
-    for task, head in zip(TASKS, heads, strict=True):
-        packed[f"mini/{task.slug}/weight"] = functional.normalize(head.detach(), dim=-1).half()
-        packed[f"mini/{task.slug}/scale"] = torch.tensor(SCALE).half()
-    save_file(base, out / BASE_FILE)
-    save_file(packed, out / HEADS_FILE)
+    _save(out, network, heads)
     facts: dict[str, Any] = {
         "seed": seed,
         "steps": steps,
         "batch": batch * len(TASKS),
         "images": images * len(TASKS),
         "learning_rate": learning_rate,
-        "parameters": sum(value.numel() for value in base.values()),
+        "parameters": sum(value.numel() for value in network.parameters()),
         "seconds": time.perf_counter() - start,
     }
     if card is not None:

@@ -93,9 +93,11 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(
-            nn.Conv2d(3, 48, 4, stride=4),
+            nn.Conv2d(3, 32, 3, stride=2, padding=1),
             nn.GELU(approximate="tanh"),
-            nn.Conv2d(48, WIDTH, 3, stride=2, padding=1),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            nn.GELU(approximate="tanh"),
+            nn.Conv2d(64, WIDTH, 3, stride=2, padding=1),
         )
         self.pos = nn.Parameter(torch.randn(1, TOKENS, WIDTH) * 0.02)
         self.blocks = nn.ModuleList(_Block() for _ in range(DEPTH))
