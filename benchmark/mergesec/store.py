@@ -84,19 +84,23 @@ class Store:
         meta_path, tensor_path = self._paths(kind, key)
         digests = {n: _digest(n, r.dtype, r.shape, r.data) for n, r in parse_safetensors(blob).items()}
         write_atomic(tensor_path, blob)
-        meta = {"key": key, "kind": kind, "digests": digests, "bytes": len(blob), "info": dict(info)}
+        # as JSON will give it back: the check must not depend on integer keys or tuples
+        facts = json.loads(json.dumps(dict(info)))
+        meta = {"key": key, "kind": kind, "digests": digests, "bytes": len(blob), "info": facts}
         meta["check"] = _check(meta)
         write_atomic(meta_path, json.dumps(meta, sort_keys=True).encode())
 
     def read(self, kind: str, key: str) -> tuple[bytes, dict[str, Any]]:
         """(safetensors bytes, metadata), verified. CorruptArtifact (removed) on any mismatch."""
         meta_path, tensor_path = self._paths(kind, key)
+        if not meta_path.is_file():  # absent, or just being committed by another worker: nothing to remove
+            raise CorruptArtifact(key)
         try:
             meta = json.loads(meta_path.read_bytes())
             blob = tensor_path.read_bytes()
             found = {n: _digest(n, r.dtype, r.shape, r.data) for n, r in parse_safetensors(blob).items()}
             sound = meta["check"] == _check(meta) and found == meta["digests"] and meta["key"] == key
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             sound = False
         if not sound:
             self.remove(kind, key)
