@@ -119,6 +119,8 @@ class Scheduler:
     _ready: list[tuple[float, int, str]] = field(default_factory=list)
     _tries: dict[str, int] = field(default_factory=dict)
     _order: dict[str, int] = field(default_factory=dict)
+    _active: set[str] = field(default_factory=set)
+    """Ready or running now."""
     _seconds_left: float = 0.0
 
     def run(self, wanted: Mapping[str, Step], cached: int) -> Outcome:
@@ -167,6 +169,7 @@ class Scheduler:
     def _push(self, key: str) -> None:
         # the longest first: trainings must not be what everybody waits for at the end
         seconds, _ = self.history.predict(self.steps[key])
+        self._active.add(key)
         heapq.heappush(self._ready, (-seconds, self._order[key], key))
 
     def _launch(self, running: dict[Future[Answer], tuple[int, Step]], idle: list[int]) -> None:
@@ -192,10 +195,13 @@ class Scheduler:
     def _settle(self, step: Step, answer: Answer) -> None:
         if answer.status == "full":
             raise Full(answer.message)
+        self._active.discard(step.key)
+        if answer.status in ("corrupt", "died") and self.outcome.interrupted:
+            return  # not the step's fault; the next run does it
         tries = self._tries[step.key] = self._tries.get(step.key, 0) + 1
-        if answer.status in ("corrupt", "died") and tries < ATTEMPTS and not self.outcome.interrupted:
+        if answer.status in ("corrupt", "died") and tries < ATTEMPTS:
             del self._missing[step.key]
-            if answer.key:
+            if answer.key not in self._active:  # else another step that reads it noticed first
                 self._missing.pop(answer.key, None)
             self._add(step.key)
             return
