@@ -32,6 +32,10 @@ def main(
 ) -> None:
     from mergesec.session import open_session, run_session
 
+    if not step_timeout >= 0:
+        from mergesec.errors import UsageError
+
+        raise UsageError("--step-timeout", f"must not be negative, got {step_timeout}")
     started = time.monotonic()
     session = open_session(grid, overrides or (), plugin or (), data_root)
     if not session.plan.cells:
