@@ -27,6 +27,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "float": (float, int), "int": (int,), "bool": (bool,), "str": (str,), "choice": (str,),
     "path": (str,), "list": (list, tuple),
 }  # fmt: skip
+_NAMED = re.compile(r"^(?:CARD|CARDS)\b", re.MULTILINE)
 _LITERAL = re.compile(r"^(?:CARD|CARDS)\b[^=\n]*= *(\{.*?^\}|\[.*?^\])", re.MULTILINE | re.DOTALL)
 
 
@@ -105,12 +106,25 @@ class Card:
         }
 
 
-def _parameter(raw: Mapping[str, Any]) -> Parameter:
+def _parameter(where: str, raw: Any) -> Parameter:
+    """A parameter whose default fits its own type and range; UsageError naming ``where``."""
+    if not isinstance(raw, Mapping) or "type" not in raw or "default" not in raw:
+        raise UsageError(where, f"needs at least 'type' and 'default', got {raw!r}")
+    known = [f.name for f in fields(Parameter)]
+    for key in raw:
+        if key not in known:
+            raise UsageError(where, f"unknown field {key!r}{nearest(key, known)}")
+    if raw["type"] not in _TYPES:
+        raise UsageError(where, f"type {raw['type']!r}{nearest(raw['type'], _TYPES)}")
     given: dict[str, Any] = {k: tuple(v) if k in ("choices", "also") else v for k, v in raw.items()}
-    return Parameter(**given)
+    parameter = Parameter(**given)
+    parameter.check(f"{where}.default", parameter.default)
+    return parameter
 
 
-def _build(raw: Mapping[str, Any], where: str) -> Card:
+def _build(raw: Any, where: str) -> Card:
+    if not isinstance(raw, dict):
+        raise UsageError(where, f"a card is a dictionary, got {raw!r}"[:200])
     raw = dict(raw)
     if "class" not in raw:
         raise UsageError(where, "the card lacks 'class'")
@@ -132,13 +146,12 @@ def _build(raw: Mapping[str, Any], where: str) -> Card:
         for hook in raw.get("hooks") or [""]:
             if hook not in allowed:
                 raise UsageError(f"{where}: card.hooks", f"{hook!r}{nearest(hook, allowed)}")
-    try:
-        raw["parameters"] = {n: _parameter(p) for n, p in raw.get("parameters", {}).items()}
-    except TypeError as error:
-        raise UsageError(f"{where}: card.parameters", str(error)) from None
-    for name, p in raw["parameters"].items():
-        if p.type not in _TYPES:
-            raise UsageError(f"{where}: card.parameters.{name}", f"type {p.type!r}{nearest(p.type, _TYPES)}")
+    given = raw.get("parameters", {})
+    if not isinstance(given, dict):
+        raise UsageError(f"{where}: card.parameters", f"expected a dictionary, got {given!r}"[:200])
+    raw["parameters"] = {n: _parameter(f"{where}: card.parameters.{n}", p) for n, p in given.items()}
+    if raw.get("siblings") and raw["siblings"] not in given:
+        raise UsageError(f"{where}: card.siblings", f"{raw['siblings']!r}{nearest(raw['siblings'], given)}")
     for key in ("hooks", "modalities"):
         if key in raw:
             raw[key] = tuple(raw[key])
@@ -147,16 +160,40 @@ def _build(raw: Mapping[str, Any], where: str) -> Card:
 
 def read_cards(path: Path) -> list[Card]:
     """The cards in one module, read as literals; empty if it has none. Nothing is executed."""
-    text = path.read_text(encoding="utf-8")
-    match = _LITERAL.search(text)
-    if not match:
-        return []
     try:
-        value = ast.literal_eval(match[1])
-    except (ValueError, SyntaxError) as error:
-        raise UsageError(str(path.name), f"CARD is not a plain literal ({error})") from None
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UsageError(path.name, "not UTF-8 text") from None
+    if not _NAMED.search(text):
+        return []
+    match = _LITERAL.search(text)
+    try:
+        value = ast.literal_eval(match[1]) if match else _parsed(text)
+    except (ValueError, SyntaxError):
+        value = _parsed_or_refused(text, path.name)
+    if value is None:
+        return []
     raws = value if isinstance(value, list) else [value]
     return [_build(raw, path.name) for raw in raws]
+
+
+def _parsed(text: str) -> Any:
+    """The card by the full parser, for layouts the quick pattern does not cover; None if absent."""
+    for node in ast.parse(text).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(t, ast.Name) and t.id in ("CARD", "CARDS") for t in targets):
+            value = getattr(node, "value", None)
+            return ast.literal_eval(value) if value is not None else None
+    return None
+
+
+def _parsed_or_refused(text: str, where: str) -> Any:
+    try:
+        return _parsed(text)
+    except SyntaxError as error:
+        raise UsageError(f"{where}, line {error.lineno}", f"not valid Python ({error.msg})") from None
+    except ValueError as error:
+        raise UsageError(where, f"CARD is not a plain literal ({error})") from None
 
 
 def file_digest(path: Path) -> str:
