@@ -265,8 +265,12 @@ def read_records(folder: Path, grid: str) -> list[Record]:
     if not manifest.is_file():
         known = sorted(p.parent.name for p in folder.glob("*/grid.json"))
         raise UsageError("grid", f"no records of {grid!r} in {folder}; found: {', '.join(known) or 'none'}")
+    try:
+        names = list(json.loads(manifest.read_text())["cells"])
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{grid}/grid.json", "unreadable; run the grid again to write it anew") from None
     records = []
-    for name in json.loads(manifest.read_text())["cells"]:
+    for name in names:
         path = folder / grid / f"{name}.json"
         try:
             records.append(Record.model_validate_json(path.read_bytes()))
