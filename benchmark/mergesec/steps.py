@@ -76,6 +76,10 @@ class Bench:
     def _size(self) -> int:
         return sum(t.nbytes for weights, _ in self._tensors.values() for t in weights.values())
 
+    def forget(self, key: str) -> None:
+        """Read an artifact from the store again next time."""
+        self._tensors.pop(key, None)
+
     def component(self, ref: Ref) -> Any:
         if ref.text not in self._instances:
             entry = self.catalog.get(ref.kind, ref.name)
@@ -93,7 +97,7 @@ class Work:
         self.inputs = dict(step.inputs)
         self.refs = dict(step.components)
         self._kinds = kinds
-        self._handed: list[tuple[str, Tensor, int]] = []
+        self._handed: list[tuple[str, str, Tensor, int]] = []
 
     @property
     def device(self) -> torch.device:
@@ -113,26 +117,37 @@ class Work:
 
     def tensors(self, role: str) -> Weights:
         """An input's tensors, on the device, remembered so that mutation is noticed."""
-        weights, _ = self.bench.read(self._kinds[self.inputs[role]], self.inputs[role])
-        moved = read_only({k: v.to(self.device) for k, v in weights.items()})
-        self._handed += [(f"{role}.{k}", v, v._version) for k, v in moved.items()]
+        moved = read_only({k: v.to(self.device) for k, v in self._read(role)[0].items()})
+        self._watch(role, moved)
         return moved
 
     def info(self, role: str) -> dict[str, Any]:
-        return self.bench.read(self._kinds[self.inputs[role]], self.inputs[role])[1]
+        return self._read(role)[1]
 
     def splits(self, role: str, task: Task) -> dict[str, Split]:
-        return task.unpack(self.bench.read(self._kinds[self.inputs[role]], self.inputs[role])[0])
+        packed, _ = self._read(role)
+        self._watch(role, packed)
+        return task.unpack(packed)
+
+    def _read(self, role: str) -> tuple[Weights, dict[str, Any]]:
+        return self.bench.read(self._kinds[self.inputs[role]], self.inputs[role])
+
+    def _watch(self, role: str, tensors: Weights) -> None:
+        self._handed += [(role, name, v, v._version) for name, v in tensors.items()]
 
     def merged(self, role: str) -> Merged:
         """A merge artifact, or plain weights seen as one."""
         return unflatten(self.tensors(role), self.info(role))
 
-    def check_untouched(self) -> None:
-        """ContractError if a hook changed a tensor it was handed."""
-        for name, tensor, version in self._handed:
-            if tensor._version != version:
-                raise ContractError(f"changed its input {name} in place")
+    def changed(self) -> str:
+        """The first input tensor that a hook wrote to; empty if none.
+
+        The worker's copies of such inputs are dropped, so that no later step computes with them.
+        """
+        touched = [(role, name) for role, name, v, version in self._handed if v._version != version]
+        for role, _ in touched:
+            self.bench.forget(self.inputs[role])
+        return ".".join(touched[0]) if touched else ""
 
 
 # --------------------------------------------------------------------------- merged artifacts
@@ -430,6 +445,21 @@ def task_outputs(
     return torch.cat(found)
 
 
+def check_triggered(triggered: Any, inputs: Any, who: str) -> Any:
+    """ContractError unless ``triggered`` has the shape of ``inputs`` and, if floating, is finite.
+
+    A network fed NaN still names a class, so this would otherwise read as a success of the attack.
+    """
+    if isinstance(inputs, Tensor):
+        if not isinstance(triggered, Tensor) or triggered.shape != inputs.shape:
+            found = list(triggered.shape) if isinstance(triggered, Tensor) else type(triggered).__name__
+            raise ContractError(f"{who}.apply returned {found} for inputs {list(inputs.shape)}")
+        check_finite({"apply": triggered}, who)
+    elif len(triggered) != len(inputs):
+        raise ContractError(f"{who}.apply returned {len(triggered)} inputs for {len(inputs)}")
+    return triggered
+
+
 def network_of(work: Work, role: str, task: str, producer: Any) -> nn.Module:
     """The network that serves ``task``, as whoever produced the artifact says."""
     if isinstance(producer, MergeMethod):
@@ -450,7 +480,7 @@ def evaluate(work: Work) -> Result:
         arrays = work.tensors("trigger")
 
         def change(inputs: Any) -> Any:
-            return attack.apply(arrays, inputs)
+            return check_triggered(attack.apply(arrays, inputs), inputs, attack.name)
 
     found: dict[str, Tensor] = {}
     network: nn.Module | None = None
@@ -496,8 +526,12 @@ KINDS: dict[str, Callable[[Work], Result]] = {
 def run(step: Step, bench: Bench, kinds: Mapping[str, str]) -> tuple[bytes, dict[str, Any]]:
     """Do a step: (safetensors bytes, JSON facts). ``kinds`` tells the kind of each input key."""
     work = Work(step, bench, kinds)
-    tensors, info = KINDS[step.kind](work)
-    work.check_untouched()
+    try:
+        tensors, info = KINDS[step.kind](work)
+    finally:
+        changed = work.changed()
+    if changed:
+        raise ContractError(f"changed its input {changed} in place")
     # clones untie shared memory, which safetensors refuses, and detach from graphs
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     return save_tensors(plain), info
