@@ -79,7 +79,7 @@ def load_grid(source: str, overrides: Sequence[str] = ()) -> GridSpec:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
     from yaml import YAMLError
 
     folder, name = _locate(source)
@@ -88,7 +88,10 @@ def load_grid(source: str, overrides: Sequence[str] = ()) -> GridSpec:
     try:
         with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
             config = compose(name, overrides=[*overrides, *search])
-        raw = OmegaConf.to_container(config, resolve=True)
+        raw = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        field = str(error).split("\n")[0].rsplit(" ", 1)[-1]
+        raise UsageError(f"grid {source}: {field}", f"needs a value; add {field}=... to the command") from None
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise UsageError(f"grid {source}", _hydra_message(error, folder)) from None
     except AttributeError:  # hydra's answer to a YAML file that is not a mapping
@@ -208,7 +211,7 @@ def _expand(items: Iterable[Named], kind: str, where: str, catalog: Catalog) -> 
     """Refs for each item; lists of parameter values become a product."""
     refs: list[Ref] = []
     for i, item in enumerate(items):
-        spot = f"{where}[{i}]"
+        spot = where if kind == "backbone" else f"{where}[{i}]"
         given = {"name": item} if isinstance(item, str) else dict(item)
         name = given.pop("name", None)
         if not isinstance(name, str):
@@ -343,7 +346,7 @@ def _check_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
 
 # --------------------------------------------------------------------------- cells
 
-_PATTERN_KEYS = ("threat", "merging", "attack", "defense", "subject", "target_class", "seed")
+_PATTERN_KEYS = ("threat", "merging", "attack", "defense", "subject", "target_class", "experts", "seed")
 
 
 def why_not(grid: Grid, threat: str, merging: Ref, attack: Ref, defense: Ref) -> str:
@@ -401,7 +404,10 @@ def _matches(pattern: Mapping[str, Any], cell: Cell) -> bool:
     for key, wanted in pattern.items():
         value = getattr(cell, key)
         options = wanted if isinstance(wanted, (list, tuple)) else [wanted]
-        names = (value.name, value.label) if isinstance(value, Ref) else (value,)
+        if isinstance(value, Ref):
+            names: tuple[Any, ...] = (value.name, value.label)
+        else:
+            names = (len(value),) if key == "experts" else (value,)
         if not any(n == o for n in names for o in options):
             return False
     return True

@@ -23,6 +23,8 @@ KEY_VERSION = 1
 """Version of the key algorithm; a golden test pins it."""
 
 T = TypeVar("T")
+TRAINED = ("expert", "poison", "guard", "forge")
+"""Kinds of step that train, or work on training data, and so always carry a seed."""
 _canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 
 

@@ -110,7 +110,8 @@ class Work:
 
     @property
     def seed(self) -> int:
-        return int(self.args.get("seed", 0))
+        """The seed drawn for the component; that of the defense around a merge method that draws none."""
+        return int(self.args.get("seed", self.args.get("defend", {}).get("seed", 0)))
 
     def component(self, role: str) -> Any:
         return self.bench.component(self.refs[role])

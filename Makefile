@@ -1,0 +1,40 @@
+# make quickstart : install into .venv, run the quickstart grid, print the boards
+# make test       : install into .venv, lint, type-check, run all tests
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: quickstart test install install-dev lint types clean
+
+quickstart: install
+	$(BIN)/bench run --grid quickstart
+
+test: install-dev lint types
+	$(BIN)/python -m pytest -q --durations=10
+
+install: $(VENV)/.core
+install-dev: $(VENV)/.dev
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+# -c constraints.txt: the versions the suite was tested with
+$(VENV)/.core: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[real,clip,fusionbench,dev]'
+	touch $@
+
+lint: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install-dev
+	$(BIN)/mypy --strict -p mergesec -p mergesec_tasks -p mergesec_methods
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache

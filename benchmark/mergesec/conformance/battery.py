@@ -1,0 +1,294 @@
+"""The battery: runs a component down the real road in the micro world, twice, and looks closely.
+
+``bench plugin check FILE`` runs it on a stranger's component; the test suite on every built-in.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from torch import Tensor
+
+from mergesec.catalog import Catalog, Entry, add_plugin
+from mergesec.contracts import Attack, Backbone, DataContext, Task
+from mergesec.errors import UsageError
+from mergesec.grid import parse_grid, resolve
+from mergesec.plan import TRAINED, Plan, Step, make_plan
+from mergesec.steps import Bench, run
+from mergesec.store import Store
+
+MICRO = Path(__file__).parent / "micro.py"
+_TASKS = ("micro/bars", "micro/blobs", "micro/rings")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report. ``passed`` is None where the check does not apply here."""
+
+    name: str
+    passed: bool | None
+    message: str = ""
+
+
+class Battery:
+    """Gathers checks; one that raises is a failed check, not the end."""
+
+    def __init__(self) -> None:
+        self.checks: list[Check] = []
+
+    def check(self, name: str, test: Callable[[], str | None]) -> bool:
+        """Run ``test``; it returns None if all is well, else what is wrong."""
+        try:
+            wrong = test()
+        except Exception as error:
+            wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        self.checks.append(Check(name, wrong is None, wrong or ""))
+        return wrong is None
+
+    def skip(self, name: str, why: str) -> None:
+        self.checks.append(Check(name, None, why))
+
+
+def check_component(entry: Entry, catalog: Catalog) -> list[Check]:
+    """All checks that apply to this component."""
+    battery = Battery()
+    torch.set_num_threads(1)  # the micro world is far too small for more
+    if "micro/vit" not in catalog.entries["backbone"]:
+        add_plugin(catalog, MICRO)
+    made: list[Any] = []
+
+    def create() -> None:
+        made.append(entry.create(entry.card.bind("parameters", {})))
+
+    if not battery.check("loads and takes its defaults", create):
+        return battery.checks
+    kind = entry.card.kind
+    if kind == "task":
+        _check_task(entry, made[0], battery)
+    elif kind == "backbone":
+        _check_backbone(entry, made[0], battery)
+    else:
+        _check_method(entry, made[0], catalog, battery)
+    return battery.checks
+
+
+# --------------------------------------------------------------------------- methods
+
+
+def _grid(entry: Entry) -> dict[str, Any]:
+    """The smallest grid in which the component has work to do."""
+    axes: dict[str, Any] = {"merging": ["task_arithmetic"], "experts": ["all"], "victim": ["micro/bars"]}
+    axes["adversary"] = ["micro/bars"]
+    card = entry.card
+    threat = card.threat or "clean"
+    if card.kind == "merging":
+        axes["merging"] = [card.name]
+    elif card.kind == "attack":
+        axes["attacks"] = [card.name]
+        axes["defenses"] = ["params"] if threat == "protection" else ["none"]
+    else:
+        axes["defenses"] = [card.name]
+        axes["attacks"] = ["badnets"] if threat == "backdoor" else ["none"]
+    suite = {"name": "micro", "backbone": "micro/vit", "tasks": list(_TASKS)}
+    return {
+        "name": "conformance", "suite": suite, "axes": axes, "threats": [threat], "seeds": [0, 1],
+        "recipe": {"epochs": 1, "max_train": 64},
+    }  # fmt: skip
+
+
+def run_here(plan: Plan, bench: Bench) -> dict[str, dict[str, str]]:
+    """Run a plan's missing steps in this process, in order; tensor digests by step key."""
+    kinds = {key: step.kind for key, step in plan.steps.items()}
+    digests = {}
+    for key, step in plan.steps.items():
+        if not bench.store.has(step.kind, key):
+            blob, info = run(step, bench, kinds)
+            bench.store.put(step.kind, key, blob, info)
+        digests[key] = bench.store.read(step.kind, key)[1]["digests"]
+    return digests
+
+
+def _check_method(entry: Entry, component: Any, catalog: Catalog, battery: Battery) -> None:
+    missing = [n for k, n in (("merging", "task_arithmetic"), ("attack", "badnets"), ("defense", "params")) if n not in catalog.entries[k]]
+    if missing:
+        battery.skip("runs in the micro world", f"needs {missing[0]}, which is not installed")
+        return
+    grid = resolve(parse_grid(_grid(entry), "conformance"), catalog)
+    plan = make_plan(grid, lambda task: "")
+    results: list[dict[str, dict[str, str]]] = []
+    with tempfile.TemporaryDirectory() as folder:
+
+        def road() -> None:
+            for name in ("first", "second"):
+                bench = Bench(Store(Path(folder) / name), catalog, torch.device("cpu"))
+                results.append(run_here(plan, bench))
+
+        if not battery.check("runs down the whole road: finite, right names and shapes, inputs untouched", road):
+            return
+        battery.check("same coordinates, same numbers", lambda: _same(*results, plan))
+        bench = Bench(Store(Path(folder) / "first"), catalog, torch.device("cpu"))
+        battery.check("the card's 'seeded' is true", lambda: _seeded(entry, plan, bench))
+        if isinstance(component, Attack) and entry.card.threat == "backdoor":
+            _check_trigger(component, plan, bench, battery)
+
+
+def _same(first: Mapping[str, Any], second: Mapping[str, Any], plan: Plan) -> str | None:
+    for key, step in plan.steps.items():
+        if first[key] != second[key]:
+            return f"{step.label} gave other tensors the second time"
+    return None
+
+
+def _own_steps(entry: Entry, plan: Plan) -> list[Step]:
+    card = entry.card
+    kinds = {
+        "merging": ("merge",), "attack": ("trigger", "poison", "forge", "recover"),
+        "defense": ("guard", "protect", "screen", "merge", "repair"),
+    }[card.kind]  # fmt: skip
+    found = [s for s in plan.steps.values() if s.kind in kinds]
+    return [s for s in found if any(r.name == card.name and r.kind == card.kind for _, r in s.components)]
+
+
+def _seeded(entry: Entry, plan: Plan, bench: Bench) -> str | None:
+    """Results of a component that draws nothing are shared by all seeds: so it must draw nothing."""
+    steps = _own_steps(entry, plan)
+    if not steps:
+        return "no step of the plan calls it: are the hooks on the card right?"
+    kinds = {key: step.kind for key, step in plan.steps.items()}
+    differs = tried = False
+    for step in steps:
+        if step.kind in TRAINED:
+            continue  # training always has a seed
+        tried = True
+        reseeded = replace(step, args=json.dumps({**json.loads(step.args), "seed": 987654321}))
+        tensors = load_tensors(run(reseeded, bench, kinds)[0])
+        before, _ = bench.read(step.kind, step.key)
+        differs |= any(not torch.equal(tensors[k], before[k]) for k in before)
+    if differs and not entry.card.seeded:
+        return "it draws randomness, but the card says seeded: False, so all seeds would share one result"
+    if tried and entry.card.seeded and not differs:
+        return "the card says seeded: True, but another seed changes nothing"
+    return None
+
+
+def _check_trigger(attack: Attack, plan: Plan, bench: Bench, battery: Battery) -> None:
+    step = next(s for s in plan.steps.values() if s.kind == "trigger")
+    arrays, _ = bench.read("trigger", step.key)
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    before = images.clone()
+
+    def applies() -> str | None:
+        out = attack.apply(arrays, images)
+        if not isinstance(out, Tensor) or out.shape != images.shape:
+            return "apply() must keep the shape of its inputs"
+        if not torch.equal(images, before):
+            return "apply() changed its inputs in place"
+        if not torch.isfinite(out).all() or out.min() < 0 or out.max() > 1:
+            return "apply() leaves the raw input space [0, 1]"
+        return "apply() changes nothing" if torch.equal(out, before) else None
+
+    battery.check("the trigger applies in raw input space", applies)
+
+
+# --------------------------------------------------------------------------- tasks and backbones
+
+
+def _check_task(entry: Entry, task: Task, battery: Battery) -> None:
+    if entry.card.local:
+        battery.skip("loads", "reads a local folder; run it with --data-root")
+        return
+    loaded: list[dict[str, Any]] = []
+
+    def load() -> str | None:
+        loaded.extend(task.load(DataContext(torch.device("cpu"), 0)) for _ in range(2))
+        splits = loaded[0]
+        if set(splits) < {"train", "tuning", "test"}:
+            return f"splits are {sorted(splits)}"
+        for name, split in splits.items():
+            n = entry.card.images.get(name, len(split))
+            if len(split) != n:
+                return f"{name} has {len(split)} rows, the card says {n}"
+            if split.targets.min() < 0 or split.targets.max() >= len(task.classes):
+                return f"{name}: a target is outside the classes"
+        if entry.card.classes != len(task.classes):
+            return f"{len(task.classes)} classes, the card says {entry.card.classes}"
+        return None
+
+    if not battery.check("splits are there, sized and labelled as the card says", load):
+        return
+
+    def same() -> str | None:
+        first, second = (task.pack(s) for s in loaded)
+        return None if all(torch.equal(first[k], second[k]) for k in first) else "two loads differ"
+
+    def disjoint() -> str | None:
+        packed = task.pack(loaded[0])
+        rows = {n: {r.numpy().tobytes() for r in packed[f"{n}/inputs"]} for n in ("train", "tuning", "test")}
+        shared = len(rows["test"] & (rows["train"] | rows["tuning"]))
+        return f"{shared} test rows are also in train or tuning" if shared else None
+
+    def packs() -> str | None:
+        again = task.unpack(task.pack(loaded[0]))
+        return None if {n: len(s) for n, s in again.items()} == {n: len(s) for n, s in loaded[0].items()} else "pack/unpack loses rows"
+
+    battery.check("loads the same twice", same)
+    battery.check("test rows are in no other split", disjoint)
+    battery.check("splits survive being stored", packs)
+
+
+def _check_backbone(entry: Entry, backbone: Backbone, battery: Battery) -> None:
+    if any(p.type == "path" for p in entry.card.parameters.values()):
+        battery.skip("builds", "reads weights from a path; give one in a grid")
+        return
+
+    def layout() -> str | None:
+        weights, network = backbone.base_weights(), backbone.build()
+        want = {k: (tuple(v.shape), v.dtype) for k, v in network.state_dict().items()}
+        have = {k: (tuple(v.shape), v.dtype) for k, v in weights.items()}
+        return None if want == have else "base_weights() and build() disagree in names, shapes or dtypes"
+
+    def anatomy() -> str | None:
+        names = set(backbone.base_weights())
+        for block in backbone.anatomy().blocks:
+            attention, mlp = block.attention, block.mlp
+            for linear in (attention.query, attention.key, attention.value, attention.output, mlp.up, mlp.down):
+                if linear.weight not in names or (linear.bias is not None and linear.bias not in names):
+                    return f"anatomy names {linear.weight}, which the weights lack"
+        return None
+
+    def differentiable() -> str | None:
+        network = backbone.build()
+        network.load_state_dict(dict(backbone.base_weights()))
+        images = torch.rand(2, 3, 32, 32, requires_grad=True)
+        try:
+            features = backbone.features(network.eval(), images)
+        except RuntimeError:
+            images = torch.rand(2, 3, 16, 16, requires_grad=True)
+            features = backbone.features(network.eval(), images)
+        if features.ndim != 2 or features.shape[0] != 2:
+            return f"features have shape {list(features.shape)}, not [N, d]"
+        features.square().sum().backward()  # type: ignore[no-untyped-call]
+        return None if images.grad is not None and images.grad.abs().sum() > 0 else "no gradient reaches the inputs"
+
+    battery.check("base weights fit the network", layout)
+    battery.check("the anatomy names real tensors", anatomy)
+    if "image" in entry.card.modalities:
+        battery.check("features are [N, d] and differentiable in the pixels", differentiable)
+
+
+def check_file(path: Path, catalog: Catalog) -> list[tuple[str, Check]]:
+    """(component, check) for every card in a plugin file; UsageError if the file has none."""
+    found: list[tuple[str, Check]] = []
+    for entry in add_plugin(catalog, path):
+        found += [(f"{entry.card.kind} {entry.card.name}", c) for c in check_component(entry, catalog)]
+    if not found:
+        raise UsageError(str(path), "nothing to check")
+    return found
+
