@@ -234,11 +234,11 @@ def backdoor_board(records: Sequence[Record], reader: Reader) -> Board | None:
         for name, estimate in part.items():
             _put(row, name, estimate)
         rows.append(row)
-    for (attack, merging, experts), keys in _by_contest(parts).items():
+    for contest, keys in _by_contest(parts).items():
         ranked = tiers([parts[k]["succession"] for k in keys], higher_is_better=False)
         for k, tier in zip(keys, ranked, strict=True):
             place = list(parts).index(k)
-            rows[place]["tier"] = tier if attack != "none" else 0
+            rows[place]["tier"] = tier if contest[0] != "none" else 0
     measures = (*(name for name, *_ in _BACKDOOR), "backdoor", "DER")
     note = "ASR on non-target samples. `backdoor` = succession minus the same trigger on the clean merge. Tiers rank defenses within one attack and method."
     return Board("backdoor", "Backdoor: attack × method × defense", pd.DataFrame(rows), measures, note)

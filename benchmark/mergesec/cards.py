@@ -87,6 +87,10 @@ class Card:
     seeded: bool = False
     siblings: str = ""
     local: bool = False
+    depends: tuple[str, ...] = ()
+    """Distributions whose major version decides results (e.g. one that names the tensors)."""
+    pretrain: str = ""
+    """``module:function`` that makes a backbone's weights, for ``bench pretrain``."""
     classes: int = 0
     source: str = ""
     licence: str = ""
@@ -152,7 +156,7 @@ def _build(raw: Any, where: str) -> Card:
     raw["parameters"] = {n: _parameter(f"{where}: card.parameters.{n}", p) for n, p in given.items()}
     if raw.get("siblings") and raw["siblings"] not in given:
         raise UsageError(f"{where}: card.siblings", f"{raw['siblings']!r}{nearest(raw['siblings'], given)}")
-    for key in ("hooks", "modalities"):
+    for key in ("hooks", "modalities", "depends"):
         if key in raw:
             raw[key] = tuple(raw[key])
     return Card(**raw)

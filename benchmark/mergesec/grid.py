@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,7 +92,9 @@ def load_grid(source: str, overrides: Sequence[str] = ()) -> GridSpec:
         raw = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         field = str(error).split("\n")[0].rsplit(" ", 1)[-1]
-        raise UsageError(f"grid {source}: {field}", f"needs a value; add {field}=... to the command") from None
+        raise UsageError(
+            f"grid {source}: {field}", f"needs a value; add {field}=... to the command"
+        ) from None
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise UsageError(f"grid {source}", _hydra_message(error, folder)) from None
     except AttributeError:  # hydra's answer to a YAML file that is not a mapping
@@ -185,11 +188,20 @@ def make_ref(entry: Entry, given: Mapping[str, Any], where: str) -> Ref:
     identity = {
         "kind": card.kind, "name": card.name, "version": card.version, "parameters": {**bound, **content},
     }  # fmt: skip
+    if card.depends:
+        identity["depends"] = {name: _major(name) for name in card.depends}
     if entry.digest:
         identity["digest"] = entry.digest
     frozen = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(bound.items()))
     text = json.dumps(identity, sort_keys=True)
     return Ref(card.kind, card.name, frozen, shown, text, hashlib.sha256(text.encode()).hexdigest()[:32])
+
+
+def _major(distribution: str) -> str:
+    try:
+        return version(distribution).split(".")[0]
+    except PackageNotFoundError:
+        return ""
 
 
 def _path_content(where: str, value: Any) -> str | None:

@@ -207,7 +207,11 @@ def data(work: Work) -> Result:
         if name not in splits or not len(splits[name]):
             raise ContractError(f"{task.name}: split {name} is missing or empty")
     sizes = {n: len(s) for n, s in splits.items()}
-    facts = {"sizes": sizes, "classes": list(task.classes), "partial": bool(getattr(task, "partial", False))}
+    facts = {
+        "sizes": sizes,
+        "classes": list(task.classes),
+        "partial": str(getattr(task, "partial", "") or ""),
+    }
     return task.pack(splits), facts
 
 

@@ -23,6 +23,8 @@ def main(
 
     found = check_file(file, load_catalog())
     word = {True: "pass", False: "FAIL", None: "skip"}
-    show.table("", ["component", "check", "", "why"], [[w, c.name, word[c.passed], c.message] for w, c in found])
+    show.table(
+        "", ["component", "check", "", "why"], [[w, c.name, word[c.passed], c.message] for w, c in found]
+    )
     if any(c.passed is False for _, c in found):
         raise typer.Exit(1)

@@ -116,7 +116,11 @@ def run_here(plan: Plan, bench: Bench) -> dict[str, dict[str, str]]:
 
 
 def _check_method(entry: Entry, component: Any, catalog: Catalog, battery: Battery) -> None:
-    missing = [n for k, n in (("merging", "task_arithmetic"), ("attack", "badnets"), ("defense", "params")) if n not in catalog.entries[k]]
+    missing = [
+        n
+        for k, n in (("merging", "task_arithmetic"), ("attack", "badnets"), ("defense", "params"))
+        if n not in catalog.entries[k]
+    ]
     if missing:
         battery.skip("runs in the micro world", f"needs {missing[0]}, which is not installed")
         return
@@ -130,9 +134,11 @@ def _check_method(entry: Entry, component: Any, catalog: Catalog, battery: Batte
                 bench = Bench(Store(Path(folder) / name), catalog, torch.device("cpu"))
                 results.append(run_here(plan, bench))
 
-        if not battery.check("runs down the whole road: finite, right names and shapes, inputs untouched", road):
+        if not battery.check(
+            "runs down the whole road: finite, right names and shapes, inputs untouched", road
+        ):
             return
-        battery.check("same coordinates, same numbers", lambda: _same(*results, plan))
+        battery.check("same coordinates, same numbers", lambda: _same(results[0], results[1], plan))
         bench = Bench(Store(Path(folder) / "first"), catalog, torch.device("cpu"))
         battery.check("the card's 'seeded' is true", lambda: _seeded(entry, plan, bench))
         if isinstance(component, Attack) and entry.card.threat == "backdoor":
@@ -236,7 +242,11 @@ def _check_task(entry: Entry, task: Task, battery: Battery) -> None:
 
     def packs() -> str | None:
         again = task.unpack(task.pack(loaded[0]))
-        return None if {n: len(s) for n, s in again.items()} == {n: len(s) for n, s in loaded[0].items()} else "pack/unpack loses rows"
+        return (
+            None
+            if {n: len(s) for n, s in again.items()} == {n: len(s) for n, s in loaded[0].items()}
+            else "pack/unpack loses rows"
+        )
 
     battery.check("loads the same twice", same)
     battery.check("test rows are in no other split", disjoint)
@@ -258,7 +268,14 @@ def _check_backbone(entry: Entry, backbone: Backbone, battery: Battery) -> None:
         names = set(backbone.base_weights())
         for block in backbone.anatomy().blocks:
             attention, mlp = block.attention, block.mlp
-            for linear in (attention.query, attention.key, attention.value, attention.output, mlp.up, mlp.down):
+            for linear in (
+                attention.query,
+                attention.key,
+                attention.value,
+                attention.output,
+                mlp.up,
+                mlp.down,
+            ):
                 if linear.weight not in names or (linear.bias is not None and linear.bias not in names):
                     return f"anatomy names {linear.weight}, which the weights lack"
         return None
@@ -275,7 +292,11 @@ def _check_backbone(entry: Entry, backbone: Backbone, battery: Battery) -> None:
         if features.ndim != 2 or features.shape[0] != 2:
             return f"features have shape {list(features.shape)}, not [N, d]"
         features.square().sum().backward()  # type: ignore[no-untyped-call]
-        return None if images.grad is not None and images.grad.abs().sum() > 0 else "no gradient reaches the inputs"
+        return (
+            None
+            if images.grad is not None and images.grad.abs().sum() > 0
+            else "no gradient reaches the inputs"
+        )
 
     battery.check("base weights fit the network", layout)
     battery.check("the anatomy names real tensors", anatomy)
@@ -291,4 +312,3 @@ def check_file(path: Path, catalog: Catalog) -> list[tuple[str, Check]]:
     if not found:
         raise UsageError(str(path), "nothing to check")
     return found
-

@@ -28,6 +28,7 @@ CARD = {
     "url": "https://arxiv.org/abs/2010.11929",
     "summary": "ViT, DeiT, DINOv2 or CLIP vision tower from config.json and safetensors; never downloads",
     "modalities": ["image"],
+    "depends": ["transformers"],
     "source": "a local folder in the Hugging Face layout",
     "licence": "that of the weights",
     "recipe": {
