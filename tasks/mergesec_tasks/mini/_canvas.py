@@ -54,7 +54,21 @@ SHIFTED = Style(
     blur=(0.3, 1.0),
     noise=(0.03, 0.08),
 )
-"""What the base is pretrained on: grey, often inverted, flat, noisy photographs of the same drawings."""
+"""First phase of pretraining: grey, sometimes inverted, flat, noisy photographs of the same drawings."""
+
+FOREIGN = Style(
+    viewpoint=1.2,
+    zoom=0.7,
+    saturation=(0.0, 0.1),
+    inverted=1.0,
+    contrast=(0.3, 0.6),
+    gain=(0.6, 1.0),
+    tint=0.03,
+    shading=0.3,
+    blur=(0.9, 1.6),
+    noise=(0.05, 0.12),
+)
+"""Second phase: small, flat, blurred negatives. Takes the base away from the tasks, not from their classes."""
 
 
 def hsv(hue: Array, saturation: Array, value: Array) -> Array:

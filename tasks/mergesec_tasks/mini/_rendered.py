@@ -23,19 +23,24 @@ class RenderedTask(ClassificationTask):
     slug: ClassVar[str]
     """Names the random stream; never changes, or the images would."""
     sizes: ClassVar[dict[str, int]] = SIZES
+    native: ClassVar[Style] = NATIVE
+    """How this task's own images are photographed."""
 
     @abstractmethod
     def draw(self, canvas: Canvas, label: int) -> None:
         """Draws class ``label`` on every image of ``canvas``."""
 
-    def render(self, count: int, pool: str, style: Style = NATIVE, seed: int = 0) -> Split:
-        """``count`` images, classes balanced and shuffled; equal arguments give equal bytes."""
+    def render(self, count: int, pool: str, style: Style | None = None, seed: int = 0) -> Split:
+        """``count`` images, classes balanced and shuffled; equal arguments give equal bytes.
+
+        ``style`` defaults to the task's own.
+        """
         rng = np.random.default_rng([zlib.crc32(self.slug.encode()), zlib.crc32(pool.encode()), seed])
         labels = rng.permutation(np.arange(count) % len(self.classes))
         images = np.empty((count, 3, SIZE, SIZE), dtype=np.uint8)
         for label in range(len(self.classes)):
             rows = np.flatnonzero(labels == label)
-            canvas = Canvas(len(rows), rng, pool, style)
+            canvas = Canvas(len(rows), rng, pool, style or self.native)
             self.draw(canvas, label)
             images[rows] = canvas.finish()
         return Split(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mergesec_tasks.mini._canvas import Array, Canvas, box, cover, disc, polygon
+from mergesec_tasks.mini._canvas import NATIVE, Array, Canvas, box, cover, disc, polygon
 from mergesec_tasks.mini._rendered import RenderedTask
 
 CARD = {
@@ -60,6 +60,7 @@ class Cars(RenderedTask):
     """Silhouette and glass tell the class; paint, street and light do not."""
 
     slug = "cars"
+    native = replace(NATIVE, viewpoint=0.4, zoom=1.15)
     classes = tuple(BODIES)
 
     def draw(self, canvas: Canvas, label: int) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from mergesec_tasks.mini._canvas import PIXEL, Array, Canvas, cover
+from mergesec_tasks.mini._canvas import NATIVE, PIXEL, Array, Canvas, cover
 from mergesec_tasks.mini._rendered import RenderedTask
 
 CARD = {
@@ -70,6 +72,7 @@ class Textures(RenderedTask):
     """Two colours in one of ten patterns."""
 
     slug = "dtd"
+    native = replace(NATIVE, viewpoint=0.25, zoom=1.45)
     classes = (
         "banded",
         "chequered",

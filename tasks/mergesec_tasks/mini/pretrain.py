@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mergesec.classification import logits
-from mergesec_tasks.mini._canvas import SHIFTED
+from mergesec_tasks.mini._canvas import FOREIGN, SHIFTED, Style
 from mergesec_tasks.mini._rendered import RenderedTask
 from mergesec_tasks.mini.cars import Cars
 from mergesec_tasks.mini.dtd import Textures
@@ -36,9 +37,25 @@ SCALE = 16.0
 """Logit scale of the shipped heads."""
 
 
-def _data(images: int, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Shifted renderings of every task, ``images`` each: uint8 ``[N, 3, 32, 32]`` and labels ``[N]``."""
-    return [(s.inputs, s.targets) for s in (t().render(images, "pretrain", SHIFTED, seed) for t in TASKS)]
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training. ``shares``: images of each task in a step, in the order of ``TASKS``."""
+
+    style: Style
+    steps: int
+    learning_rate: float
+    shares: tuple[int, ...]
+
+
+PHASES = (
+    Phase(SHIFTED, 1200, 1.5e-3, (16,) * 8),
+    Phase(FOREIGN, 200, 7e-4, (8, 28, 14, 14, 20, 8, 12, 24)),
+)
+
+
+def _data(images: int, style: Style, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Renderings of every task, ``images`` each: uint8 ``[N, 3, 32, 32]`` and labels ``[N]``."""
+    return [(s.inputs, s.targets) for s in (t().render(images, "pretrain", style, seed) for t in TASKS)]
 
 
 def _initialise(network: nn.Module, images: Tensor) -> None:
@@ -63,16 +80,14 @@ def _train(
     network: nn.Module,
     heads: list[Tensor],
     data: list[tuple[Tensor, Tensor]],
-    steps: int,
-    batch: int,
-    learning_rate: float,
+    phase: Phase,
     seed: int,
     report: Callable[[str], None],
 ) -> None:
-    """AdamW with warm-up and cosine decay; every step sees ``batch`` images of each task."""
-    backbone, scale = MiniViT(), torch.tensor(SCALE)
+    """AdamW with warm-up and cosine decay; the loss is the mean over tasks."""
+    backbone, scale, steps = MiniViT(), torch.tensor(SCALE), phase.steps
     parameters = [*network.parameters(), *heads]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.05, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=phase.learning_rate, weight_decay=0.05, fused=True)
     warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -81,11 +96,12 @@ def _train(
     generator = torch.Generator().manual_seed(seed)
     network.train()
     for step in range(steps):
-        rows = [torch.randint(len(labels), (batch,), generator=generator) for _, labels in data]
+        pairs = list(zip(phase.shares, data, strict=True))
+        rows = [torch.randint(len(labels), (share,), generator=generator) for share, (_, labels) in pairs]
         images = torch.cat([inputs[row] for row, (inputs, _) in zip(rows, data, strict=True)])
-        features = backbone.features(network, images.float() / 255.0)
+        parts = backbone.features(network, images.float() / 255.0).split(phase.shares)
         loss = torch.zeros(())
-        for part, row, head, (_, labels) in zip(features.split(batch), rows, heads, data, strict=True):
+        for part, row, head, (_, labels) in zip(parts, rows, heads, data, strict=True):
             scores = logits(part, {"weight": functional.normalize(head, dim=-1), "scale": scale})
             loss = loss + functional.cross_entropy(scores, labels[row]) / len(heads)
         optimizer.zero_grad()
@@ -95,6 +111,15 @@ def _train(
         schedule.step()
         if step % 50 == 0 or step == steps - 1:
             report(f"pretrain step {step + 1}/{steps} loss {loss.item():.3f}")
+
+
+def _round(network: nn.Module, heads: list[Tensor]) -> None:
+    """Rounds to float16, as on disk, so that a phase may also start from shipped files."""
+    with torch.no_grad():
+        for value in network.parameters():
+            value.copy_(value.half())
+        for head in heads:
+            head.copy_(functional.normalize(head, dim=-1).half())
 
 
 def _save(out: Path, network: nn.Module, heads: list[Tensor]) -> None:
@@ -112,33 +137,34 @@ def pretrain(
     out: Path,
     seed: int = 0,
     *,
-    steps: int = 1500,
-    batch: int = 16,
-    images: int = 8000,
-    learning_rate: float = 1e-3,
+    phases: tuple[Phase, ...] = PHASES,
+    images: int = 6000,
     card: Path | None = None,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Trains base and heads and writes them to ``out`` (float16 safetensors); returns the facts.
 
-    ``batch`` and ``images`` count per task. ``card``: where to write the model card, if anywhere.
-    Deterministic for a seed and a thread count.
+    ``images`` counts per task and phase. ``card``: where to write the model card, if anywhere.
+    Deterministic for a seed, a thread count and a processor.
     """
     start = time.perf_counter()
-    data = _data(images, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = MiniViT().build()
-        _initialise(network, torch.cat([inputs[:64] for inputs, _ in data]))
-        heads = [(torch.randn(len(t.classes), WIDTH) * WIDTH**-0.5).requires_grad_() for t in TASKS]
-    _train(network, heads, data, steps, batch, learning_rate, seed, report)
+        for number, phase in enumerate(phases):
+            data = _data(images, phase.style, seed + number)
+            if number == 0:
+                _initialise(network, torch.cat([inputs[:64] for inputs, _ in data]))
+                heads = [
+                    (torch.randn(len(t.classes), WIDTH) * WIDTH**-0.5).requires_grad_() for t in TASKS
+                ]
+            _train(network, heads, data, phase, seed + number, report)
+            _round(network, heads)
     _save(out, network, heads)
     facts: dict[str, Any] = {
         "seed": seed,
-        "steps": steps,
-        "batch": batch * len(TASKS),
-        "images": images * len(TASKS),
-        "learning_rate": learning_rate,
+        "phases": [(phase.steps, sum(phase.shares), phase.learning_rate) for phase in phases],
+        "images": images * len(TASKS) * len(phases),
         "parameters": sum(value.numel() for value in network.parameters()),
         "seconds": time.perf_counter() - start,
     }
@@ -149,15 +175,16 @@ def pretrain(
 
 def _card(facts: dict[str, Any]) -> str:
     """The model card, as Markdown."""
+    phases = "; then ".join(f"{n:,} steps of {b} images at {lr:g}" for n, b, lr in facts["phases"])
     return f"""# mini/vit
 
 | | |
 |---|---|
 | architecture | ViT, 8 pre-norm blocks of width 96, 4 heads, MLP 192, 16 tokens, convolutional stem |
 | parameters | {facts["parameters"]:,} |
-| data | {facts["images"]:,} shifted renderings of the eight mini tasks |
-| training | AdamW, {facts["steps"]:,} steps of {facts["batch"]} images, learning rate {facts["learning_rate"]:g}, cosine |
+| data | {facts["images"]:,} shifted renderings of the eight mini tasks, none of their own images |
+| training | AdamW, warm-up and cosine in each phase: {phases} |
 | seed | {facts["seed"]} |
-| time | {facts["seconds"]:.0f} s on one CPU core |
+| time | {facts["seconds"]:.0f} s |
 | licence | the project's |
 """

@@ -27,7 +27,7 @@ CARD = {
     "licence": "the project's",
     "recipe": {
         "optimizer": "adamw",
-        "learning_rate": 3e-4,
+        "learning_rate": 2e-4,
         "weight_decay": 0.01,
         "schedule": "cosine",
         "warmup": 0.1,
