@@ -111,8 +111,10 @@ def clean_board(records: Sequence[Record], reader: Reader) -> Board | None:
 
     for (merging, experts), group in _group(records, lambda r: (r.merging, len(r.experts))).items():
         add(merging, "clean_merge", group, experts)
-    for row, tier in zip(rows, tiers(estimates), strict=True):
-        row["tier"] = tier
+    for experts in {row["experts"] for row in rows}:  # merges of two and of eight are not one contest
+        mine = [i for i, row in enumerate(rows) if row["experts"] == experts]
+        for i, tier in zip(mine, tiers([estimates[i] for i in mine]), strict=True):
+            rows[i]["tier"] = tier
     add("(experts)", "expert", records, 1)
     add("(base)", "base", records, 0)
     frame = _sorted(pd.DataFrame(rows), "accuracy", ascending=False)
@@ -229,11 +231,12 @@ def backdoor_board(records: Sequence[Record], reader: Reader) -> Board | None:
         part = {name: reader.rate(done, m, role, which) for name, m, role, which in _BACKDOOR}
         part["backdoor"] = part["succession"] - part["succession_clean_merge"]
         parts[attack, merging, experts, defense] = part
-        plain = parts.get((attack, merging, experts, "none"))
-        part["DER"] = _der(plain, part) if plain is not None and defense != "none" else nothing()
+        rows.append(row)
+    for row, (key, part) in zip(rows, parts.items(), strict=True):
+        plain = parts.get((*key[:3], "none"))
+        part["DER"] = _der(plain, part) if plain is not None and key[3] != "none" else nothing()
         for name, estimate in part.items():
             _put(row, name, estimate)
-        rows.append(row)
     for contest, keys in _by_contest(parts).items():
         ranked = tiers([parts[k]["succession"] for k in keys], higher_is_better=False)
         for k, tier in zip(keys, ranked, strict=True):
@@ -369,14 +372,33 @@ def markdown(board: Board) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_boards(folder: Path, boards: Sequence[Board], title: str) -> list[Path]:
+def marks(records: Sequence[Record]) -> list[str]:
+    """What a reader must know before comparing: partial data, the transductive protocol."""
+    partial: dict[str, str] = {}
+    for record in records:
+        partial |= record.provenance.get("partial", {})
+    notes = [f"partial data: {task} ({how})" for task, how in sorted(partial.items())]
+    if any(r.protocol == "transductive" for r in records):
+        notes.append("transductive: methods that adapt saw the test inputs, without labels")
+    return notes
+
+
+_EXPLAINED = (
+    "Percent with 95 % paired bootstrap intervals over seeds and test samples; equal tiers are not separable."
+)
+
+
+def write_boards(folder: Path, boards: Sequence[Board], title: str, notes: Sequence[str] = ()) -> list[Path]:
     """``<name>.csv`` with all digits for each board, and one ``boards.md``; the paths written."""
     paths = []
+    for old in folder.glob("*.csv"):  # a board this grid no longer has must not look current
+        if old.stem not in {b.name for b in boards}:
+            old.unlink()
     for board in boards:
         path = folder / f"{board.name}.csv"
         write_atomic(path, board.frame.to_csv(index=False).encode())
         paths.append(path)
-    text = f"# {title}\n\nPercent with 95 % paired bootstrap intervals over seeds and test samples; equal tiers are not separable.\n\n"
+    head = "\n".join([f"# {title}", "", _EXPLAINED, *(f"\n* {n}" for n in notes), "", ""])
     path = folder / "boards.md"
-    write_atomic(path, (text + "\n".join(markdown(b) for b in boards)).encode())
+    write_atomic(path, (head + "\n".join(markdown(b) for b in boards)).encode())
     return [*paths, path]

@@ -276,7 +276,7 @@ class TrainContext(Context):
     target_class: int = 0
     trigger: Weights = field(default_factory=dict)
     benign: Weights | None = None
-    """The clean expert of the same coordinates, for attacks whose card asks for it."""
+    """The clean expert of the same coordinates; set in ``forge``."""
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,8 @@ def parse_grid(raw: Mapping[str, Any], where: str) -> GridSpec:
             model = models.get(str(path[0]) if len(path) > 1 else "", GridSpec)
             message = f"unknown field{nearest(path[-1], model.model_fields)}"
         else:
-            message = f"{first['msg']}, got {first['input']!r}"[:300]
+            said = first["msg"].replace("a valid tuple", "a list").replace("a valid dictionary", "a mapping")
+            message = f"{said}, got {first['input']!r}"[:300]
         raise UsageError(f"{where}: {spot or 'file'}", message) from None
 
 
@@ -439,7 +440,7 @@ def cells(grid: Grid) -> Iterator[Cell]:
                     sets: list[tuple[str, ...]] = list(itertools.combinations(names, 2))
                 else:
                     sets = _companions(experts, anchor if isinstance(experts, int) else subject, names)
-                merges += [(subject, target, s) for s in sets]
+                merges += [(subject, target, s) for s in sets if len(s) > 1]
         merges = list(dict.fromkeys(merges))
         for merging, attack, defense in itertools.product(grid.merging, grid.attacks, grid.defenses):
             reason = why_not(grid, threat, merging, attack, defense)

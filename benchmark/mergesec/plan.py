@@ -182,13 +182,15 @@ class Planner:
         inputs = [("base", self.base()), ("published", published)]
         components = [self._backbone, ("attack", attack)]
         # only an attack that uses the free-rider's own experts or data depends on who they are
+        told: dict[str, str] = {}
         if self._card("attack", attack.name).data != "none":
             for other in experts:
                 if other != task:
                     inputs += [(f"expert:{other}", self.expert(other, seed)), *self._views((other,))]
                     components.append((f"task:{other}", self.grid.task(other)))
+            told["protocol"] = self.grid.spec.protocol
         drawn = self._seed(attack, "recover", task, seed)
-        return self._add("recover", components, inputs, task=task, **drawn)
+        return self._add("recover", components, inputs, task=task, **drawn, **told)
 
     def merged(self, merging: Ref, contributed: tuple[tuple[str, str], ...], defense: Ref, seed: int) -> str:
         return self._once(("merged", merging, contributed, defense, seed), self._merged)
@@ -202,20 +204,27 @@ class Planner:
         components = self._parties(tasks)
         extra = self._siblings(card, defense, tasks, seed) if card is not None and hooks else []
         drawn = self._seed(defense, "defend", seed) if hooks else {}
+        protocol = {"protocol": self.grid.spec.protocol}
         if "screen" in hooks:
-            key = self._add("screen", [*components, ("defense", defense)], [*inputs, *extra], **drawn)
+            key = self._add(
+                "screen",
+                [*components, ("defense", defense)],
+                [*inputs, *extra],
+                **drawn,
+                **protocol,
+            )
             inputs.append(("screened", key))
         around = [("defense", defense)] if "merge" in hooks else []
         seeded = self._seed(merging, "merge", seed)
         key = self._add(
             "merge", [*components, ("merging", merging), *around],
             [*inputs, *(extra if around else [])], **seeded, **({"defend": drawn} if around else {}),
-            protocol=self.grid.spec.protocol,
+            **protocol,
         )  # fmt: skip
         if "repair" in hooks:
             repair_inputs = [("base", self.base()), ("merged", key), *self._views(tasks), *extra]
             repair_parts = [*components, ("merging", merging), ("defense", defense)]
-            key = self._add("repair", repair_parts, repair_inputs, **drawn)
+            key = self._add("repair", repair_parts, repair_inputs, **drawn, **protocol)
         return key
 
     def evaluation(

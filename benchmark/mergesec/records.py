@@ -162,7 +162,7 @@ def make_records(plan: Plan, store: Store, outcome: Outcome) -> list[Record]:
     kinds = {key: plan.steps[key].kind for c in plan.cells for _, key in c.roles}
     present = store.keys()
     found = {k: read_evaluation(store, kind, k) for k, kind in kinds.items() if k in present}
-    shared = _shared_provenance(plan.grid)
+    shared = {**_shared_provenance(plan.grid), "partial": _partial(plan, store)}
     records = []
     for planned in plan.cells:
         status, reason = _status(planned, found, outcome)
@@ -179,6 +179,13 @@ def make_records(plan: Plan, store: Store, outcome: Outcome) -> list[Record]:
         cost = _cost(plan, planned, store, found)
         records.append(_record(plan, planned, status, reason, counts, values, facts, cost, found, shared))
     return records
+
+
+def _partial(plan: Plan, store: Store) -> dict[str, str]:
+    """Tasks whose data are fewer than their card says, and how."""
+    data = {json.loads(s.args)["task"]: k for k, s in plan.steps.items() if s.kind == "data"}
+    found = {task: str(store.info("data", key).get("partial") or "") for task, key in data.items()}
+    return {task: how for task, how in found.items() if how}
 
 
 def _cost(
@@ -253,10 +260,15 @@ def write_records(folder: Path, records: list[Record], grid: Grid) -> None:
             write_atomic(path, text.encode())
     manifest = {
         "schema_version": SCHEMA,
-        "spec": json.loads(grid.spec.model_dump_json()),
-        "cells": sorted(r.cell for r in records),
+        "spec": json.loads(grid.spec.model_dump_json(), object_hook=_without_place),
+        "cells": [r.cell for r in records],
     }
     write_atomic(home / "grid.json", (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _without_place(fields: dict[str, Any]) -> dict[str, Any]:
+    """A path given to a component shrinks to its last part: where it lies is nobody's business."""
+    return {k: Path(v).name if k == "path" and isinstance(v, str) else v for k, v in fields.items()}
 
 
 def read_records(folder: Path, grid: str) -> list[Record]:

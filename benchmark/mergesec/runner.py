@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from pebble import ProcessExpired
-
 from mergesec.executors.local import Answer
 from mergesec.files import Full
 from mergesec.plan import Step
@@ -75,7 +73,7 @@ class History:
                     continue  # a line torn by a kill
 
     def _note(self, what: str, seconds: float, size: int) -> None:
-        for name in {what, what.split("|")[0]}:
+        for name in {what, "|".join(what.split("|")[:2])}:
             sums = self._sums.setdefault(name, [0.0, 0.0, 0.0])
             sums[0] += 1
             sums[1] += seconds
@@ -83,10 +81,11 @@ class History:
 
     @staticmethod
     def _what(step: Step) -> str:
-        names = [
-            r.name for role, r in step.components if role in ("backbone", "attack", "defense", "merging")
-        ]
-        return "|".join([step.kind, *names])
+        """``kind|backbone|methods``; data has no backbone and goes by its task."""
+        refs = dict(step.components)
+        place = refs.get("backbone") or refs.get("task")
+        methods = [refs[role].name for role in ("attack", "defense", "merging") if role in refs]
+        return "|".join([step.kind, place.name if place else "", *methods])
 
     def add(self, step: Step, answer: Answer) -> None:
         what = self._what(step)
@@ -96,8 +95,9 @@ class History:
             file.write(json.dumps(row) + "\n")
 
     def predict(self, step: Step) -> tuple[float, float]:
-        """(seconds, bytes) expected of a step: like ones before, else its kind's, else a default."""
-        for name in (self._what(step), step.kind):
+        """(seconds, bytes) expected: as the same step before, else its kind on this backbone, else a default."""
+        what = self._what(step)
+        for name in (what, "|".join(what.split("|")[:2])):
             if name in self._sums:
                 count, seconds, size = self._sums[name]
                 return seconds / count, size / count
@@ -121,7 +121,8 @@ class Scheduler:
     _order: dict[str, int] = field(default_factory=dict)
     _active: set[str] = field(default_factory=set)
     """Ready or running now."""
-    _seconds_left: float = 0.0
+    _expected: dict[str, float] = field(default_factory=dict)
+    _spent: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
     def run(self, wanted: Mapping[str, Step], cached: int) -> Outcome:
         """Do the wanted steps. The first Ctrl-C lets running ones finish; the second kills them."""
@@ -161,7 +162,7 @@ class Scheduler:
             self._missing[key] = needs
             for need in needs:
                 self._waiters.setdefault(need, set()).add(key)
-            self._seconds_left += self.history.predict(step)[0]
+            self._expected[key] = self.history.predict(step)[0]
             stack += needs
             if not needs:
                 self._push(key)
@@ -205,7 +206,8 @@ class Scheduler:
                 self._missing.pop(answer.key, None)
             self._add(step.key)
             return
-        self._seconds_left -= self.history.predict(step)[0]
+        expected = self._expected.pop(step.key, 0.0)
+        self._spent = [self._spent[0] + expected, self._spent[1] + answer.seconds]
         if answer.status == "ok":
             self.outcome.done += 1
             if answer.seconds:
@@ -214,7 +216,9 @@ class Scheduler:
         else:
             self.outcome.failed[step.key] = answer.message
             self._block(step)
-        left = max(0.0, self._seconds_left) / max(1, len(self.executor.slots))
+        # what is left by prediction, corrected by how predictions fared so far
+        pace = self._spent[1] / self._spent[0] if self._spent[0] else 1.0
+        left = pace * sum(self._expected.values()) / max(1, len(self.executor.slots))
         self.reporter.finished(step, answer, left)
 
     def _release(self, key: str) -> None:
@@ -226,21 +230,17 @@ class Scheduler:
 
     def _block(self, failed: Step) -> None:
         """Everything that needs the failed step will not run; say why."""
-        stack = [failed.key]
+        stack, why = [failed.key], self.outcome.failed[failed.key]
         while stack:
             for other in self._waiters.get(stack.pop(), ()):
                 if other not in self.outcome.blocked:
-                    self.outcome.blocked[other] = f"needs {failed.label}, which failed"
+                    self.outcome.blocked[other] = f"needs {failed.label}, which failed: {why}"
                     stack.append(other)
 
 
 def _answer(future: Future[Answer]) -> Answer:
     try:
         return future.result()
-    except TimeoutError:
-        return Answer("error", "TimeoutError: the step took longer than --step-timeout and was stopped")
-    except ProcessExpired as error:
-        return Answer("died", f"WorkerDied: the worker ended while running it (exit code {error.exitcode})")
     except Exception as error:
         return Answer("error", f"{type(error).__name__}: {error}")
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergesec.boards import Board, make_boards, write_boards
+from mergesec.boards import Board, make_boards, marks, write_boards
 from mergesec.catalog import Catalog, load_catalog
 from mergesec.errors import UsageError, nearest
 from mergesec.executors.local import LocalExecutor, Workplace, make_slots
@@ -44,11 +44,8 @@ def open_session(
     """Read, resolve and plan a grid; UsageError for anything the user can mend."""
     plugins = tuple(str(Path(p).resolve()) if Path(p).is_file() else p for p in plugins)
     catalog = load_catalog(plugins)
-    root = (
-        Path(data_root or os.environ.get("MERGESEC_DATA") or "")
-        if data_root or os.environ.get("MERGESEC_DATA")
-        else None
-    )
+    given = data_root or os.environ.get("MERGESEC_DATA")
+    root = Path(given) if given else None
     if root is not None and not root.is_dir():
         raise UsageError("--data-root", f"no folder {str(root)!r}")
     home = store or default_root()
@@ -57,7 +54,7 @@ def open_session(
     return Session(catalog, grid, make_plan(grid, _task_fingerprints(root)), Store(home), plugins, root)
 
 
-def _task_fingerprints(root: Path | None):  # type: ignore[no-untyped-def]
+def _task_fingerprints(root: Path | None) -> Callable[[str], str]:
     def of(task: str) -> str:
         if root is None:
             raise UsageError(
@@ -132,7 +129,7 @@ def run_session(
 def publish(records: list[Record], results: Path, name: str) -> tuple[list[Board], list[Path]]:
     """Boards of these records, written under ``results/leaderboards/<grid>/``."""
     boards = make_boards(records)
-    return boards, write_boards(results / "leaderboards" / name, boards, f"Grid {name}")
+    return boards, write_boards(results / "leaderboards" / name, boards, f"Grid {name}", marks(records))
 
 
 def _drop_corrupt(session: Session) -> None:

@@ -1,7 +1,7 @@
 """Local engine: one spawned worker per device slot, so a crash or hang of one step stays there.
 
-Torch-free until a worker takes its first step: ``CUDA_VISIBLE_DEVICES`` and the thread count are set
-in the child before torch loads.
+Torch-free here: ``CUDA_VISIBLE_DEVICES`` and the thread count are set in the child before torch loads.
+Each worker has a pipe of its own and no lock, so that a kill at any moment is seen as the end of its pipe.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
-from pebble import ProcessPool
-
 from mergesec.errors import UsageError
 from mergesec.plan import Step
+
+TIMED_OUT = "TimeoutError: the step took longer than --step-timeout and was stopped"
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Workplace:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a step. ``status``: ok, error, corrupt (``key`` names the input) or full."""
+    """What came of a step. ``status``: ok, error, died, corrupt (``key`` names the input) or full."""
 
     status: str
     message: str = ""
@@ -96,38 +98,116 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Processes started inside never see Ctrl-C, not even before they can say so themselves."""
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+
+class _Seat:
+    """One worker process and the pipe to it. A lost worker is replaced at the next question."""
+
+    def __init__(self, slot: Slot, place: Workplace) -> None:
+        self._arguments = (slot, place, os.getpid())
+        self._process: SpawnProcess | None = None
+        self._pipe: Connection | None = None
+        self._closed = False
+
+    def ask(self, step: Step, kinds: dict[str, str], timeout: float | None) -> Answer:
+        """Have the worker run ``step``. Loading torch does not count against ``timeout`` (seconds)."""
+        try:
+            pipe = self._ready()
+            pipe.send((step, kinds))
+            if not pipe.poll(timeout):
+                self._end(kill=True)
+                return Answer("error", TIMED_OUT)
+            answer: Answer = pipe.recv()
+        except (EOFError, OSError):
+            code = self._end(kill=True)
+            return Answer("died", f"WorkerDied: the worker ended while running it (exit code {code})")
+        return answer
+
+    def _ready(self) -> Connection:
+        if self._process is not None and not self._process.is_alive():
+            self._end(kill=True)
+        if self._pipe is None:
+            context = multiprocessing.get_context("spawn")
+            self._pipe, theirs = context.Pipe()
+            self._process = context.Process(target=_serve, args=(theirs, *self._arguments))
+            with _no_interrupts():
+                self._process.start()
+            theirs.close()  # the worker's is now the only one, so that its death ends the pipe
+            if self._closed:
+                raise EOFError
+            self._pipe.recv()
+        return self._pipe
+
+    def _end(self, kill: bool) -> int | None:
+        """Wait for the worker to be gone; its exit code."""
+        process, pipe, self._process, self._pipe = self._process, self._pipe, None, None
+        if pipe is not None:
+            pipe.close()  # an idle worker takes this as the end
+        if process is None:
+            return None
+        if not kill:
+            process.join(10)
+        elif not self._closed:
+            process.join(0.2)  # its own exit code says more than that of the kill below
+        process.kill()
+        process.join()
+        return process.exitcode
+
+    def kill(self) -> None:
+        """End the worker whatever it is at, from another thread than the one that asks."""
+        self._closed = True
+        process = self._process
+        if process is not None and process.pid is not None:
+            with contextlib.suppress(OSError):
+                process.kill()
+
+    def close(self) -> None:
+        """Dismiss an idle worker."""
+        self._end(kill=False)
+
+
 class LocalExecutor:
-    """A pool of one worker per slot; ``pebble`` restarts a worker that dies or is timed out."""
+    """A worker per slot; one that dies or is timed out takes nothing but its step with it."""
 
     def __init__(self, slots: list[Slot], place: Workplace, timeout: float | None) -> None:
         self.slots, self._timeout = slots, timeout
-        context = multiprocessing.get_context("spawn")
-        self._pools = [
-            ProcessPool(1, initializer=_prepare, initargs=(slot, place, os.getpid()), context=context)
-            for slot in slots
-        ]
+        self._seats = [_Seat(slot, place) for slot in slots]
+        self._threads = ThreadPoolExecutor(len(slots), "slot")
 
     def submit(self, slot: int, step: Step, kinds: Mapping[str, str]) -> Future[Answer]:
-        """Run ``step`` on a slot. The future raises TimeoutError or ProcessExpired if it is lost."""
-        future: Future[Answer] = self._pools[slot].schedule(
-            _work, args=[step, dict(kinds)], timeout=self._timeout
-        )
-        return future
+        """Run ``step`` on an idle slot."""
+        return self._threads.submit(self._seats[slot].ask, step, dict(kinds), self._timeout)
 
     def close(self, now: bool = False) -> None:
         """Stop the workers; ``now`` kills what is running."""
-        for pool in self._pools:
-            stop: Callable[[], None] = pool.stop if now else pool.close
-            stop()
-        for pool in self._pools:
-            with contextlib.suppress(TimeoutError, RuntimeError):
-                pool.join(timeout=None if now else 60)
+        for seat in self._seats if now else ():
+            seat.kill()
+        self._threads.shutdown(wait=True)
+        for seat in self._seats:
+            seat.close()
 
 
 # --------------------------------------------------------------------------- inside a worker
 
 _PLACE: tuple[Slot, Workplace] | None = None
 _BENCH: Any = None
+
+
+def _serve(pipe: Connection, slot: Slot, place: Workplace, parent: int) -> None:
+    """A worker's life: get ready, say so, answer questions until the pipe ends."""
+    _prepare(slot, place, parent)
+    with contextlib.suppress(EOFError, OSError):
+        pipe.send(None)
+        while True:
+            pipe.send(_work(*pipe.recv()))
 
 
 def _prepare(slot: Slot, place: Workplace, parent: int) -> None:
@@ -186,7 +266,7 @@ def _work(step: Step, kinds: dict[str, str]) -> Answer:
         return Answer("corrupt", str(error), error.key)
     except Full as error:
         return Answer("full", str(error))
-    except (KeyboardInterrupt, SystemExit, Exception) as error:
+    except BaseException as error:  # a component may raise anything, SystemExit included
         return Answer("error", _explain(error), seconds=time.perf_counter() - start)
     return Answer("ok", seconds=seconds, peak_mb=peak, bytes=len(blob))
 
