@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -80,7 +81,7 @@ def load_grid(source: str, overrides: Sequence[str] = ()) -> GridSpec:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
-    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+    from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     folder, name = _locate(source)
@@ -88,29 +89,35 @@ def load_grid(source: str, overrides: Sequence[str] = ()) -> GridSpec:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
-            config = compose(name, overrides=[*overrides, *search])
-        raw = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except MissingMandatoryValue as error:
-        field = str(error).split("\n")[0].rsplit(" ", 1)[-1]
-        raise UsageError(
-            f"grid {source}: {field}", f"needs a value; add {field}=... to the command"
-        ) from None
+            config = compose(name, overrides=[*map(_may_add, overrides), *search])
+        missing = sorted(OmegaConf.missing_keys(config))
+        raw = OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise UsageError(f"grid {source}", _hydra_message(error, folder)) from None
     except AttributeError:  # hydra's answer to a YAML file that is not a mapping
         raise UsageError(f"grid {source}", "not a mapping of fields") from None
     if not isinstance(raw, dict):
         raise UsageError(f"grid {source}", "not a mapping of fields")
+    if missing:
+        raise UsageError(f"grid {source}: {missing[0]}", f"needs a value; add {missing[0]}=... to the command")
     fields = {"name": name, **{str(k): v for k, v in raw.items()}}
     return parse_grid(fields, f"grid {source}")
+
+
+def _may_add(override: str) -> str:
+    """Hydra wants ``++`` to set a field the file lacks; a wrong name is then named by the schema.
+
+    ``suite=NAME`` stays as it is: it picks a file of the group.
+    """
+    key = override.partition("=")[0]
+    return f"++{override}" if re.fullmatch(r"[A-Za-z_][\w.]*", key) and key != "suite" else override
 
 
 def _hydra_message(error: Exception, folder: Path) -> str:
     text = " ".join(str(error).split())
     for root in (str(folder.resolve()), str(presets_folder())):
         text = text.replace(root, "<grids>")
-    hint = "; to set a field the file lacks, write +key=value" if "Could not override" in text else ""
-    return text[:400] + hint
+    return text[:400]
 
 
 def _locate(source: str) -> tuple[Path, str]:

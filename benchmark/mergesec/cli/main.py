@@ -10,6 +10,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from mergesec.errors import UsageError, nearest
+
 VERBS = {
     "list": "What is registered: tasks, backbones, merge methods, attacks, defenses.",
     "info": "The card of one component: paper, threat model, parameters and defaults.",
@@ -32,7 +34,7 @@ class _Lazy(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in VERBS:
-            return None
+            raise UsageError("bench", f"no verb {cmd_name!r}{nearest(cmd_name, VERBS)}")
         if ctx.resilient_parsing or "--help" in sys.argv[1:2] or len(sys.argv) < 2:
             return TyperCommand(cmd_name, help=VERBS[cmd_name])
         module = import_module(f"mergesec.cli.{cmd_name}_verb")
@@ -51,7 +53,6 @@ def _root() -> None:
 
 def main() -> None:
     """Entry point. Exit code 0 = all done, 1 = some cells failed, 2 = bad input, 130 = interrupted."""
-    from mergesec.errors import UsageError
     from mergesec.files import Full
 
     try:
