@@ -99,7 +99,9 @@ def load_grid(source: str, overrides: Sequence[str] = ()) -> GridSpec:
     if not isinstance(raw, dict):
         raise UsageError(f"grid {source}", "not a mapping of fields")
     if missing:
-        raise UsageError(f"grid {source}: {missing[0]}", f"needs a value; add {missing[0]}=... to the command")
+        raise UsageError(
+            f"grid {source}: {missing[0]}", f"needs a value; add {missing[0]}=... to the command"
+        )
     fields = {"name": name, **{str(k): v for k, v in raw.items()}}
     return parse_grid(fields, f"grid {source}")
 
@@ -224,7 +226,9 @@ def _path_content(where: str, value: Any) -> str | None:
 def _short(value: Any) -> str:
     if isinstance(value, str) and "/" in value:
         return Path(value).name
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float) and float(f"{value:g}") == value:
+        return f"{value:g}"
+    return str(value)
 
 
 def _expand(items: Iterable[Named], kind: str, where: str, catalog: Catalog) -> list[Ref]:
@@ -248,6 +252,9 @@ def _expand(items: Iterable[Named], kind: str, where: str, catalog: Catalog) -> 
     doubled = [r for r, n in Counter(refs).items() if n > 1]
     if doubled:
         raise UsageError(where, f"{doubled[0].label} is named twice")
+    alike = [label for label, n in Counter(r.label for r in refs).items() if n > 1]
+    if alike:  # boards tell rows apart by label alone
+        raise UsageError(where, f"two entries would both be shown as {alike[0]}; rename a file or folder")
     return refs
 
 
@@ -329,12 +336,28 @@ def resolve(spec: GridSpec, catalog: Catalog) -> Grid:
         tuple(_expand(axes.defenses, "defense", "axes.defenses", catalog)),
         recipe,
     )  # fmt: skip
+    doubled = [seed for seed, n in Counter(spec.seeds).items() if n > 1]
+    if doubled:
+        raise UsageError("seeds", f"{doubled[0]} is named twice")
     for listname in ("include", "exclude"):
         for i, pattern in enumerate(getattr(spec, listname)):
-            for key in pattern:
-                if key not in _PATTERN_KEYS:
-                    raise UsageError(f"{listname}[{i}].{key}", f"unknown{nearest(key, _PATTERN_KEYS)}")
+            _check_pattern(f"{listname}[{i}]", pattern, catalog)
     return grid
+
+
+def _check_pattern(where: str, pattern: Mapping[str, Any], catalog: Catalog) -> None:
+    """Keys and values that could match some grid: an override may have taken an axis's value away."""
+    for key, wanted in pattern.items():
+        if key not in _PATTERN_KEYS:
+            raise UsageError(f"{where}.{key}", f"unknown{nearest(key, _PATTERN_KEYS)}")
+        kind = {"subject": "task"}.get(key, key)
+        known = ["none", *catalog.entries[kind]] if kind in catalog.entries else list(_THREATS)
+        for value in wanted if isinstance(wanted, (list, tuple)) else [wanted]:
+            if key in ("target_class", "experts", "seed"):
+                if type(value) is not int:
+                    raise UsageError(f"{where}.{key}", f"expected a number, got {value!r}")
+            elif str(value).partition("(")[0] not in known:
+                raise UsageError(f"{where}.{key}", f"unknown {value!r}{nearest(value, known)}")
 
 
 def _check_experts(where: str, experts: int | str | tuple[str, ...], names: list[str]) -> None:
@@ -366,6 +389,7 @@ def _check_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
 
 # --------------------------------------------------------------------------- cells
 
+_THREATS = ("clean", "protection", "backdoor")
 _PATTERN_KEYS = ("threat", "merging", "attack", "defense", "subject", "target_class", "experts", "seed")
 
 
