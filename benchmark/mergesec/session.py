@@ -12,7 +12,8 @@ from mergesec.catalog import Catalog, load_catalog
 from mergesec.errors import UsageError, nearest
 from mergesec.executors.local import LocalExecutor, Workplace, make_slots
 from mergesec.files import check_writable, default_root, fingerprint
-from mergesec.grid import Grid, load_grid, resolve
+from mergesec.grid import Grid, resolve
+from mergesec.gridspec import load_grid
 from mergesec.plan import Plan, Step, make_plan, needed_steps
 from mergesec.records import Record, make_records, read_evaluation, write_records
 from mergesec.runner import History, Outcome, Reporter, Scheduler, completed

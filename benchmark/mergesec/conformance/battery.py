@@ -19,10 +19,12 @@ from torch import Tensor
 from mergesec.catalog import Catalog, Entry, add_plugin
 from mergesec.contracts import Attack, Backbone, DataContext, Task
 from mergesec.errors import UsageError
-from mergesec.grid import parse_grid, resolve
+from mergesec.grid import resolve
+from mergesec.gridspec import parse_grid
 from mergesec.plan import TRAINED, Plan, Step, make_plan
-from mergesec.steps import Bench, run
+from mergesec.steps import run
 from mergesec.store import Store
+from mergesec.work import Bench
 
 MICRO = Path(__file__).parent / "micro.py"
 _TASKS = ("micro/bars", "micro/blobs", "micro/rings")

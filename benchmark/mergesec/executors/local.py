@@ -237,8 +237,8 @@ def _bench() -> Any:
         import torch
 
         from mergesec.catalog import load_catalog
-        from mergesec.steps import Bench
         from mergesec.store import Store
+        from mergesec.work import Bench
 
         assert _PLACE is not None
         slot, place = _PLACE

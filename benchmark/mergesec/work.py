@@ -1,0 +1,199 @@
+"""A worker's workplace: verified, cached reads; the contexts that hooks are handed; checks of what they return."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from torch import Tensor
+
+from mergesec.catalog import Catalog
+from mergesec.contracts import Backbone, ContractError, Merged, Split, Task, TaskView, Weights
+from mergesec.grid import Ref
+from mergesec.plan import Step
+from mergesec.store import Store
+from mergesec.weights import check_finite, check_same_layout, read_only
+
+
+@dataclass
+class Bench:
+    """A worker's workplace: store, catalogue, device, and what it keeps between steps."""
+
+    store: Store
+    catalog: Catalog
+    device: torch.device
+    data_root: Path | None = None
+    cache_bytes: int = 600_000_000
+    _tensors: OrderedDict[str, tuple[Weights, dict[str, Any]]] = field(default_factory=OrderedDict)
+    _instances: dict[str, Any] = field(default_factory=dict)
+
+    def read(self, kind: str, key: str) -> tuple[Weights, dict[str, Any]]:
+        """Verified tensors and facts of an artifact; least recently used ones are dropped."""
+        if key in self._tensors:
+            self._tensors.move_to_end(key)
+            return self._tensors[key]
+        blob, meta = self.store.read(kind, key)
+        # copies lie aligned; where a file's tensors lie depends on chance, and rounding on where they lie
+        tensors = {name: tensor.clone() for name, tensor in load_tensors(blob).items()}
+        self._tensors[key] = read_only(tensors), meta["info"]
+        while len(self._tensors) > 1 and self._size() > self.cache_bytes:
+            self._tensors.popitem(last=False)
+        return self._tensors[key]
+
+    def _size(self) -> int:
+        return sum(t.nbytes for weights, _ in self._tensors.values() for t in weights.values())
+
+    def forget(self, key: str) -> None:
+        """Read an artifact from the store again next time."""
+        self._tensors.pop(key, None)
+
+    def component(self, ref: Ref) -> Any:
+        if ref.text not in self._instances:
+            entry = self.catalog.get(ref.kind, ref.name)
+            parameters = {k: list(v) if isinstance(v, tuple) else v for k, v in ref.parameters}
+            self._instances[ref.text] = entry.create(parameters)
+        return self._instances[ref.text]
+
+
+class Work:
+    """One step with its inputs and components at hand."""
+
+    def __init__(self, step: Step, bench: Bench, kinds: Mapping[str, str]) -> None:
+        self.step, self.bench = step, bench
+        self.args: dict[str, Any] = json.loads(step.args)
+        self.inputs = dict(step.inputs)
+        self.refs = dict(step.components)
+        self._kinds = kinds
+        self._handed: list[tuple[str, str, Tensor, int]] = []
+
+    @property
+    def device(self) -> torch.device:
+        return self.bench.device
+
+    @property
+    def backbone(self) -> Backbone:
+        backbone: Backbone = self.component("backbone")
+        return backbone
+
+    @property
+    def seed(self) -> int:
+        """The seed drawn for the component; that of the defense around a merge method that draws none."""
+        return int(self.args.get("seed", self.args.get("defend", {}).get("seed", 0)))
+
+    def component(self, role: str) -> Any:
+        return self.bench.component(self.refs[role])
+
+    def tensors(self, role: str) -> Weights:
+        """An input's tensors, on the device, remembered so that mutation is noticed."""
+        moved = read_only({k: v.to(self.device) for k, v in self._read(role)[0].items()})
+        self._watch(role, moved)
+        return moved
+
+    def info(self, role: str) -> dict[str, Any]:
+        return self._read(role)[1]
+
+    def splits(self, role: str, task: Task) -> dict[str, Split]:
+        packed, _ = self._read(role)
+        self._watch(role, packed)
+        return task.unpack(packed)
+
+    def _read(self, role: str) -> tuple[Weights, dict[str, Any]]:
+        return self.bench.read(self._kinds[self.inputs[role]], self.inputs[role])
+
+    def _watch(self, role: str, tensors: Weights) -> None:
+        self._handed += [(role, name, v, v._version) for name, v in tensors.items()]
+
+    def merged(self, role: str) -> Merged:
+        """A merge artifact, or plain weights seen as one."""
+        return unflatten(self.tensors(role), self.info(role))
+
+    def changed(self) -> str:
+        """The first input tensor that a hook wrote to; empty if none.
+
+        The worker's copies of such inputs are dropped, so that no later step computes with them.
+        """
+        touched = [(role, name) for role, name, v, version in self._handed if v._version != version]
+        for role, _ in touched:
+            self.bench.forget(self.inputs[role])
+        return ".".join(touched[0]) if touched else ""
+
+
+# --------------------------------------------------------------------------- merged artifacts
+
+
+def flatten(merged: Merged) -> dict[str, Tensor]:
+    """Tensors of a merge under names that tell shared, per-task and extra apart."""
+    flat = {f"shared|{k}": v for k, v in merged.shared.items()}
+    for task, weights in merged.per_task.items():
+        flat |= {f"task|{task}|{k}": v for k, v in weights.items()}
+    return flat | {f"extra|{k}": v for k, v in merged.extra.items()}
+
+
+def unflatten(tensors: Weights, info: Mapping[str, Any]) -> Merged:
+    shared: dict[str, Tensor] = {}
+    per_task: dict[str, dict[str, Tensor]] = {}
+    extra: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        room, _, rest = name.partition("|")
+        if room == "task":
+            task, _, rest = rest.partition("|")
+            per_task.setdefault(task, {})[rest] = tensor
+        else:
+            (shared if room == "shared" else extra)[rest] = tensor
+    return Merged(read_only(shared), {t: read_only(w) for t, w in per_task.items()}, extra, dict(info))
+
+
+def check_merged(merged: Any, base: Weights, who: str) -> Merged:
+    """ContractError unless ``merged`` is a Merged of finite tensors that fit the base."""
+    if not isinstance(merged, Merged):
+        raise ContractError(f"{who} returned {type(merged).__name__}, not Merged")
+    check_same_layout(base, merged.shared, who)
+    check_finite(flatten(merged), who)
+    return merged
+
+
+def check_weights(weights: Any, base: Weights, who: str) -> Weights:
+    """ContractError unless ``weights`` are finite and have the base's names, shapes and dtypes."""
+    if not isinstance(weights, Mapping):
+        raise ContractError(f"{who} returned {type(weights).__name__}, not named tensors")
+    check_same_layout(base, weights, who)
+    check_finite(weights, who)
+    return weights
+
+
+# --------------------------------------------------------------------------- what may be known of a task
+
+
+def view(work: Work, task_name: str, data_role: str, head_role: str, task_role: str) -> TaskView:
+    """What may be known of a task: its tuning rows, and test inputs only if the protocol says so."""
+    task: Task = work.component(task_role)
+    splits = work.splits(data_role, task)
+    transductive = work.args.get("protocol") == "transductive"
+    source = splits["test" if transductive else "tuning"]
+    return TaskView(task, work.tensors(head_role), splits["tuning"], source.inputs)
+
+
+class Views(Mapping[str, TaskView]):
+    """Views of tasks, read when asked for: most merges never look at data."""
+
+    def __init__(self, work: Work, tasks: list[str]) -> None:
+        self._work, self._tasks, self._read = work, tasks, dict[str, TaskView]()
+
+    def __getitem__(self, task: str) -> TaskView:
+        if task not in self._tasks:
+            raise KeyError(task)
+        if task not in self._read:
+            self._read[task] = view(self._work, task, f"data:{task}", f"head:{task}", f"task:{task}")
+        return self._read[task]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tasks)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
