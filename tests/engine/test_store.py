@@ -1,0 +1,246 @@
+"""Artifacts: committed whole or not at all, verified when read, never trusted when damaged."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load, save
+from torch import Tensor
+
+from mergesec.contracts import Merged
+from mergesec.errors import UsageError
+from mergesec.files import Full, check_writable, fingerprint, write_atomic
+from mergesec.steps import flatten, unflatten
+from mergesec.store import CorruptArtifact, Store
+
+TENSORS = {"w": torch.arange(6, dtype=torch.float32).view(2, 3), "n": torch.tensor(7)}
+INFO = {"seconds": 0.25, "device": "cpu", "report": {"condition": 1e6}}
+
+
+def _stored(folder: Path) -> Store:
+    store = Store(folder)
+    store.put("merge", "k", save(TENSORS), INFO)
+    return store
+
+
+def test_what_was_put_is_read(tmp_path: Path) -> None:
+    blob, meta = _stored(tmp_path).read("merge", "k")
+    found = load(blob)
+    assert found.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert torch.equal(found[name], tensor)
+        assert found[name].dtype == tensor.dtype
+    assert meta["info"] == INFO
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool]
+)
+def test_every_type_survives_bit_by_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensor = torch.tensor([0, 1, 3, 100]).to(dtype)
+    store = Store(tmp_path)
+    store.put("data", "k", save({"x": tensor, "empty": torch.zeros(0, 3)}), {})
+    found = load(store.read("data", "k")[0])
+    assert found["x"].dtype == dtype
+    assert torch.equal(found["x"], tensor)
+    assert found["empty"].shape == (0, 3)
+
+
+@pytest.mark.parametrize("end", ["json", "safetensors"])
+def test_any_flipped_byte_is_found_or_harmless(tmp_path: Path, end: str) -> None:
+    store = _stored(tmp_path)
+    (path,) = tmp_path.glob(f"artifacts/merge/*.{end}")
+    kept = {p: p.read_bytes() for p in path.parent.iterdir()}
+    found = 0
+    for position in range(len(kept[path])):
+        for bit in (0x01, 0x20):
+            damaged = bytearray(kept[path])
+            damaged[position] ^= bit
+            path.write_bytes(bytes(damaged))
+            try:
+                blob, meta = store.read("merge", "k")
+            except CorruptArtifact as error:
+                found += 1
+                assert error.key == "k"
+                assert not store.has("merge", "k")
+                assert not list(path.parent.iterdir())
+                for file, data in kept.items():
+                    file.write_bytes(data)
+            else:  # padding: the content is what it was
+                assert meta["info"] == INFO
+                assert all(torch.equal(load(blob)[n], t) for n, t in TENSORS.items())
+    assert found > 0.9 * 2 * len(kept[path])
+
+
+@pytest.mark.parametrize("end", ["json", "safetensors"])
+def test_any_truncation_is_found(tmp_path: Path, end: str) -> None:
+    store = _stored(tmp_path)
+    (path,) = tmp_path.glob(f"artifacts/merge/*.{end}")
+    kept = {p: p.read_bytes() for p in path.parent.iterdir()}
+    for size in range(0, len(kept[path]), 7):
+        path.write_bytes(kept[path][:size])
+        with pytest.raises(CorruptArtifact):
+            store.read("merge", "k")
+        for file, data in kept.items():
+            file.write_bytes(data)
+
+
+def test_swapped_artifacts_are_found(tmp_path: Path) -> None:
+    store = _stored(tmp_path)
+    store.put("merge", "other", save(TENSORS), {})
+    folder = tmp_path / "artifacts" / "merge"
+    (folder / "k.json").write_bytes((folder / "other.json").read_bytes())
+    with pytest.raises(CorruptArtifact):
+        store.read("merge", "k")
+
+
+def test_without_its_json_an_artifact_does_not_exist(tmp_path: Path) -> None:
+    store = _stored(tmp_path)
+    folder = tmp_path / "artifacts" / "merge"
+    (folder / "k.json").unlink()
+    assert not store.has("merge", "k")
+    assert store.keys() == set()
+    with pytest.raises(CorruptArtifact):
+        store.read("merge", "k")
+    # the tensors may be another worker's, half-way through its commit
+    assert (folder / "k.safetensors").exists()
+
+
+@pytest.mark.parametrize("report", [{i: float(i) for i in range(12)}, {"shape": (1, 2)}, {"x": float("nan")}])
+def test_facts_of_any_json_shape_verify(tmp_path: Path, report: Any) -> None:
+    store = Store(tmp_path)
+    store.put("protect", "k", save(TENSORS), {"report": report})
+    assert store.read("protect", "k")[1]["info"].keys() == {"report"}
+
+
+def test_facts_that_are_not_json_are_refused_before_anything_counts(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with pytest.raises(TypeError, match="Tensor is not JSON serializable"):
+        store.put("merge", "k", save(TENSORS), {"x": torch.zeros(1)})
+    assert not store.has("merge", "k")
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_crumbs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.json"
+    write_atomic(path, b"old")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(Full, match=r"x\.json: No space left"):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_sweep_removes_old_orphans_and_leaves_the_rest(tmp_path: Path) -> None:
+    store = _stored(tmp_path)
+    folder = tmp_path / "artifacts" / "merge"
+    old, new = time.time() - 7200, time.time()
+    for name, when in (
+        (".tmp-a", old),
+        (".tmp-b", new),
+        ("lost.safetensors", old),
+        ("fresh.safetensors", new),
+    ):
+        (folder / name).write_bytes(b"x")
+        os.utime(folder / name, (when, when))
+    for path in (folder / "k.json", folder / "k.safetensors"):
+        os.utime(path, (old, old))
+    assert store.sweep() == 2
+    assert {p.name for p in folder.iterdir()} == {
+        "k.json", "k.safetensors", ".tmp-b", "fresh.safetensors",
+    }  # fmt: skip
+
+
+def test_artifacts_and_remove(tmp_path: Path) -> None:
+    store = _stored(tmp_path)
+    ((kind, key, size),) = store.artifacts()
+    assert (kind, key) == ("merge", "k")
+    assert size == sum(p.stat().st_size for p in (tmp_path / "artifacts" / "merge").iterdir())
+    assert store.info("merge", "k") == INFO
+    store.remove("merge", "k")
+    assert store.info("merge", "k") == {}
+    assert list(store.artifacts()) == []
+
+
+def test_an_unwritable_folder_is_named_with_its_field(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match="--results: cannot write to .*file/below"):
+        check_writable(tmp_path / "file" / "below", "--results")
+
+
+# --------------------------------------------------------------------------- fingerprints
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MERGESEC_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+names = st.text("abc", min_size=1, max_size=3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(files=st.dictionaries(names, st.binary(max_size=20), min_size=1, max_size=4))
+def test_a_fingerprint_depends_on_names_and_bytes_alone(
+    tmp_path_factory: pytest.TempPathFactory, files: dict[str, bytes]
+) -> None:
+    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    for name, data in files.items():
+        (one / name).write_bytes(data)
+    for name, data in reversed(files.items()):
+        (two / name).write_bytes(data)
+    assert fingerprint(one) == fingerprint(two)
+    (two / next(iter(files))).write_bytes(b"another " * 4)
+    assert fingerprint(one) != fingerprint(two)
+
+
+def test_a_damaged_memory_of_fingerprints_is_ignored(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"1")
+    first = fingerprint(tmp_path)
+    cache = Path(os.environ["MERGESEC_CACHE"]) / "fingerprints.json"
+    assert json.loads(cache.read_text())
+    for damage in ("{", "[]", '{"a": 1}'):
+        cache.write_text(damage)
+        assert fingerprint(tmp_path) == first
+
+
+# --------------------------------------------------------------------------- merged artifacts
+
+tensor_names = st.text("ab.|/", min_size=1, max_size=6)
+weights = st.dictionaries(
+    tensor_names, st.integers(-9, 9).map(lambda n: torch.tensor([float(n)])), max_size=3
+)
+task_names = st.text("xy/_-", min_size=1, max_size=5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    shared=weights,
+    per_task=st.dictionaries(task_names, weights.filter(bool), max_size=3),
+    extra=weights,
+    info=st.dictionaries(st.text(max_size=4), st.integers()),
+)
+def test_merged_artifacts_round_trip(
+    shared: dict[str, Tensor], per_task: dict[str, dict[str, Tensor]], extra: dict[str, Tensor], info: Any
+) -> None:
+    flat = flatten(Merged(shared, per_task, extra, info))
+    assert len(flat) == len(shared) + len(extra) + sum(map(len, per_task.values()))
+    again = unflatten(load(save(flat)) if flat else flat, info)
+    assert dict(again.shared) == shared
+    assert {t: dict(w) for t, w in again.per_task.items()} == per_task
+    assert dict(again.extra) == extra
+    assert again.info == info
