@@ -61,8 +61,8 @@ def fingerprint(path: Path) -> str:
     known: dict[str, str] = {}
     if cache.is_file():
         try:
-            known = json.loads(cache.read_text())
-        except ValueError:
+            known = dict(json.loads(cache.read_text()))
+        except (ValueError, TypeError):
             known = {}
     digest, changed = hashlib.sha256(), False
     for file in files:
