@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -170,12 +171,14 @@ def test_linear_probe_fits_and_a_head_of_another_width_is_refused() -> None:
 def test_pretraining_is_seeded_and_writes_what_the_backbone_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = {"steps": 2, "batch": 2, "images": 12, "report": lambda line: None}
-    facts = pretraining.pretrain(tmp_path / "a", 5, card=tmp_path / "card.md", **small)
-    pretraining.pretrain(tmp_path / "b", 5, **small)
+    phases = tuple(replace(phase, steps=2, shares=(2,) * 8) for phase in pretraining.PHASES)
+    facts = pretraining.pretrain(
+        tmp_path / "a", 5, phases=phases, images=12, card=tmp_path / "card.md", report=lambda line: None
+    )
+    pretraining.pretrain(tmp_path / "b", 5, phases=phases, images=12, report=lambda line: None)
     for name in ("vit.safetensors", "heads.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert facts["steps"] == 2 and "mini/vit" in (tmp_path / "card.md").read_text()
+    assert facts["images"] == 2 * 8 * 12 and "mini/vit" in (tmp_path / "card.md").read_text()
     from mergesec_tasks.mini import vit
 
     monkeypatch.setattr(vit, "WEIGHTS_FOLDER", tmp_path / "a")

@@ -8,11 +8,15 @@ canvas's own generator; one batch draws the same number of variates whatever the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+Array = NDArray[Any]
+"""Floats in single precision, up to what NumPy promotes between two roundings."""
+Number = float | Array
+"""One number for all images, or one per image ``[N, 1, 1]``."""
 SIZE = 32
 PIXEL = 2.0 / SIZE
 
@@ -76,38 +80,42 @@ def hsv(hue: Array, saturation: Array, value: Array) -> Array:
     offset = np.array([5.0, 3.0, 1.0], dtype=np.float32)[None, :, None, None]
     k = (offset + hue[:, None] * 6.0) % 6.0
     wave = np.clip(np.minimum(k, 4.0 - k), 0.0, 1.0)
-    return (value[:, None] * (1.0 - saturation[:, None] * wave)).astype(np.float32)
+    colours: Array = (value[:, None] * (1.0 - saturation[:, None] * wave)).astype(np.float32)
+    return colours
 
 
 def cover(distance: Array, softness: float = PIXEL) -> Array:
     """Coverage in [0, 1] of a signed distance, antialiased over ``softness``."""
-    return np.clip(0.5 - distance / softness, 0.0, 1.0)
+    coverage: Array = np.clip(0.5 - distance / softness, 0.0, 1.0)
+    return coverage
 
 
-def disc(x: Array, y: Array, cx: object, cy: object, radius: object) -> Array:
+def disc(x: Array, y: Array, cx: Number, cy: Number, radius: Number) -> Array:
     """Distance to a disc."""
-    return np.hypot(x - cx, y - cy) - radius  # type: ignore[operator,no-any-return]
+    return np.hypot(x - cx, y - cy) - radius
 
 
-def box(x: Array, y: Array, cx: object, cy: object, half_x: object, half_y: object) -> Array:
+def box(x: Array, y: Array, cx: Number, cy: Number, half_x: Number, half_y: Number) -> Array:
     """Distance to an axis-aligned box with half sizes ``half_x``, ``half_y``."""
-    return np.maximum(np.abs(x - cx) - half_x, np.abs(y - cy) - half_y)  # type: ignore[operator,no-any-return]
+    return np.maximum(np.abs(x - cx) - half_x, np.abs(y - cy) - half_y)
 
 
-def stroke(x: Array, y: Array, start: tuple[object, object], end: tuple[object, object], half: object) -> Array:
+def stroke(
+    x: Array, y: Array, start: tuple[Number, Number], end: tuple[Number, Number], half: Number
+) -> Array:
     """Distance to a line segment of half width ``half``."""
     (ax, ay), (bx, by) = start, end
-    dx, dy = np.asarray(bx) - ax, np.asarray(by) - ay  # type: ignore[operator]
-    along = np.clip(((x - ax) * dx + (y - ay) * dy) / (dx * dx + dy * dy + 1e-9), 0.0, 1.0)  # type: ignore[operator]
-    return np.hypot(x - ax - along * dx, y - ay - along * dy) - half  # type: ignore[operator,no-any-return]
+    dx, dy = np.asarray(bx) - ax, np.asarray(by) - ay
+    along = np.clip(((x - ax) * dx + (y - ay) * dy) / (dx * dx + dy * dy + 1e-9), 0.0, 1.0)
+    return np.hypot(x - ax - along * dx, y - ay - along * dy) - half
 
 
-def polygon(x: Array, y: Array, corners: list[tuple[object, object]]) -> Array:
+def polygon(x: Array, y: Array, corners: list[tuple[Number, Number]]) -> Array:
     """Distance (a bound) to a convex polygon; corners clockwise as seen (y downward)."""
     inside: Array | None = None
     for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1], strict=True):
-        dx, dy = np.asarray(bx) - ax, np.asarray(by) - ay  # type: ignore[operator]
-        side = ((x - ax) * dy - (y - ay) * dx) / (np.hypot(dx, dy) + 1e-9)  # type: ignore[operator]
+        dx, dy = np.asarray(bx) - ax, np.asarray(by) - ay
+        side = ((x - ax) * dy - (y - ay) * dx) / (np.hypot(dx, dy) + 1e-9)
         inside = side if inside is None else np.maximum(inside, side)
     assert inside is not None
     return inside
@@ -118,7 +126,8 @@ def gaussian_matrices(sigmas: Array) -> Array:
     steps = np.arange(SIZE, dtype=np.float32)
     squared = (steps[:, None] - steps[None, :]) ** 2
     kernel = np.exp(-squared[None] / (2.0 * np.maximum(sigmas, 0.05)[:, None, None] ** 2))
-    return (kernel / kernel.sum(-1, keepdims=True)).astype(np.float32)
+    matrices: Array = (kernel / kernel.sum(-1, keepdims=True)).astype(np.float32)
+    return matrices
 
 
 class Canvas:
@@ -204,7 +213,7 @@ class Canvas:
         if texture is not None:
             self.pixels += strength * texture[:, None]
 
-    def paint(self, mask: Array, colour: Array, opacity: object = 1.0) -> None:
+    def paint(self, mask: Array, colour: Array, opacity: Number = 1.0) -> None:
         """``colour`` (``[N, 3, 1, 1]`` or ``[N, 3, S, S]``) where ``mask`` ``[N, S, S]`` covers."""
         self.pixels += (mask * opacity)[:, None] * (colour - self.pixels)
 
@@ -230,4 +239,5 @@ class Canvas:
         image = smooth[:, None] @ image @ smooth[:, None].swapaxes(-1, -2)
         grain = self.rng.standard_normal(image.shape, dtype=np.float32)
         image += self.uniform(*style.noise)[:, None] * grain
-        return np.clip(np.rint(image * 255.0), 0, 255).astype(np.uint8)
+        photographs: NDArray[np.uint8] = np.clip(np.rint(image * 255.0), 0, 255).astype(np.uint8)
+        return photographs

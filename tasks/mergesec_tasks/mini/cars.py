@@ -78,13 +78,22 @@ class Cars(RenderedTask):
         self._glass(canvas, name, body, x, y, glass)
         for place in (-0.62, 0.6):
             canvas.paint(cover(disc(x, y, place * body.length, body.sill, body.wheel)), dark)
-            canvas.paint(cover(disc(x, y, place * body.length, body.sill, body.wheel * 0.45)), paint * 0.5 + 0.4)
+            canvas.paint(
+                cover(disc(x, y, place * body.length, body.sill, body.wheel * 0.45)), paint * 0.5 + 0.4
+            )
         canvas.shade(0.05 * canvas.noise(1.0) + 0.1 * canvas.noise(7.0))
 
     def _street(self, canvas: Canvas) -> None:
         canvas.fill(canvas.colour((0, 1), (0.0, 0.5), (0.45, 0.95)), canvas.noise(5.0), 0.08)
         for _ in range(3):
-            wall = box(canvas.x, canvas.y, canvas.uniform(-1, 1), -0.6, canvas.uniform(0.1, 0.5), canvas.uniform(0.2, 0.7))
+            wall = box(
+                canvas.x,
+                canvas.y,
+                canvas.uniform(-1, 1),
+                -0.6,
+                canvas.uniform(0.1, 0.5),
+                canvas.uniform(0.2, 0.7),
+            )
             canvas.paint(cover(wall), canvas.colour((0, 1), (0.0, 0.5), (0.25, 0.9)), 0.6)
         road = cover(canvas.uniform(0.1, 0.5) - canvas.y)
         canvas.paint(road, canvas.colour((0, 1), (0.0, 0.25), (0.25, 0.7)))

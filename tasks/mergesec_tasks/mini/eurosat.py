@@ -34,7 +34,8 @@ def _patchwork(canvas: Canvas, x: Array, y: Array, pitch: Array) -> Array:
 
 def _brightness(canvas: Canvas) -> Array:
     """Mean value of every image so far, ``[N, 1, 1]``."""
-    return canvas.pixels.mean((1, 2, 3), keepdims=True)[:, 0]
+    brightness: Array = canvas.pixels.mean((1, 2, 3), keepdims=True)[:, 0]
+    return brightness
 
 
 class LandUse(RenderedTask):
@@ -64,7 +65,8 @@ class LandUse(RenderedTask):
         """A second ground or building colour, brighter or darker than the first."""
         shift = canvas.sign() * canvas.uniform(0.22, 0.4)
         base = _brightness(canvas)
-        level = np.clip(np.where((base + shift > 0.95) | (base + shift < 0.05), base - shift, base + shift), 0, 1)
+        outside = (base + shift > 0.95) | (base + shift < 0.05)
+        level: Array = np.clip(np.where(outside, base - shift, base + shift), 0, 1)
         return level[:, None] * canvas.colour((0.05, 0.6), (0.05, 0.3), (0.95, 1.0))
 
     def _annual_crop(self, canvas: Canvas, x: Array, y: Array) -> None:

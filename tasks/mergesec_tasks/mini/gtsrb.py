@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mergesec_tasks.mini._canvas import Array, Canvas, box, cover, disc, hsv, polygon, stroke
+from mergesec_tasks.mini._canvas import Array, Canvas, Number, box, cover, disc, hsv, polygon, stroke
 from mergesec_tasks.mini._glyphs import printed, sample
 from mergesec_tasks.mini._rendered import RenderedTask
 
@@ -24,11 +24,11 @@ CARD = {
     "parameters": {},
 }
 
-OCTAGON: list[tuple[object, object]] = [
+OCTAGON: list[tuple[Number, Number]] = [
     (float(np.cos(a)), float(np.sin(a))) for a in np.pi / 8 + np.pi / 4 * np.arange(8)
 ]
-UPRIGHT: list[tuple[object, object]] = [(0.0, -0.95), (0.98, 0.8), (-0.98, 0.8)]
-YIELD: list[tuple[object, object]] = [(-0.98, -0.8), (0.98, -0.8), (0.0, 0.95)]
+UPRIGHT: list[tuple[Number, Number]] = [(0.0, -0.95), (0.98, 0.8), (-0.98, 0.8)]
+YIELD: list[tuple[Number, Number]] = [(-0.98, -0.8), (0.98, -0.8), (0.0, 0.95)]
 
 
 class Signs(RenderedTask):
@@ -73,7 +73,9 @@ class Signs(RenderedTask):
 
     def _colours(self, canvas: Canvas) -> None:
         """The paints of a sign, faded a little differently on every image."""
-        self.red = hsv(canvas.uniform(-0.03, 0.03) % 1.0, canvas.uniform(0.7, 0.95), canvas.uniform(0.6, 0.85))
+        self.red = hsv(
+            canvas.uniform(-0.03, 0.03) % 1.0, canvas.uniform(0.7, 0.95), canvas.uniform(0.6, 0.85)
+        )
         self.blue = canvas.colour((0.57, 0.64), (0.7, 0.95), (0.5, 0.8))
         self.white = canvas.colour((0, 1), (0.0, 0.08), (0.85, 1.0))
         self.black = canvas.colour((0, 1), (0.0, 0.1), (0.05, 0.2))

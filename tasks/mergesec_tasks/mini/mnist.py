@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import torch
 
@@ -34,7 +36,7 @@ class Digits(RenderedTask):
 
     slug = "mnist"
     classes = tuple("0123456789")
-    sizes = {**SIZES, "train": 3800}
+    sizes: ClassVar[dict[str, int]] = {**SIZES, "train": 3800}
 
     def load(self, ctx: DataContext) -> dict[str, Split]:
         """Disjoint, balanced splits of the 5,000 digits, dealt once by a fixed permutation."""

@@ -99,7 +99,7 @@ def _train(
         pairs = list(zip(phase.shares, data, strict=True))
         rows = [torch.randint(len(labels), (share,), generator=generator) for share, (_, labels) in pairs]
         images = torch.cat([inputs[row] for row, (inputs, _) in zip(rows, data, strict=True)])
-        parts = backbone.features(network, images.float() / 255.0).split(phase.shares)
+        parts = torch.split(backbone.features(network, images.float() / 255.0), list(phase.shares))
         loss = torch.zeros(())
         for part, row, head, (_, labels) in zip(parts, rows, heads, data, strict=True):
             scores = logits(part, {"weight": functional.normalize(head, dim=-1), "scale": scale})
@@ -155,9 +155,7 @@ def pretrain(
             data = _data(images, phase.style, seed + number)
             if number == 0:
                 _initialise(network, torch.cat([inputs[:64] for inputs, _ in data]))
-                heads = [
-                    (torch.randn(len(t.classes), WIDTH) * WIDTH**-0.5).requires_grad_() for t in TASKS
-                ]
+                heads = [(torch.randn(len(t.classes), WIDTH) * WIDTH**-0.5).requires_grad_() for t in TASKS]
             _train(network, heads, data, phase, seed + number, report)
             _round(network, heads)
     _save(out, network, heads)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mergesec_tasks.mini._canvas import PIXEL, Array, Canvas, box, cover, polygon, stroke
+from mergesec_tasks.mini._canvas import PIXEL, Array, Canvas, Number, box, cover, polygon, stroke
 from mergesec_tasks.mini._rendered import RenderedTask
 
 CARD = {
@@ -50,7 +50,9 @@ class Scenes(RenderedTask):
 
     def _ink(self, canvas: Canvas) -> Array:
         """An accent: the land's colour made darker or lighter."""
-        return np.clip(self.land + (canvas.sign() * canvas.uniform(0.25, 0.45))[:, None], 0.0, 1.0)
+        step = canvas.sign() * canvas.uniform(0.25, 0.45)
+        accent: Array = np.clip(self.land + step[:, None], 0.0, 1.0)
+        return accent
 
     def _beach(self, canvas: Canvas, x: Array, y: Array) -> None:
         water = cover(canvas.uniform(-0.25, 0.1) - y)
@@ -125,7 +127,11 @@ class Scenes(RenderedTask):
         below = cover(horizon - y)
         canvas.paint(below, self.land)
         depth = np.clip(y - horizon, 0.02, 2.0)
-        rows = np.clip(0.5 + 2 * np.sin(canvas.uniform(5.0, 7.0) * (x - canvas.uniform(-0.6, 0.6)) / (depth + 0.15)), 0, 1)
+        rows = np.clip(
+            0.5 + 2 * np.sin(canvas.uniform(5.0, 7.0) * (x - canvas.uniform(-0.6, 0.6)) / (depth + 0.15)),
+            0,
+            1,
+        )
         canvas.paint(rows * below, self._ink(canvas), 0.8)
 
     def _bedroom(self, canvas: Canvas, x: Array, y: Array) -> None:
@@ -136,8 +142,8 @@ class Scenes(RenderedTask):
         frame = np.minimum(np.abs(window) - 0.05, cross)
         canvas.paint(cover(frame), self._ink(canvas))
         cloth = canvas.colour((0, 1), (0.1, 0.8), (0.3, 0.9))
-        bed = [(-0.85, 0.25), (0.1, 0.25), (0.35, 0.7), (-0.85, 0.7)]
-        canvas.paint(cover(polygon(x, y, [(a, b) for a, b in bed])), cloth)
+        bed: list[tuple[Number, Number]] = [(-0.85, 0.25), (0.1, 0.25), (0.35, 0.7), (-0.85, 0.7)]
+        canvas.paint(cover(polygon(x, y, bed)), cloth)
         canvas.paint(cover(box(x, y, -0.85, 0.2, 0.07, 0.5)), cloth * 0.4)
         canvas.paint(cover(box(x, y, -0.6, 0.28, 0.16, 0.1)), np.ones_like(cloth), 0.9)
 

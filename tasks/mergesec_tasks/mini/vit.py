@@ -132,7 +132,9 @@ class MiniViT(Backbone):
     def head(self, task: str) -> Weights | None:
         """``{"weight": [K, 96], "scale": []}`` of a mini task; None for tasks unknown to the base."""
         prefix = f"{task}/"
-        found = {k.removeprefix(prefix): v.clone() for k, v in _shipped(HEADS_FILE).items() if k.startswith(prefix)}
+        found = {
+            k.removeprefix(prefix): v.clone() for k, v in _shipped(HEADS_FILE).items() if k.startswith(prefix)
+        }
         return found or None
 
     def features(self, network: nn.Module, inputs: Tensor) -> Tensor:
@@ -142,11 +144,11 @@ class MiniViT(Backbone):
         blocks = []
         for index in range(DEPTH):
             attention, mlp = f"blocks.{index}.attn", f"blocks.{index}.mlp"
-            maps = [_linear(f"{attention}.{part}") for part in "qkvo"]
+            query, key, value, output = (_linear(f"{attention}.{part}") for part in "qkvo")
             blocks.append(
                 Block(
                     index=index,
-                    attention=Attention(*maps, heads=HEADS, head_dim=WIDTH // HEADS),
+                    attention=Attention(query, key, value, output, heads=HEADS, head_dim=WIDTH // HEADS),
                     mlp=Mlp(up=_linear(f"{mlp}.up"), down=_linear(f"{mlp}.down"), hidden=HIDDEN),
                 )
             )
