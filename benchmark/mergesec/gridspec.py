@@ -99,7 +99,11 @@ def _may_add(override: str) -> str:
 
 
 def _hydra_message(error: Exception, folder: Path) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).split(" See https://hydra.cc")[0]
+    if "must be a DictConfig" in text:
+        return "not a mapping of fields"
+    if override := getattr(error, "override", None):
+        text = f"cannot read {str(override).removeprefix('++')!r} ({text})"
     for root in (str(folder.resolve()), str(presets_folder())):
         text = text.replace(root, "<grids>")
     return text[:400]
