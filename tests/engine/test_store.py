@@ -68,9 +68,8 @@ def test_any_flipped_byte_is_found_or_harmless(tmp_path: Path, end: str) -> None
             path.write_bytes(bytes(damaged))
             try:
                 blob, meta = store.read("merge", "k")
-            except CorruptArtifact as error:
+            except CorruptArtifact:
                 found += 1
-                assert error.key == "k"
                 assert not store.has("merge", "k")
                 assert not list(path.parent.iterdir())
                 for file, data in kept.items():
@@ -178,7 +177,7 @@ def test_artifacts_and_remove(tmp_path: Path) -> None:
 
 def test_an_unwritable_folder_is_named_with_its_field(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UsageError, match="--results: cannot write to .*file/below"):
+    with pytest.raises(UsageError, match=r"--results: cannot write to .*file/below"):
         check_writable(tmp_path / "file" / "below", "--results")
 
 

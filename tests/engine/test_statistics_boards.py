@@ -1,0 +1,310 @@
+"""Intervals against closed forms, records bit by bit, boards against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from mergesec.boards import Board, display, make_boards, markdown
+from mergesec.errors import UsageError
+from mergesec.records import Count, Record, count, read_records
+from mergesec.statistics import DRAWS, Bootstrap, Estimate, mean, nothing, ratio, tiers
+
+# --------------------------------------------------------------------------- statistics
+
+
+def _bits(k: int, n: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    return np.arange(n) < k
+
+
+@pytest.mark.parametrize(("k", "n"), [(300, 1000), (500, 1000), (90, 100), (40, 400)])
+def test_one_seed_gives_the_binomial_interval(k: int, n: int) -> None:
+    estimate = Bootstrap().rate("t", {0: count(_bits(k, n))})
+    p = k / n
+    assert estimate.value == p
+    low, high = estimate.interval()
+    half = 1.96 * math.sqrt(p * (1 - p) / n)
+    assert low == pytest.approx(p - half, abs=0.25 * half)
+    assert high == pytest.approx(p + half, abs=0.25 * half)
+
+
+def test_several_seeds_widen_the_interval_by_their_spread() -> None:
+    n, ks = 2000, (1000, 1200, 1400)
+    estimate = Bootstrap().rate("t", {s: count(_bits(k, n)) for s, k in enumerate(ks)})
+    assert estimate.value == pytest.approx(0.6)
+    between = np.var([k / n for k in ks]) / len(ks)  # of a mean of seeds drawn with replacement
+    assert np.var(estimate.draws) == pytest.approx(between + 0.6 * 0.4 / n, rel=0.25)
+
+
+def test_identical_rows_differ_by_exactly_nothing() -> None:
+    bootstrap = Bootstrap()
+    rows = {s: count(_bits(30 + s, 100)) for s in range(3)}
+    difference = bootstrap.rate("t", rows) - bootstrap.rate("t", rows)
+    assert difference.value == 0
+    assert difference.interval() == (0.0, 0.0)
+
+
+def test_pairing_makes_a_difference_of_correlated_rows_narrow() -> None:
+    bootstrap = Bootstrap()
+    a, b = (
+        bootstrap.rate("t", {0: count(_bits(500, 1000))}),
+        bootstrap.rate("t", {0: count(_bits(510, 1000))}),
+    )
+    low, high = (b - a).interval()
+    assert low > 0  # ten samples more, and none less: separated although the intervals overlap
+    assert a.interval()[1] > b.interval()[0]
+    assert high == pytest.approx(0.01 + 1.96 * 0.1 / math.sqrt(1000), abs=0.002)
+
+
+def test_a_masked_rate_counts_inside_its_mask_only() -> None:
+    hits, mask = _bits(60, 100), ~_bits(50, 100)
+    c = count(hits, mask)
+    assert (c.k, c.n, c.total) == (10, 50, 100)
+    estimate = Bootstrap().rate("t", {0: c})
+    assert estimate.value == 0.2
+    assert np.nanmin(estimate.draws) >= 0
+    assert np.nanmax(estimate.draws) <= 1
+
+
+def test_what_was_not_measured_has_no_number() -> None:
+    empty = count(_bits(0, 10), np.zeros(10, bool))
+    for estimate in (nothing(), Bootstrap().rate("t", {}), Bootstrap().rate("t", {0: empty}), mean([])):
+        assert math.isnan(estimate.value)
+        assert all(map(math.isnan, estimate.interval()))
+
+
+def _near(value: float, noise: float = 0.0, seed: int = 0) -> Estimate:
+    return Estimate(value, value + noise * np.random.default_rng(seed).standard_normal(DRAWS))
+
+
+def test_a_ratio_is_undefined_where_its_bottom_is_too_small() -> None:
+    assert ratio(_near(0.5), _near(0.25)).value == 2
+    assert ratio(_near(0.5), _near(0.25)).interval() == (2.0, 2.0)
+    for bottom in (0.0, 0.01, -0.01):
+        assert math.isnan(ratio(_near(0.5), _near(bottom), 0.01).value)
+    assert ratio(_near(0.5), _near(-0.02), 0.01).value == -25
+
+
+def test_tiers_part_where_the_difference_to_the_leader_is_separated() -> None:
+    rows = [_near(0.5, 0.01, 1), _near(0.90, 0.01, 2), _near(0.91, 0.01, 3), _near(0.7, 0.01, 4), nothing()]
+    assert tiers(rows) == [3, 1, 1, 2, 0]
+    assert tiers(rows, higher_is_better=False) == [1, 3, 3, 2, 0]
+    assert tiers([]) == []
+
+
+def test_draws_do_not_depend_on_who_asks_first() -> None:
+    c = {0: count(_bits(30, 100)), 1: count(_bits(40, 100))}
+    other = Bootstrap()
+    other.rate("elsewhere", c)
+    assert (other.rate("t", c).draws == Bootstrap().rate("t", c).draws).all()
+
+
+# --------------------------------------------------------------------------- records
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=70))
+def test_bits_survive_packing(pairs: list[tuple[bool, bool]]) -> None:
+    hits, mask = (np.array(column) for column in zip(*pairs, strict=True))
+    c = Count.model_validate_json(count(hits, mask).model_dump_json())
+    again, inside = c.arrays()
+    assert (inside == mask).all()
+    assert (again == (hits & mask)).all()
+    assert (c.k, c.n) == (int((hits & mask).sum()), int(mask.sum()))
+    whole = count(hits)
+    assert (whole.arrays()[0] == hits).all()
+    assert whole.arrays()[1].all()
+
+
+def _record(threat: str = "clean", counts: dict[str, Count] | None = None, **fields: Any) -> Record:
+    given: dict[str, Any] = {
+        "cell": "c", "grid": "g", "suite": "s", "backbone": "b", "protocol": "inductive", "threat": threat,
+        "merging": "ta", "attack": "none", "defense": "none", "subject": "" if threat == "clean" else "a",
+        "target_class": 0, "experts": ["a", "b"], "seed": 0, "status": "done", "counts": counts or {},
+    }  # fmt: skip
+    return Record(**{**given, **fields})
+
+
+def test_records_are_strict() -> None:
+    with pytest.raises(ValidationError, match="accuracy"):
+        _record(accuracy=1.0)
+    raw = _record().model_dump()
+    del raw["threat"]
+    with pytest.raises(ValidationError, match="threat"):
+        Record.model_validate(raw)
+
+
+def test_reading_names_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"grid: no records of 'g' .*found: none"):
+        read_records(tmp_path, "g")
+    (tmp_path / "g").mkdir()
+    manifest = tmp_path / "g" / "grid.json"
+    for damage in ("{", "[]", "{}"):
+        manifest.write_text(damage)
+        with pytest.raises(UsageError, match=r"g/grid\.json: unreadable"):
+            read_records(tmp_path, "g")
+    manifest.write_text('{"cells": ["c"]}')
+    (tmp_path / "g" / "c.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"c\.json: unreadable record"):
+        read_records(tmp_path, "g")
+    (tmp_path / "g" / "c.json").write_text(_record().model_dump_json())
+    assert read_records(tmp_path, "g") == [_record()]
+
+
+# --------------------------------------------------------------------------- boards
+
+
+def _k(k: int, n: int = 100) -> Count:
+    return count(_bits(k, n))
+
+
+def _boards(records: list[Record]) -> dict[str, Board]:
+    return {b.name: b for b in make_boards(records)}
+
+
+def _accuracies(**roles: tuple[int, int]) -> dict[str, Count]:
+    """Hits of 100 on tasks a and b, by role."""
+    return {f"acc/{role}/{t}": _k(k) for role, ks in roles.items() for t, k in zip("ab", ks, strict=True)}
+
+
+def test_the_clean_board_averages_tasks_and_normalises_by_each_expert() -> None:
+    counts = _accuracies(base=(30, 40), expert=(80, 50), clean_merge=(60, 45))
+    frame = _boards([_record(counts=counts)])["clean"].frame.set_index("method")
+    assert frame.loc["ta", "accuracy"] == pytest.approx(0.525)
+    assert frame.loc["ta", "normalised"] == pytest.approx((60 / 80 + 45 / 50) / 2)
+    assert frame.loc["(experts)", "accuracy"] == pytest.approx(0.65)
+    assert frame.loc["(base)", "accuracy"] == pytest.approx(0.35)
+    assert frame.loc["(base)", "b"] == pytest.approx(0.4)
+
+
+def test_seeds_are_averaged_and_methods_ranked() -> None:
+    records = [
+        _record(merging=m, seed=s, counts=_accuracies(base=(30, 30), expert=(90, 90), clean_merge=(k + s, k)))
+        for m, k in (("low", 40), ("high", 80))
+        for s in (0, 1)
+    ]
+    frame = _boards(records)["clean"].frame.set_index("method")
+    assert frame.loc["high", "accuracy"] == pytest.approx(0.8025)
+    assert frame.loc["high", "seeds"] == 2
+    assert (frame.loc["high", "tier"], frame.loc["low", "tier"]) == (1, 2)
+
+
+def _protection(attack: str, attacked: int, defense: str = "p", merged: int = 20, **fields: Any) -> Record:
+    counts = _accuracies(
+        base=(10, 10), expert=(90, 85), published=(88, 0), recovered=(88, 0), clean_merge=(80, 75),
+        protected_merge=(merged, 70), merge=(attacked, 72),
+    )  # fmt: skip
+    return _record("protection", counts, attack=attack, defense=defense, **fields)
+
+
+def test_recovery_is_the_share_of_the_loss_an_attack_brings_back() -> None:
+    records = [
+        _protection("none", 20), _protection("weak", 35, values={"max_abs_dlogit": 2e-6}),
+        _protection("strong", 65, values={"max_abs_dlogit": 1e-6}),
+    ]  # fmt: skip
+    boards = _boards(records)
+    cells = boards["protection_cells"].frame.set_index("attack")
+    assert cells.loc["weak", "recovery"] == pytest.approx((35 - 20) / (80 - 20))
+    assert cells.loc["strong", "recovery"] == pytest.approx((65 - 20) / (80 - 20))
+    assert math.isnan(cells.loc["none", "recovery"])
+    assert cells.loc["weak", "free_rider+"] == pytest.approx(0.70)  # the other tasks, not the protected one
+    assert cells.loc["weak", "free_rider_attacked"] == pytest.approx(0.72)
+    row = boards["protection"].frame.set_index("defense").loc["p"]
+    assert row["stand_alone_loss"] == pytest.approx(0.02)
+    assert row["worst_recovery"] == pytest.approx(0.75)
+    assert row["recovered_by"] == "strong + ta"
+    assert row["worst_merged"] == pytest.approx(0.65)
+    assert row["max_abs_dlogit"] == 2e-6
+
+
+def test_recovery_is_undefined_where_nothing_was_lost() -> None:
+    boards = _boards([_protection("strong", 80, merged=80)])
+    assert math.isnan(boards["protection_cells"].frame["recovery"].item())
+    assert math.isnan(boards["protection"].frame["worst_recovery"].item())
+    assert boards["protection"].frame["recovered_by"].item() == ""
+
+
+def _asr(k: int, n: int = 90, total: int = 100) -> Count:
+    """k of the n samples outside the target class."""
+    return count(_bits(k, total), _bits(n, total))
+
+
+def _backdoor(defense: str, hit: tuple[int, int], accurate: tuple[int, int], **fields: Any) -> Record:
+    counts = _accuracies(clean_merge=(80, 70), merge=accurate, poisoned=(85, 0), base=(10, 10))
+    for role, (a, b) in {"merge": hit, "clean_merge": (9, 18), "base": (0, 9), "poisoned": (90, 0)}.items():
+        counts |= {f"asr/{role}/a": _asr(a), f"asr/{role}/b": _asr(b)}
+    counts |= {"ra/merge/a": _asr(45), "ra/merge/b": _asr(45)}
+    return _record("backdoor", counts, attack=fields.pop("attack", "bad"), defense=defense, **fields)
+
+
+def test_the_backdoor_board_parts_succession_from_transfer_and_shows_controls() -> None:
+    frame = _boards([_backdoor("none", (72, 27), (78, 68)), _backdoor("d", (18, 9), (70, 60))])[
+        "backdoor"
+    ].frame
+    row = frame.set_index("defense").loc["none"]
+    assert row["succession"] == pytest.approx(72 / 90)
+    assert row["transfer"] == pytest.approx(27 / 90)
+    assert row["succession_clean_merge"] == pytest.approx(0.1)
+    assert row["transfer_clean_merge"] == pytest.approx(0.2)
+    assert (row["succession_base"], row["transfer_base"]) == (0, pytest.approx(0.1))
+    assert row["backdoor"] == pytest.approx(0.7)
+    assert row["ASR_alone"] == 1
+    assert (row["CA"], row["BA"]) == (pytest.approx(0.75), pytest.approx(0.73))
+    assert math.isnan(row["DER"])
+    defended = frame.set_index("defense").loc["d"]
+    # [max(0, ΔASR) − max(0, ΔACC) + 1] / 2 with ΔASR = 0.8 − 0.2 and ΔACC = 0.73 − 0.65
+    assert defended["DER"] == pytest.approx((0.6 - 0.08 + 1) / 2)
+    assert (row["tier"], defended["tier"]) == (2, 1)
+
+
+def test_der_does_not_depend_on_the_order_of_records() -> None:
+    records = [_backdoor("d", (18, 9), (70, 60)), _backdoor("none", (72, 27), (78, 68))]
+    frame = _boards(records)["backdoor"].frame.set_index("defense")
+    assert frame.loc["d", "DER"] == pytest.approx(0.76)
+
+
+def test_threat_models_never_share_a_board() -> None:
+    clean = _record(counts=_accuracies(base=(30, 40), expert=(80, 50), clean_merge=(60, 45)))
+    records = [clean, _protection("none", 20), _backdoor("none", (72, 27), (78, 68))]
+    together, alone = _boards(records), {}
+    for record in records:
+        alone |= _boards([record])
+    assert together.keys() == alone.keys() == {"clean", "protection", "protection_cells", "backdoor"}
+    for name, board in together.items():
+        assert board.frame.equals(alone[name].frame)
+
+
+def test_what_is_missing_is_visible_and_not_averaged_away() -> None:
+    counts = _accuracies(base=(30, 40), expert=(80, 50), clean_merge=(60, 45))
+    failed = {"status": "failed", "reason": "ValueError: no"}
+    records = [_record(counts=counts), _record(seed=1, **failed), _record(merging="gone", **failed)]
+    board = _boards(records)["clean"]
+    frame = board.frame.set_index("method")
+    assert (frame.loc["ta", "cells_done"], frame.loc["ta", "cells_expected"], frame.loc["ta", "seeds"]) == (
+        1,
+        2,
+        1,
+    )
+    assert math.isnan(frame.loc["gone", "accuracy"])
+    assert frame.loc["gone", "tier"] == 0
+    header, rows = display(board)
+    shown = {r[0]: dict(zip(header, r, strict=True)) for r in rows}
+    assert shown["ta"]["cells"] == "1/2 incomplete"
+    assert shown["gone"]["cells"] == "0/1 incomplete"
+    assert shown["gone"]["accuracy"] == "–"
+    assert "1/2 incomplete" in markdown(board)
+
+
+def test_markdown_rounds_and_the_frame_does_not() -> None:
+    counts = {k: count(_bits(1, 3)) for k in _accuracies(base=(0, 0), expert=(0, 0), clean_merge=(0, 0))}
+    board = _boards([_record(counts=counts)])["clean"]
+    assert board.frame["accuracy"].iloc[0] == pytest.approx(1 / 3, abs=1e-15)
+    assert "33.3 [" in markdown(board)
+    assert "33.33" not in markdown(board)
