@@ -35,7 +35,7 @@ BAD = {
 def test_battery_catches(fault: str, tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
     body, expected = BAD[fault]
     path = tmp_path / "bad.py"
-    path.write_text(f'''import torch
+    path.write_text(f"""import torch
 from mergesec.contracts import Attack
 CARD = {{
     "name": "bad", "kind": "attack", "class": "Bad", "version": "1", "title": "bad", "summary": "bad",
@@ -44,7 +44,7 @@ CARD = {{
 class Bad(Attack):
     def recover(self, published, ctx):
         {body}
-''')
+""")
     from mergesec.conformance.battery import check_file
 
     found = [c for _, c in check_file(path, load_catalog())]

@@ -41,7 +41,11 @@ def test_wheel_holds_exactly_the_three_packages(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {n.split("/")[0] for n in names if ".dist-info/" not in n}
     assert tops == {"mergesec", "mergesec_tasks", "mergesec_methods"}
-    for needed in ("mergesec/py.typed", "mergesec/conf/quickstart.yaml", "mergesec_tasks/mini/weights/vit.safetensors"):
+    for needed in (
+        "mergesec/py.typed",
+        "mergesec/conf/quickstart.yaml",
+        "mergesec_tasks/mini/weights/vit.safetensors",
+    ):
         assert needed in names
 
 

@@ -22,9 +22,10 @@ CARD = {
     "title": "ViT 8 x 96 (mini)",
     "url": "",
     "summary": "8 pre-norm blocks of width 96 on 16 tokens, pretrained by `bench pretrain`",
-    "modality": "image",
+    "modalities": ["image"],
     "source": "bench pretrain, shifted renderings of the mini tasks",
     "licence": "the project's",
+    "pretrain": "mergesec_tasks.mini.pretrain:pretrain",
     "recipe": {
         "optimizer": "adamw",
         "learning_rate": 2e-4,
