@@ -162,7 +162,7 @@ def make_records(plan: Plan, store: Store, outcome: Outcome) -> list[Record]:
     kinds = {key: plan.steps[key].kind for c in plan.cells for _, key in c.roles}
     present = store.keys()
     found = {k: read_evaluation(store, kind, k) for k, kind in kinds.items() if k in present}
-    shared = {**_shared_provenance(plan.grid), "partial": _partial(plan, store)}
+    shared = {**_shared_provenance(plan.grid), **_data(plan, store)}
     records = []
     for planned in plan.cells:
         status, reason = _status(planned, found, outcome)
@@ -181,11 +181,14 @@ def make_records(plan: Plan, store: Store, outcome: Outcome) -> list[Record]:
     return records
 
 
-def _partial(plan: Plan, store: Store) -> dict[str, str]:
-    """Tasks whose data are fewer than their card says, and how."""
-    data = {json.loads(s.args)["task"]: k for k, s in plan.steps.items() if s.kind == "data"}
-    found = {task: str(store.info("data", key).get("partial") or "") for task, key in data.items()}
-    return {task: how for task, how in found.items() if how}
+def _data(plan: Plan, store: Store) -> dict[str, dict[str, str]]:
+    """Fingerprints of the tasks' data as loaded, and the tasks that have fewer than their card says."""
+    keys = {json.loads(s.args)["task"]: k for k, s in plan.steps.items() if s.kind == "data"}
+    partial = {task: str(store.info("data", key).get("partial") or "") for task, key in keys.items()}
+    return {
+        "data": {task: store.digest("data", key) for task, key in keys.items()},
+        "partial": {task: how for task, how in partial.items() if how},
+    }
 
 
 def _cost(

@@ -115,6 +115,14 @@ class Store:
             return {}
         return found
 
+    def digest(self, kind: str, key: str) -> str:
+        """One digest over the digests of an artifact's tensors; empty if it is absent or unreadable."""
+        try:
+            digests = json.loads(self._paths(kind, key)[0].read_bytes())["digests"]
+        except (OSError, ValueError, KeyError):
+            return ""
+        return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:32]
+
     def remove(self, kind: str, key: str) -> None:
         for path in self._paths(kind, key):
             path.unlink(missing_ok=True)
