@@ -45,7 +45,8 @@ class Reader:
             for task in self._tasks(record, which):
                 count = record.counts.get(f"{metric}/{role}/{task}")
                 if count is not None:
-                    place = (record.subject, record.target_class, tuple(record.experts), task)
+                    row = (record.merging, record.attack, record.defense)
+                    place = (row, record.subject, record.target_class, tuple(record.experts), task)
                     groups.setdefault(place, {})[record.seed] = count
         return mean([self.bootstrap.rate(place[-1], counts) for place, counts in groups.items()])
 

@@ -44,6 +44,7 @@ class Bootstrap:
     def __init__(self) -> None:
         self._samples: dict[tuple[str, int], NDArray[np.float32]] = {}
         self._seeds: dict[tuple[int, ...], NDArray[np.float64]] = {}
+        self._rates: dict[tuple[object, ...], Estimate] = {}
 
     def _sample_weights(self, task: str, total: int) -> NDArray[np.float32]:
         """How often each of ``total`` samples is drawn, ``[DRAWS, total]``."""
@@ -69,14 +70,19 @@ class Bootstrap:
         """Mean over seeds of k/n on one task; ``counts`` maps seed to count."""
         if not counts or any(c.n == 0 for c in counts.values()):
             return nothing()
+        key = (task, *((seed, counts[seed].hits, counts[seed].mask) for seed in sorted(counts)))
+        if key not in self._rates:  # many rows share their controls
+            self._rates[key] = self._draw(task, counts)
+        return self._rates[key]
+
+    def _draw(self, task: str, counts: dict[int, Count]) -> Estimate:
         seeds = tuple(sorted(counts))
         rates = []
         for seed in seeds:
             hits, mask = counts[seed].arrays()
             weights = self._sample_weights(task, counts[seed].total)
-            rates.append(
-                (weights @ hits.astype(np.float32)) / np.maximum(weights @ mask.astype(np.float32), 1)
-            )
+            drawn = weights @ np.stack([hits, mask], 1).astype(np.float32)
+            rates.append(drawn[:, 0] / np.maximum(drawn[:, 1], 1))
         draws = (np.stack(rates, 1) * self._seed_weights(seeds)).sum(1)
         return Estimate(float(np.mean([c.k / c.n for c in counts.values()])), draws)
 

@@ -224,6 +224,12 @@ def test_recovery_is_the_share_of_the_loss_an_attack_brings_back() -> None:
     assert row["max_abs_dlogit"] == 2e-6
 
 
+def test_the_summary_averages_over_methods_instead_of_keeping_the_last() -> None:
+    records = [_protection("none", 20, merged=20), _protection("none", 40, merged=40, merging="ties")]
+    row = _boards(records)["protection"].frame.set_index("defense").loc["p"]
+    assert row["MMP+"] == pytest.approx(0.30)
+
+
 def test_recovery_is_undefined_where_nothing_was_lost() -> None:
     boards = _boards([_protection("strong", 80, merged=80)])
     assert math.isnan(boards["protection_cells"].frame["recovery"].item())
