@@ -18,6 +18,11 @@ MICRO = ROOT / "benchmark" / "mergesec" / "conformance" / "micro.py"
 PROGRAM = "from mergesec.cli.main import main; main()"
 
 
+def _hear_interrupts() -> None:
+    """A shell starts background jobs deaf to Ctrl-C, and children inherit that; tests may run in one."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @dataclass(frozen=True)
 class Ran:
     """What a finished command left."""
@@ -55,6 +60,7 @@ class BenchRunner:
         return subprocess.Popen(
             [sys.executable, "-c", PROGRAM, *arguments], env=self._environment(), cwd=self.home, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+            preexec_fn=_hear_interrupts,
         )  # fmt: skip
 
     def __call__(self, *arguments: str, timeout: float = 240) -> Ran:

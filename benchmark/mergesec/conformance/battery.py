@@ -181,7 +181,8 @@ def _seeded(entry: Entry, plan: Plan, bench: Bench) -> str | None:
         differs |= any(not torch.equal(tensors[k], before[k]) for k in before)
     if differs and not entry.card.seeded:
         return "it draws randomness, but the card says seeded: False, so all seeds would share one result"
-    if tried and entry.card.seeded and not differs:
+    trained = any(step.kind in TRAINED for step in steps)  # may draw there, where every step has a seed
+    if tried and not trained and entry.card.seeded and not differs:
         return "the card says seeded: True, but another seed changes nothing"
     return None
 
