@@ -182,27 +182,29 @@ def _protection_summary(
         _put(row, "MMP-", reader.rate(done, "acc", "clean_merge", "subject"))
         _put(row, "MMP+", reader.rate(done, "acc", "protected_merge", "subject"))
         mine = [i for i, r in enumerate(rows) if r["defense"] == defense and r["cells_done"]]
-        worst = max(mine, key=lambda i: _rank(merged[i]), default=None)
-        _put(row, "worst_merged", merged[worst] if worst is not None else nothing())
-        row["worst_by"] = f"{rows[worst]['attack']} + {rows[worst]['method']}" if worst is not None else ""
-        most = max(mine, key=lambda i: _rank(recoveries[i]), default=None)
-        _put(row, "worst_recovery", recoveries[most] if most is not None else nothing())
-        known = most is not None and not math.isnan(recoveries[most].value)
-        row["recovered_by"] = f"{rows[most]['attack']} + {rows[most]['method']}" if known else ""  # type: ignore[index]
+        worst, row["worst_by"] = _worst(mine, rows, merged)
+        _put(row, "worst_merged", worst)
+        most, row["recovered_by"] = _worst(mine, rows, recoveries)
+        _put(row, "worst_recovery", most)
         gaps = [r.values["max_abs_dlogit"] for r in done if "max_abs_dlogit" in r.values]
         row["max_abs_dlogit"] = max(gaps) if gaps else math.nan
-        worst_case.append(merged[worst] if worst is not None and defense != "none" else nothing())
+        worst_case.append(worst if defense != "none" else nothing())
         summary.append(row)
     for row, tier in zip(summary, tiers(worst_case, higher_is_better=False), strict=True):
         row["tier"] = tier
     frame = _sorted(pd.DataFrame(summary), "worst_merged", ascending=True)
     measures = ("stand_alone", "stand_alone_loss", "MMP-", "MMP+", "worst_merged", "worst_recovery")
-    note = "Sorted by the merged accuracy on the protected task under the strongest attack and method: lower protects better."
+    note = "Sorted by the merged accuracy on the protected task under the strongest attack and method: lower protects better. MMP- and MMP+ are means over a row's own cells: compare rows that were run in the same settings."
     return Board("protection", "Protection: per defense, worst case", frame, measures, note)
 
 
-def _rank(estimate: Estimate) -> float:
-    return -math.inf if math.isnan(estimate.value) else estimate.value
+def _worst(mine: Sequence[int], rows: Sequence[Row], of: Mapping[int, Estimate]) -> tuple[Estimate, str]:
+    """The owner's worst case among rows: the largest measured estimate, and what attack and method it is."""
+    measured = [i for i in mine if not math.isnan(of[i].value)]
+    if not measured:
+        return nothing(), ""
+    place = max(measured, key=lambda i: of[i].value)
+    return of[place], f"{rows[place]['attack']} + {rows[place]['method']}"
 
 
 # --------------------------------------------------------------------------- backdoor

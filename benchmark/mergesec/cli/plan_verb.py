@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Annotated
 
 import typer
@@ -26,14 +26,14 @@ def main(
     wanted = wanted_steps(session)
     history = History(session.store.root)
     total, todo = Counter[str](), Counter[str]()
-    seconds, size = Counter[str](), Counter[str]()
+    seconds, size = defaultdict[str, float](float), defaultdict[str, float](float)
     for step in plan.steps.values():
         total[step.kind] += 1
     for step in wanted.values():
         s, b = history.predict(step)
         todo[step.kind] += 1
-        seconds[step.kind] += s  # type: ignore[assignment]
-        size[step.kind] += b  # type: ignore[assignment]
+        seconds[step.kind] += s
+        size[step.kind] += b
     rows = [
         [
             kind,
@@ -51,7 +51,7 @@ def main(
     print(f"left out: {sum(plan.left_out.values())}")
     for reason, n in plan.left_out.most_common():
         print(f"  {n:>6} × {reason}")
-    work = float(sum(seconds.values()))
+    work = sum(seconds.values())
     print(
         f"steps to run: {len(wanted)}; work {show.duration(work)}, about {show.duration(work / max(1, jobs))} on {jobs} workers; disk {sum(size.values()) / 1e6:.0f} MB"
     )

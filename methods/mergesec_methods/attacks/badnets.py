@@ -124,7 +124,8 @@ class BadNets(Attack):
     def _stamped(self, trigger: Weights, images: Tensor) -> Tensor:
         """``apply`` on stored images of either kind: uint8, or float in [0, 1]."""
         if images.dtype != torch.uint8:
-            return self.apply(trigger, images)  # type: ignore[no-any-return]
+            plain: Tensor = self.apply(trigger, images)
+            return plain
         stamped: Tensor = self.apply(trigger, images.float() / 255.0)
         return (stamped * 255.0).round_().to(torch.uint8)
 

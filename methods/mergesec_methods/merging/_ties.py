@@ -14,7 +14,7 @@ Vectors = Callable[[int], Tensor]
 def trim_threshold(vector: Tensor, keep: float) -> float:
     """The magnitude from which on an entry is kept: the (n − ⌊keep·n⌋)-th smallest.
 
-    As in the authors' code, so ⌊keep·n⌋ + 1 entries survive (more if magnitudes tie). One selection,
+    As FusionBench does, so ⌊keep·n⌋ + 1 entries survive (more if magnitudes tie). One selection,
     no sort of the vector.
     """
     size = vector.numel()
@@ -33,7 +33,7 @@ def elected_positive(total: Tensor) -> Tensor:
     """Bool ``[n]``: whether the positive sign is elected, from ``total`` = Σ of the trimmed vectors.
 
     Where they cancel to exactly 0 the majority of all elected signs decides; a tie elects negative,
-    as the authors' code does in effect.
+    as FusionBench's rule does in effect.
     """
     majority = float(torch.sign(total).sum(dtype=torch.float64))
     return total >= 0 if majority > 0 else total > 0
