@@ -84,6 +84,9 @@ class Card:
     modalities: tuple[str, ...] = ("image", "text")
     modality: str = ""
     output: str = "static"
+    """Of a merge: ``static`` (one set of weights) or ``per_task`` (weights, masks or adapters per task)."""
+    experts: tuple[int, int] = (1, 0)
+    """Fewest and most experts a merge takes; 0 = any number."""
     seeded: bool = False
     siblings: str = ""
     local: bool = False
@@ -156,7 +159,7 @@ def _build(raw: Any, where: str) -> Card:
     raw["parameters"] = {n: _parameter(f"{where}: card.parameters.{n}", p) for n, p in given.items()}
     if raw.get("siblings") and raw["siblings"] not in given:
         raise UsageError(f"{where}: card.siblings", f"{raw['siblings']!r}{nearest(raw['siblings'], given)}")
-    for key in ("hooks", "modalities", "depends"):
+    for key in ("hooks", "modalities", "depends", "experts"):
         if key in raw:
             raw[key] = tuple(raw[key])
     return Card(**raw)

@@ -266,7 +266,7 @@ _THREATS = ("clean", "protection", "backdoor")
 _PATTERN_KEYS = ("threat", "merging", "attack", "defense", "subject", "target_class", "experts", "seed")
 
 
-def why_not(grid: Grid, threat: str, merging: Ref, attack: Ref, defense: Ref) -> str:
+def why_not(grid: Grid, threat: str, merging: Ref, attack: Ref, defense: Ref, count: int = 0) -> str:
     """Why this combination makes no sense; empty if it does. Decided from cards alone."""
     catalog = grid.catalog
     modality = catalog.get("task", grid.tasks[0].name).card.modality
@@ -283,6 +283,10 @@ def why_not(grid: Grid, threat: str, merging: Ref, attack: Ref, defense: Ref) ->
     card = catalog.get("merging", merging.name).card
     if modality not in card.modalities:
         return f"merging {merging.name} does not work on {modality}"
+    fewest, most = card.experts
+    if count and (count < fewest or (most and count > most)):
+        span = f"{fewest}" if fewest == most else f"at least {fewest}" if not most else f"{fewest} to {most}"
+        return f"merging {merging.name} takes {span} experts, not {count}"
     if defense is not NONE:
         hooks = catalog.get("defense", defense.name).card.hooks
         if "repair" in hooks and card.output != "static":
@@ -353,7 +357,10 @@ def cells(grid: Grid) -> Iterator[Cell]:
                 continue
             for (subject, target, tasks), seed in itertools.product(merges, spec.seeds):
                 cell = Cell(threat, merging, attack, defense, subject, target, tasks, seed)
-                if spec.include and not any(_matches(p, cell) for p in spec.include):
+                reason = why_not(grid, threat, merging, attack, defense, len(tasks))
+                if reason:
+                    grid.left_out[reason] += 1
+                elif spec.include and not any(_matches(p, cell) for p in spec.include):
                     grid.left_out["not in include"] += 1
                 elif any(_matches(p, cell) for p in spec.exclude):
                     grid.left_out["excluded"] += 1

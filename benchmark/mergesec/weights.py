@@ -78,23 +78,33 @@ class FlatLayout:
     size: int
 
 
-def flat_layout(base: Weights) -> FlatLayout:
-    """The layout of ``base``. Two names are tied if they view the same memory in the same way."""
-    spans: dict[str, tuple[int, int]] = {}
+def owners(base: Weights) -> dict[str, str]:
+    """``{name: owner}`` of tied floating tensors: the first name, sorted, that views the same memory.
+
+    Weights read lazily from files have no ties: each read makes its own memory.
+    """
+    if getattr(base, "lazy", False):
+        return {}
     tied: dict[str, str] = {}
     seen: dict[tuple[object, ...], str] = {}
-    position = 0
     for name in sorted(base):
         tensor = base[name]
-        if not mergeable(tensor):
-            continue
-        place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        if tensor.numel() and place in seen:
-            tied[name] = seen[place]
-            continue
-        seen[place] = name
-        spans[name] = (position, position + tensor.numel())
-        position += tensor.numel()
+        if mergeable(tensor) and tensor.numel():
+            place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+            if seen.setdefault(place, name) != name:
+                tied[name] = seen[place]
+    return tied
+
+
+def flat_layout(base: Weights) -> FlatLayout:
+    """The layout of ``base``. Two names are tied if they view the same memory in the same way."""
+    tied = owners(base)
+    spans: dict[str, tuple[int, int]] = {}
+    position = 0
+    for name in sorted(base):
+        if mergeable(base[name]) and name not in tied:
+            spans[name] = (position, position + base[name].numel())
+            position += base[name].numel()
     return FlatLayout(MappingProxyType(spans), MappingProxyType(tied), position)
 
 

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergesec.contracts import Backbone, ContractError, Expert, MergeContext, Merged, MergeMethod, Weights
+from mergesec.tensorwise import Workspace, pieces
 from mergesec.weights import digest_weights, flat_layout, flatten
-from mergesec_methods.merging.dare import Dare, drop_
+from mergesec_methods.merging.dare import Dare, Dropped
 from mergesec_methods.merging.simple_average import SimpleAverage
 from mergesec_methods.merging.task_arithmetic import TaskArithmetic
 from mergesec_methods.merging.ties import Ties
@@ -81,10 +82,9 @@ def brute_force_ties(vectors: list[list[float]], keep: float, merge_func: str) -
         threshold = ordered[rank - 1] if rank >= 1 else 0.0
         kept.append([v if abs(v) >= threshold else 0.0 for v in vector])
     totals = [sum(column) for column in zip(*kept, strict=True)]
-    majority = sum((t > 0) - (t < 0) for t in totals)
     merged = []
     for total, column in zip(totals, zip(*kept, strict=True), strict=True):
-        positive = total > 0 or (total == 0 and majority > 0)
+        positive = total >= 0
         agreeing = [v for v in column if v != 0 and (v > 0) == positive]
         value = float(sum(agreeing))
         merged.append(value / max(len(agreeing), 1) if merge_func == "mean" else value)
@@ -228,16 +228,17 @@ def test_tuned_scaling_prefers_the_smaller_of_equals() -> None:
 
 
 def test_dare_drops_the_declared_share_and_is_unbiased() -> None:
-    vector = torch.full((200_000,), 2.0)
-    generator = torch.Generator().manual_seed(3)
+    ones = torch.ones(200_000)
+    (piece,) = pieces("w", ones, [3 * ones], Workspace(ones.device))
     for drop in (0.1, 0.5, 0.9):
-        kept = drop_(vector.clone(), drop, True, generator)
+        kept = Dropped(["a/1"], drop, True, context(seed=3).generator)(piece, 0).clone()
         share = float((kept != 0).float().mean())
         assert abs(share - (1 - drop)) < 5 * (drop * (1 - drop) / 200_000) ** 0.5
         assert kept.unique().tolist() == pytest.approx([0.0, 2.0 / (1 - drop)], rel=1e-6)
         deviation = 2.0 * (drop / (1 - drop) / 200_000) ** 0.5
         assert abs(float(kept.mean()) - 2.0) < 5 * deviation
-        assert set(drop_(vector.clone(), drop, False, generator).unique().tolist()) == {0.0, 2.0}
+        plain = Dropped(["a/1"], drop, False, context(seed=3).generator)(piece, 0)
+        assert set(plain.unique().tolist()) == {0.0, 2.0}
 
 
 def test_dare_mean_over_seeds_is_the_undropped_merge() -> None:

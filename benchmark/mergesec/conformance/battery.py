@@ -92,6 +92,8 @@ def _grid(entry: Entry) -> dict[str, Any]:
     threat = card.threat or "clean"
     if card.kind == "merging":
         axes["merging"] = [card.name]
+        if card.experts[1] == 2:
+            axes["experts"] = ["pairs"]
     elif card.kind == "attack":
         axes["attacks"] = [card.name]
         axes["defenses"] = ["params"] if threat == "protection" else ["none"]

@@ -1,65 +1,66 @@
-"""TIES on flat task vectors: trim, elect signs, merge what agrees. Used by ``ties`` and by ``dare``."""
+"""TIES on task vectors: trim, elect signs, merge what agrees. Used by ``ties`` and by ``dare``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-Vectors = Callable[[int], Tensor]
-"""i -> the i-th task vector, float32 ``[n]``; made afresh by each call, so its caller may write to it."""
+from mergesec.contracts import Expert, Weights
+from mergesec.tensorwise import Piece, select
+from mergesec.weights import flat_layout
+from mergesec_methods.merging._ranks import Vector, all_pieces, magnitude_ranks, task_vector
 
 
-def trim_threshold(vector: Tensor, keep: float) -> float:
-    """The magnitude from which on an entry is kept: the (n − ⌊keep·n⌋)-th smallest.
+def trim_thresholds(
+    base: Weights, experts: Sequence[Expert], keep: float, vector: Vector = task_vector
+) -> list[float]:
+    """Per expert, the magnitude from which on an entry is kept: the (n − ⌊keep·n⌋)-th smallest.
 
-    As FusionBench does, so ⌊keep·n⌋ + 1 entries survive (more if magnitudes tie). One selection,
-    no sort of the vector.
+    As FusionBench does, so ⌊keep·n⌋ + 1 entries survive (more if magnitudes tie).
     """
-    size = vector.numel()
+    size = flat_layout(base).size
     rank = size - int(size * keep)
-    if size == 0 or rank < 1:
-        return 0.0
-    return float(torch.kthvalue(vector.abs(), rank).values)
+    found = magnitude_ranks(all_pieces(base, experts), len(experts), size, [rank], vector)
+    return [own[0] for own in found]
 
 
-def trimmed(vector: Tensor, threshold: float) -> Tensor:
-    """``vector`` with entries below ``threshold`` in magnitude set to 0, in place."""
-    return vector.masked_fill_(vector.abs() < threshold, 0.0)
+def ties_into(
+    piece: Piece, out: Tensor, thresholds: Sequence[float], merge_func: str, vector: Vector = task_vector
+) -> None:
+    """The merged task vector of one block (Yadav et al. 2023, section 3, algorithm 1) into ``out`` ``[n]``.
 
-
-def elected_positive(total: Tensor) -> Tensor:
-    """Bool ``[n]``: whether the positive sign is elected, from ``total`` = Σ of the trimmed vectors.
-
-    Where they cancel to exactly 0 the majority of all elected signs decides; a tie elects negative,
-    as FusionBench's rule does in effect.
+    With S = Σ trimmed τ_i and A = Σ |trimmed τ_i| the entries of the elected sign sum to
+    (S ± A) / 2; as A ≤ 2·|that sum|, nothing is lost by cancellation. Where S is exactly 0 the
+    positive sign is elected. ``merge_func``: ``"sum"`` (the reference code's dis-sum) or ``"mean"``
+    (the paper's disjoint mean).
     """
-    majority = float(torch.sign(total).sum(dtype=torch.float64))
-    return total >= 0 if majority > 0 else total > 0
+    total, mass = out.zero_(), piece.scratch("mass").zero_()
+    agreeing = piece.scratch("agreeing").zero_()
+    surplus = piece.scratch("surplus").zero_()
+    for index, threshold in enumerate(thresholds):
+        tau = vector(piece, index)
+        trim_(tau, threshold)
+        total.add_(tau)
+        if merge_func == "mean":  # counts: agreeing + opposing and agreeing − opposing
+            sign = torch.sign(tau, out=piece.scratch("sign"))
+            surplus.add_(sign)
+            agreeing.add_(sign.abs_())
+        mass.add_(tau.abs_())
+    positive = torch.ge(total, 0.0, out=piece.scratch("sign"))
+    up = torch.add(total, mass, out=piece.scratch("tau"))
+    down = total.sub_(mass)
+    select(positive, up, down, out=out).mul_(0.5)
+    if merge_func == "mean":
+        up, down = torch.add(agreeing, surplus, out=piece.scratch("tau")), agreeing.sub_(surplus)
+        out.div_(select(positive, up, down, out=up).mul_(0.5).clamp_(min=1.0))
 
 
-def ties(vectors: Vectors, count: int, keep: float, merge_func: str) -> Tensor:
-    """The merged task vector ``[n]``, unscaled (Yadav et al. 2023, section 3, algorithm 1).
-
-    Two passes that rebuild each vector when needed, so memory is four vectors whatever ``count`` is.
-    ``merge_func``: ``"sum"`` (the reference code's dis-sum) or ``"mean"`` (the paper's disjoint mean).
-    """
-    thresholds: list[float] = []
-    total: Tensor | None = None
-    for index in range(count):
-        vector = vectors(index)
-        thresholds.append(trim_threshold(vector, keep))
-        vector = trimmed(vector, thresholds[-1])
-        total = vector if total is None else total.add_(vector)
-    if total is None:
-        raise ValueError("TIES needs at least one task vector")
-    positive = elected_positive(total)
-    merged, agreeing = torch.zeros_like(total), torch.zeros_like(total)
-    for index in range(count):
-        vector = trimmed(vectors(index), thresholds[index])
-        vector.masked_fill_((vector > 0) != positive, 0.0)
-        merged.add_(vector)
-        if merge_func == "mean":
-            agreeing.add_(vector != 0)
-    return merged.div_(agreeing.clamp_(min=1)) if merge_func == "mean" else merged
+def trim_(vector: Tensor, threshold: float) -> Tensor:
+    """``vector`` with entries below ``threshold`` in magnitude set to 0, in place (those equal to it stay)."""
+    if threshold <= 0.0:
+        return vector
+    below = float(torch.nextafter(torch.tensor(threshold), torch.tensor(-math.inf)))
+    return torch.ops.aten.hardshrink.out(vector, below, out=vector)  # type: ignore[no-any-return]

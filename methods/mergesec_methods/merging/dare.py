@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mergesec.contracts import Expert, MergeContext, Merged, MergeMethod, Weights
-from mergesec.weights import FlatLayout, add_task_vector, apply_flat, zeros_flat
-from mergesec_methods.merging._scaling import scaled_merge
-from mergesec_methods.merging._sums import checked_layout
-from mergesec_methods.merging._ties import ties
+from mergesec.contracts import Expert, MergeContext, Weights
+from mergesec.tensorwise import BLOCK, Piece, TensorwiseMerge
+from mergesec_methods.merging._ties import ties_into, trim_thresholds
 
 CARD = {
     "name": "dare",
     "kind": "merging",
     "class": "Dare",
-    "version": "1",
+    "version": "2",
     "title": "DARE",
     "paper": "Yu et al., Language models are Super Mario, ICML 2024",
     "url": "https://arxiv.org/abs/2311.03099",
@@ -71,22 +70,8 @@ CARD = {
     },
 }
 
-BLOCK = 1 << 22
-"""Entries drawn at a time: bounds the memory of the random numbers."""
 
-
-def drop_(vector: Tensor, drop: float, rescale: bool, generator: torch.Generator) -> Tensor:
-    """τ̃ = m ⊙ τ / (1 − p), m ~ Bernoulli(1 − p) per entry per Yu et al., in place.
-
-    ``generator`` is a CPU generator, so that the mask is the same on every device.
-    """
-    for part in torch.split(vector, BLOCK):
-        dropped = torch.rand(part.numel(), generator=generator) < drop
-        part.masked_fill_(dropped.to(part.device), 0.0)
-    return vector.div_(1.0 - drop) if rescale else vector
-
-
-def streams(experts: Sequence[Expert]) -> list[int]:
+def streams(experts: Sequence[Expert]) -> list[str]:
     """A random stream per expert, from its task's name: the order of the experts does not matter.
 
     A second expert of the same task gets a stream of its own.
@@ -95,12 +80,37 @@ def streams(experts: Sequence[Expert]) -> list[int]:
     result = []
     for expert in experts:
         count = seen[expert.task] = seen.get(expert.task, 0) + 1
-        result.append(zlib.crc32(f"dare/{expert.task}/{count}".encode()))
+        result.append(f"{expert.task}/{count}")
     return result
 
 
-class Dare(MergeMethod):
-    """Drop and rescale, then average, task arithmetic or TIES."""
+@dataclass
+class Dropped:
+    """τ̃ = m ⊙ τ / (1 − p), m ~ Bernoulli(1 − p) per entry (Yu et al., section 3).
+
+    The mask of a block comes from a CPU generator of its own, seeded by expert, tensor and position,
+    so it is the same on every device and whenever the block is asked for.
+    """
+
+    streams: Sequence[str]
+    drop: float
+    rescale: bool
+    generator: Callable[[int], torch.Generator]
+    thresholds: Sequence[float] = ()
+
+    def __call__(self, piece: Piece, index: int) -> Tensor:
+        vector = piece.task_vector(index)
+        for start in range(0, vector.numel(), BLOCK):
+            part = vector[start : start + BLOCK]
+            place = f"dare/{self.streams[index]}/{piece.name}/{piece.start + start}"
+            generator = self.generator(zlib.crc32(place.encode()))
+            kept = torch.rand(part.numel(), generator=generator).ge_(self.drop)
+            part.mul_(kept.to(part.device))
+        return vector.div_(1.0 - self.drop) if self.rescale else vector
+
+
+class Dare(TensorwiseMerge):
+    """Drop and rescale, then average, task arithmetic or TIES. 'average' divides by T and has no λ."""
 
     def __init__(
         self,
@@ -115,33 +125,24 @@ class Dare(MergeMethod):
         self.base_method = base_method
         self.drop = drop
         self.rescale = rescale
-        self.scaling = scaling
+        self.scaling = 1.0 if base_method == "average" else scaling
         self.grid = grid
         self.keep = keep
         self.merge_func = merge_func
 
-    def merge(self, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> Merged:
-        """The merged weights. With 'average' the coefficient is 1/T and ``scaling`` is not used."""
-        layout = checked_layout(base, experts)
-        total = self._combined(layout, base, experts, ctx)
-        if self.base_method == "average":
-            return Merged(apply_flat(layout, base, total, 1.0 / len(experts)))
-        return scaled_merge(
-            self.scaling, self.grid, lambda value: Merged(apply_flat(layout, base, total, value)), ctx
-        )
+    def reach(self, scaling: float, count: int) -> float:
+        return 1.0 / count if self.base_method == "average" else scaling
 
-    def _combined(
-        self, layout: FlatLayout, base: Weights, experts: Sequence[Expert], ctx: MergeContext
-    ) -> Tensor:
-        chosen = streams(experts)
-
-        def vector(index: int) -> Tensor:
-            flat = add_task_vector(zeros_flat(layout, base), layout, base, experts[index].weights)
-            return drop_(flat, self.drop, self.rescale, ctx.generator(chosen[index]))
-
+    def survey(self, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> Dropped:
+        dropped = Dropped(streams(experts), self.drop, self.rescale, ctx.generator)
         if self.base_method == "ties":
-            return ties(vector, len(experts), self.keep, self.merge_func)
-        total = vector(0)
-        for index in range(1, len(experts)):
-            total.add_(vector(index))
-        return total
+            dropped.thresholds = trim_thresholds(base, experts, self.keep, dropped)
+        return dropped
+
+    def combine(self, piece: Piece, out: Tensor, facts: Dropped) -> None:
+        if self.base_method == "ties":
+            ties_into(piece, out, facts.thresholds, self.merge_func, facts)
+            return
+        out.zero_()
+        for index in range(len(piece.experts)):
+            out.add_(facts(piece, index))

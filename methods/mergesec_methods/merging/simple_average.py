@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
-from mergesec.contracts import Expert, MergeContext, Merged, MergeMethod, Weights
-from mergesec.weights import apply_flat
-from mergesec_methods.merging._sums import checked_layout, summed_task_vectors
+from torch import Tensor
+
+from mergesec.tensorwise import Piece, TensorwiseMerge, running_mean
 
 CARD = {
     "name": "simple_average",
@@ -25,11 +25,13 @@ CARD = {
 }
 
 
-class SimpleAverage(MergeMethod):
-    """θ = (1/T) Σ_i θ_i."""
+class SimpleAverage(TensorwiseMerge):
+    """θ = (1/T) Σ_i θ_i. Tensors that no expert changed stay the base's bit by bit."""
 
-    def merge(self, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> Merged:
-        """The mean, as θ0 + (1/T) Σ τ_i: tensors that no expert changed stay the base's bit by bit."""
-        layout = checked_layout(base, experts)
-        total = summed_task_vectors(layout, base, experts, [1.0] * len(experts))
-        return Merged(apply_flat(layout, base, total, 1.0 / len(experts)))
+    yields = "weights"
+
+    def combine(self, piece: Piece, out: Tensor, facts: Any) -> None:
+        running_mean(piece, out)
+
+    def facts(self) -> dict[str, Any]:
+        return {}

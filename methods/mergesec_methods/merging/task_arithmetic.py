@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from mergesec.contracts import Expert, MergeContext, Merged, MergeMethod, Weights
-from mergesec.weights import apply_flat
-from mergesec_methods.merging._scaling import scaled_merge
-from mergesec_methods.merging._sums import checked_layout, summed_task_vectors
+from torch import Tensor
+
+from mergesec.tensorwise import Piece, TensorwiseMerge, running_mean
 
 CARD = {
     "name": "task_arithmetic",
@@ -40,17 +40,17 @@ CARD = {
 }
 
 
-class TaskArithmetic(MergeMethod):
-    """θ = θ0 + λ Σ_i τ_i, τ_i = θ_i − θ0 (section 2)."""
+class TaskArithmetic(TensorwiseMerge):
+    """θ = θ0 + λ Σ_i τ_i, τ_i = θ_i − θ0 (section 2); computed as θ0 + λT (mean θ_i − θ0)."""
+
+    yields = "weights"
 
     def __init__(self, scaling: float | str, grid: Sequence[float]) -> None:
         self.scaling = scaling
         self.grid = grid
 
-    def merge(self, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> Merged:
-        """The merged weights; the sum is built once, whatever number of coefficients is tried."""
-        layout = checked_layout(base, experts)
-        total = summed_task_vectors(layout, base, experts, [1.0] * len(experts))
-        return scaled_merge(
-            self.scaling, self.grid, lambda value: Merged(apply_flat(layout, base, total, value)), ctx
-        )
+    def reach(self, scaling: float, count: int) -> float:
+        return scaling * count
+
+    def combine(self, piece: Piece, out: Tensor, facts: Any) -> None:
+        running_mean(piece, out)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
-from mergesec.contracts import Expert, MergeContext, Merged, MergeMethod, Weights
-from mergesec.weights import add_task_vector, apply_flat, zeros_flat
-from mergesec_methods.merging._scaling import scaled_merge
-from mergesec_methods.merging._sums import checked_layout
-from mergesec_methods.merging._ties import ties
+from mergesec.contracts import Expert, MergeContext, Weights
+from mergesec.tensorwise import Piece, TensorwiseMerge
+from mergesec_methods.merging._ties import ties_into, trim_thresholds
 
 CARD = {
     "name": "ties",
     "kind": "merging",
     "class": "Ties",
-    "version": "1",
+    "version": "2",
     "title": "TIES-merging",
     "paper": "Yadav et al., TIES-merging: resolving interference when merging models, NeurIPS 2023",
     "url": "https://arxiv.org/abs/2306.01708",
@@ -56,7 +55,7 @@ CARD = {
 }
 
 
-class Ties(MergeMethod):
+class Ties(TensorwiseMerge):
     """θ = θ0 + λ · TIES(τ_1 … τ_T)."""
 
     def __init__(self, keep: float, merge_func: str, scaling: float | str, grid: Sequence[float]) -> None:
@@ -65,14 +64,9 @@ class Ties(MergeMethod):
         self.scaling = scaling
         self.grid = grid
 
-    def merge(self, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> Merged:
-        """The merged weights; trimming and election run once, whatever number of coefficients is tried."""
-        layout = checked_layout(base, experts)
+    def survey(self, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> list[float]:
+        """The trim thresholds."""
+        return trim_thresholds(base, experts, self.keep)
 
-        def vector(index: int) -> Tensor:
-            return add_task_vector(zeros_flat(layout, base), layout, base, experts[index].weights)
-
-        total = ties(vector, len(experts), self.keep, self.merge_func)
-        return scaled_merge(
-            self.scaling, self.grid, lambda value: Merged(apply_flat(layout, base, total, value)), ctx
-        )
+    def combine(self, piece: Piece, out: Tensor, facts: Any) -> None:
+        ties_into(piece, out, facts, self.merge_func)

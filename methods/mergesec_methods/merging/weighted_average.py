@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
-from mergesec.contracts import ContractError, Expert, MergeContext, Merged, MergeMethod, Weights
-from mergesec.weights import apply_flat, flatten
-from mergesec_methods.merging._sums import checked_layout, summed_task_vectors
+from torch import Tensor
+
+from mergesec.contracts import ContractError, Expert, MergeContext, Weights
+from mergesec.tensorwise import Piece, TensorwiseMerge
 
 CARD = {
     "name": "weighted_average",
@@ -33,14 +35,16 @@ CARD = {
 }
 
 
-class WeightedAverage(MergeMethod):
+class WeightedAverage(TensorwiseMerge):
     """θ = Σ_i w_i θ_i, with Σ w_i = 1 if normalised."""
 
     def __init__(self, weights: Sequence[float], normalise: bool) -> None:
         self.weights = [float(weight) for weight in weights]
         self.normalise = normalise
 
-    def _coefficients(self, count: int) -> list[float]:
+    def survey(self, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> list[float]:
+        """The coefficients w_i; ContractError if they do not fit the experts."""
+        count = len(experts)
         weights = self.weights or [1.0] * count
         if len(weights) != count:
             raise ContractError(f"weighted_average: {len(weights)} weights for {count} experts")
@@ -53,11 +57,13 @@ class WeightedAverage(MergeMethod):
             raise ContractError("weighted_average: weights that sum to 0 cannot be normalised")
         return [weight / total for weight in weights]
 
-    def merge(self, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> Merged:
-        """Σ w_i θ_i = θ0 + Σ w_i τ_i + (Σ w_i − 1) θ0; the last term is only there when not normalised."""
-        layout = checked_layout(base, experts)
-        coefficients = self._coefficients(len(experts))
-        total = summed_task_vectors(layout, base, experts, coefficients)
+    def combine(self, piece: Piece, out: Tensor, facts: list[float]) -> None:
+        """Σ w_i τ_i + (Σ w_i − 1) θ0; the last term is only there when not normalised."""
+        out.zero_()
+        for index, weight in enumerate(facts):
+            out.add_(piece.task_vector(index), alpha=weight)
         if not self.normalise:
-            total.add_(flatten(layout, base), alpha=math.fsum(coefficients) - 1.0)
-        return Merged(apply_flat(layout, base, total), info={"weights": coefficients})
+            out.add_(piece.base, alpha=math.fsum(facts) - 1.0)
+
+    def facts(self) -> dict[str, Any]:
+        return {"weights": self.weights, "normalised": self.normalise}

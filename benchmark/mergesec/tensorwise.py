@@ -1,0 +1,249 @@
+"""Merges of the form θ0 + λ·τ*, done tensor by tensor and, within one, block by block.
+
+One pass reads every input once and writes the result once; blocks are small enough to stay in the
+processor's cache between the operations of a rule. The same pass serves weights in memory and
+weights that are read lazily from files, so memory is bounded by the largest tensor, not the network.
+
+A merge method of this kind says what τ* is, in one of two ways:
+
+* ``combine`` for rules that look at one entry of every expert at a time (task arithmetic, TIES...);
+* ``whole`` for rules that need a whole tensor (SVD-based merges...).
+
+Floating tensors are computed in float32 and rounded once to the base's type. Integer buffers are
+the base's; names that share memory in the base (tied weights) are computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mergesec.contracts import ContractError, Expert, MergeContext, Merged, MergeMethod, Weights
+from mergesec.weights import check_same_layout, mergeable, owners
+
+BLOCK = 1 << 18
+"""Entries a rule sees at a time on a CPU: 1 MiB of float32, so that a few rows fit in the cache."""
+
+
+def empty(shape: Sequence[int], device: torch.device) -> Tensor:
+    """Uninitialised float32. NumPy asks the system for huge pages, torch does not: first writes cost a third."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.empty(tuple(shape), np.float32))
+    return torch.empty(tuple(shape), dtype=torch.float32, device=device)
+
+
+@dataclass
+class Workspace:
+    """Rows of scratch memory that blocks take turns in; never part of a result."""
+
+    device: torch.device
+    rows: dict[object, Tensor] = field(default_factory=dict)
+
+    def row(self, key: object, size: int) -> Tensor:
+        """``[size]`` float32, the same memory for the same ``key`` as long as it is large enough."""
+        held = self.rows.get(key)
+        if held is None or held.numel() < size:
+            held = self.rows[key] = torch.empty(size, dtype=torch.float32, device=self.device)
+        return held[:size]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block of one tensor: the same entries of the base and of every expert.
+
+    ``base`` and each of ``experts`` are float32 ``[n]`` and read-only; ``start`` is the position of
+    the first entry in the flattened tensor ``name``. On a CPU pieces start at multiples of ``BLOCK``.
+    """
+
+    name: str
+    start: int
+    base: Tensor
+    experts: Sequence[Tensor]
+    workspace: Workspace
+
+    def scratch(self, key: object) -> Tensor:
+        """``[n]`` uninitialised float32 to compute in; reused by the next piece."""
+        return self.workspace.row(("rule", key), self.base.numel())
+
+    def task_vector(self, index: int, key: object = "tau") -> Tensor:
+        """τ_index ``[n]`` in scratch memory ``key``; the caller may write to it."""
+        return torch.sub(self.experts[index], self.base, out=self.scratch(key))
+
+
+def pieces(
+    name: str, base: Tensor, experts: Sequence[Tensor], workspace: Workspace, block: int = BLOCK
+) -> Iterator[Piece]:
+    """The blocks of one tensor. float32 inputs are viewed, others converted block by block."""
+    if base.device.type != "cpu":
+        block = 1 << 26  # a kernel launch costs more than the cache saves
+    flats = [t.to(base.device).reshape(-1) for t in (base, *experts)]
+    for start in range(0, base.numel(), block):
+        rows = [_float(flat[start : start + block], workspace, i) for i, flat in enumerate(flats)]
+        yield Piece(name, start, rows[0], rows[1:], workspace)
+
+
+def _float(part: Tensor, workspace: Workspace, index: int) -> Tensor:
+    if part.dtype == torch.float32:
+        return part
+    return workspace.row(("input", index), part.numel()).copy_(part)
+
+
+def select(chosen: Tensor, where_one: Tensor, where_zero: Tensor, out: Tensor) -> Tensor:
+    """``where_one`` where ``chosen`` is 1.0, ``where_zero`` where it is 0.0 (exactly; finite values only).
+
+    Several times faster than ``torch.where`` with a Boolean mask, which is not vectorised on CPUs.
+    """
+    return torch.lerp(where_zero, where_one, chosen, out=out)
+
+
+class TensorwiseMerge(MergeMethod):
+    """Base of merges θ0 + λ·τ*. A subclass has ``combine`` or ``whole``, and ``survey`` if it needs one.
+
+    ``yields`` says what the rule writes: ``"task_vector"`` (τ*) or ``"weights"`` (θ0 + τ*).
+    """
+
+    yields: ClassVar[str] = "task_vector"
+    scaling: float | str = 1.0
+    """λ, or ``"tuned"``: chosen from ``grid`` on the tuning split."""
+    grid: Sequence[float] = ()
+
+    def survey(self, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> Any:
+        """What the rule must know of all tensors before the first is merged (thresholds...)."""
+        return None
+
+    def combine(self, piece: Piece, out: Tensor, facts: Any) -> None:
+        """Write the rule's value for one block to ``out`` ``[n]``, float32; ``facts`` is the survey's."""
+        raise ContractError(f"{self.name}: has neither combine nor whole")
+
+    def whole(self, name: str, base: Tensor, experts: Sequence[Tensor], facts: Any) -> Tensor | None:
+        """The rule's value for one tensor (the shapes and types given are those stored), float32 and
+        of the tensor's shape; None leaves the tensor to ``combine``."""
+        return None
+
+    def reach(self, scaling: float, count: int) -> float:
+        """How far to go from the base along what the rule wrote; λ unless the rule wrote e.g. a mean."""
+        return scaling
+
+    # ------------------------------------------------------------------ the drivers
+
+    def merge(self, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> Merged:
+        """The merged weights; ``info`` records λ and, when tuned, every score."""
+        if self.scaling != "tuned":
+            merged = dict(self.stream(base, experts, ctx))
+            return Merged({n: merged[n] for n in base}, info=self.facts())
+        return self._tuned(base, experts, ctx)
+
+    def facts(self) -> dict[str, Any]:
+        """Small JSON facts kept with a merge."""
+        return {"scaling": self.scaling}
+
+    def stream(
+        self, base: Weights, experts: Sequence[Expert], ctx: MergeContext
+    ) -> Iterator[tuple[str, Tensor]]:
+        """(name, merged tensor) in the base's type, one at a time: what is merged may be let go at once.
+
+        Raises ContractError if λ is to be tuned, which needs the whole network.
+        """
+        if isinstance(self.scaling, str):
+            raise ContractError(f"{self.name}: scaling 'tuned' needs a network to score; give a number")
+        check_experts(base, experts)
+        reach = self.reach(self.scaling, len(experts))
+        facts = self.survey(base, experts, ctx)
+        tied = owners(base)
+        done: dict[str, Tensor] = {}
+        for name in base:
+            if not mergeable(base[name]):
+                yield name, base[name]
+            elif tied.get(name, name) in done:
+                yield name, done[tied.get(name, name)]
+            else:
+                own = base[name]
+                merged = self._tensor(name, own, [e.weights[name] for e in experts], facts, reach)
+                if tied:
+                    done[tied.get(name, name)] = merged
+                yield name, merged
+
+    def _tensor(
+        self, name: str, base: Tensor, experts: Sequence[Tensor], facts: Any, reach: float | None
+    ) -> Tensor:
+        """One merged tensor in the base's type; with ``reach`` None the rule's raw value, float32."""
+        raw = self.whole(name, base, experts, facts)
+        if raw is not None:
+            if raw.shape != base.shape:
+                raise ContractError(
+                    f"{self.name}: '{name}' came out as {list(raw.shape)}, not {list(base.shape)}"
+                )
+            return raw if reach is None else self._finish(base.float(), raw, reach).to(base.dtype)
+        workspace = Workspace(base.device)
+        direct = base.dtype == torch.float32 or reach is None
+        merged = empty(base.shape, base.device) if direct else torch.empty_like(base)
+        flat = merged.view(-1)
+        for piece in pieces(name, base, experts, workspace):
+            stop = piece.start + piece.base.numel()
+            out = flat[piece.start : stop] if direct else workspace.row("out", piece.base.numel())
+            self.combine(piece, out, facts)
+            if reach is not None:
+                self._finish(piece.base, out, reach, out)
+            if not direct:
+                flat[piece.start : stop] = out
+        return merged
+
+    def _finish(self, base: Tensor, raw: Tensor, reach: float, out: Tensor | None = None) -> Tensor:
+        if self.yields == "weights":
+            return torch.lerp(base, raw, reach, out=out)
+        return torch.add(base, raw, alpha=reach, out=out)
+
+    def _tuned(self, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> Merged:
+        """The grid's λ with the best mean tuning accuracy; equal scores go to the smaller one.
+
+        The rule runs once; only what follows from λ is done for every candidate.
+        """
+        check_experts(base, experts)
+        coefficients = sorted({float(value) for value in self.grid})
+        if not coefficients:
+            raise ContractError("scaling 'tuned' needs at least one coefficient in 'grid'")
+        facts = self.survey(base, experts, ctx)
+        tied = owners(base)
+        raw = {
+            name: self._tensor(name, tensor, [e.weights[name] for e in experts], facts, None)
+            for name, tensor in base.items()
+            if mergeable(tensor) and name not in tied
+        }
+
+        def at(scaling: float) -> dict[str, Tensor]:
+            reach = self.reach(scaling, len(experts))
+            done = {n: self._finish(base[n].float(), r, reach).to(base[n].dtype) for n, r in raw.items()}
+            return {name: done.get(tied.get(name, name), tensor) for name, tensor in base.items()}
+
+        scores = {value: float(ctx.score(Merged(at(value)))) for value in coefficients}
+        best = max(coefficients, key=lambda value: (scores[value], -abs(value)))
+        tuned = {"scaling": best, "tuned": True, "tuning_scores": {str(k): v for k, v in scores.items()}}
+        return Merged(at(best), info={**self.facts(), **tuned})
+
+
+def check_experts(base: Weights, experts: Sequence[Expert]) -> None:
+    """ContractError unless there is an expert and every one fits the base, ties included."""
+    if not experts:
+        raise ContractError("nothing to merge: no expert was handed over")
+    for expert in experts:
+        check_same_layout(base, expert.weights, f"expert '{expert.task}'")
+        for name, owner in owners(base).items():
+            if not torch.equal(expert.weights[name], expert.weights[owner]):
+                raise ContractError(
+                    f"expert '{expert.task}': '{name}' and '{owner}' are tied in the base but differ here"
+                )
+
+
+def running_mean(piece: Piece, out: Tensor) -> None:
+    """The mean of the experts' weights into ``out``, one read of each.
+
+    m_k = m_{k−1} + (θ_k − m_{k−1}) / k: equal inputs give that input bit by bit.
+    """
+    out.copy_(piece.experts[0])
+    for index in range(1, len(piece.experts)):
+        torch.lerp(out, piece.experts[index], 1.0 / (index + 1), out=out)
