@@ -25,7 +25,7 @@ HOOKS: dict[tuple[str, str], tuple[str, ...]] = {
 }
 _TYPES: dict[str, tuple[type, ...]] = {
     "float": (float, int), "int": (int,), "bool": (bool,), "str": (str,), "choice": (str,),
-    "path": (str,), "list": (list, tuple),
+    "path": (str,), "list": (list, tuple), "merging": (str, Mapping),
 }  # fmt: skip
 _NAMED = re.compile(r"^(?:CARD|CARDS)\b", re.MULTILINE)
 _LITERAL = re.compile(r"^(?:CARD|CARDS)\b[^=\n]*= *(\{.*?^\}|\[.*?^\])", re.MULTILINE | re.DOTALL)
@@ -89,6 +89,8 @@ class Card:
     """Fewest and most experts a merge takes; 0 = any number."""
     seeded: bool = False
     siblings: str = ""
+    wraps: str = ""
+    """The parameter (of type ``merging``) naming the merge method this one works around or after."""
     local: bool = False
     depends: tuple[str, ...] = ()
     """Distributions whose major version decides results (e.g. one that names the tensors)."""
@@ -157,8 +159,9 @@ def _build(raw: Any, where: str) -> Card:
     if not isinstance(given, dict):
         raise UsageError(f"{where}: card.parameters", f"expected a dictionary, got {given!r}"[:200])
     raw["parameters"] = {n: _parameter(f"{where}: card.parameters.{n}", p) for n, p in given.items()}
-    if raw.get("siblings") and raw["siblings"] not in given:
-        raise UsageError(f"{where}: card.siblings", f"{raw['siblings']!r}{nearest(raw['siblings'], given)}")
+    for key in ("siblings", "wraps"):
+        if raw.get(key) and raw[key] not in given:
+            raise UsageError(f"{where}: card.{key}", f"{raw[key]!r}{nearest(raw[key], given)}")
     for key in ("hooks", "modalities", "depends", "experts"):
         if key in raw:
             raw[key] = tuple(raw[key])

@@ -234,6 +234,8 @@ class MergeContext(Context):
     score: Callable[[Merged], float]
     siblings: Mapping[str, Sequence[Expert]] = field(default_factory=dict)
     """Further independent experts per task, as many as the defense's card asks for."""
+    inner: MergeMethod | None = None
+    """The merge method that this one wraps, if its card says so (``wraps``)."""
 
 
 class MergeMethod(Component, ABC):

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from mergesec.cards import Card
 from mergesec.catalog import Catalog, Entry
 from mergesec.errors import UsageError, nearest
 from mergesec.files import fingerprint
@@ -43,6 +44,8 @@ class Ref:
     shown: str
     text: str
     digest: str = ""
+    inner: Ref | None = None
+    """The merge method that this one wraps, if its card says that it wraps one."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Ref) and self.text == other.text
@@ -59,10 +62,14 @@ class Ref:
 NONE = Ref("none", "none", (), "", '"none"')
 
 
-def make_ref(entry: Entry, given: Mapping[str, Any], where: str) -> Ref:
-    """Bind parameters and fix the identity: name, version, plugin digest, parameters."""
+def make_ref(entry: Entry, given: Mapping[str, Any], where: str, catalog: Catalog) -> Ref:
+    """Bind parameters and fix the identity: name, version, plugin digest, parameters, wrapped method."""
     card = entry.card
     bound = card.bind(where, given)
+    inner = None
+    if card.wraps:
+        inner = _inner(card, bound[card.wraps], f"{where}.{card.wraps}", catalog)
+        bound[card.wraps] = inner.label
     changed = {k: v for k, v in bound.items() if v != card.parameters[k].default}
     shown = ", ".join(f"{k}={_short(v)}" for k, v in sorted(changed.items()))
     content = {
@@ -75,9 +82,23 @@ def make_ref(entry: Entry, given: Mapping[str, Any], where: str) -> Ref:
         identity["depends"] = {name: _major(name) for name in card.depends}
     if entry.digest:
         identity["digest"] = entry.digest
+    if inner is not None:
+        identity["inner"] = json.loads(inner.text)
     frozen = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(bound.items()))
     text = json.dumps(identity, sort_keys=True)
-    return Ref(card.kind, card.name, frozen, shown, text, hashlib.sha256(text.encode()).hexdigest()[:32])
+    digest = hashlib.sha256(text.encode()).hexdigest()[:32]
+    return Ref(card.kind, card.name, frozen, shown, text, digest, inner)
+
+
+def _inner(card: Card, value: Any, where: str, catalog: Catalog) -> Ref:
+    """The wrapped merge method: a name, or ``{name: ..., parameter: value}``; one set of weights only."""
+    refs = _expand([value], "merging", where, catalog)
+    if len(refs) != 1:
+        raise UsageError(where, "wraps one merge method; lists of its parameters are not expanded here")
+    wrapped = catalog.get("merging", refs[0].name).card
+    if wrapped.wraps or wrapped.output != "static":
+        raise UsageError(where, f"{card.name} cannot wrap {wrapped.name}: it needs one set of merged weights")
+    return refs[0]
 
 
 def _major(distribution: str) -> str:
@@ -121,7 +142,7 @@ def _expand(items: Iterable[Named], kind: str, where: str, catalog: Catalog) -> 
             [(key, v) for v in values]
             for key, values in ((k, _values(entry, k, v)) for k, v in given.items())
         ]
-        refs += [make_ref(entry, dict(combo), spot) for combo in itertools.product(*choices)]
+        refs += [make_ref(entry, dict(combo), spot, catalog) for combo in itertools.product(*choices)]
     doubled = [r for r, n in Counter(refs).items() if n > 1]
     if doubled:
         raise UsageError(where, f"{doubled[0].label} is named twice")

@@ -323,7 +323,8 @@ class Planner:
 
     def _seed(self, ref: Ref, *coordinates: str | int) -> dict[str, int]:
         """A seed argument, only if the component draws at all: what does not draw is shared by seeds."""
-        if not self._card(ref.kind, ref.name).seeded:
+        parts = [ref] if ref.inner is None else [ref, ref.inner]
+        if not any(self._card(part.kind, part.name).seeded for part in parts):
             return {}
         return {"seed": draw_seed(ref.name, *coordinates)}
 

@@ -184,7 +184,9 @@ def merge_context(work: Work, method: MergeMethod, seed: int) -> MergeContext:
             total += float((predicted == v.tuning.targets).float().mean())
         return total / len(tasks)
 
-    return MergeContext(work.device, seed, work.backbone, views, score, siblings)
+    wrapped = work.refs["merging"].inner if "merging" in work.refs else None
+    inner = work.bench.component(wrapped) if wrapped is not None else None
+    return MergeContext(work.device, seed, work.backbone, views, score, siblings, inner)
 
 
 def contributed(work: Work) -> list[Expert]:

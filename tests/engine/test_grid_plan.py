@@ -251,11 +251,66 @@ def test_the_key_algorithm_is_pinned() -> None:
     key = step_key("merge", [("backbone", "aa"), ("merging", "bb")], [("base", "cc")], '{"seed":1}')
     assert key == "ba6fba9d7f4c84955784e97489c009454a74e5ac"
     assert draw_seed("expert", "micro/bars", 0, 0) == 6052179592041091430
-    ref = make_ref(CATALOG.get("merging", "simple_average"), {}, "x")
+    ref = make_ref(CATALOG.get("merging", "simple_average"), {}, "x", CATALOG)
     assert json.loads(ref.text) == {
-        "kind": "merging", "name": "simple_average", "version": "1", "parameters": {},
+        "kind": "merging", "name": "simple_average", "version": "2", "parameters": {},
     }  # fmt: skip
-    assert ref.digest == "334036c0572a6889daeca58b0519f71b"
+    assert ref.digest == "4c0d86827e5b5d835da5945f49160013"
+
+
+WRAPPER = """
+from mergesec.contracts import MergeMethod
+
+CARD = {
+    "name": "around", "kind": "merging", "class": "Around", "version": "1", "title": "Around",
+    "summary": "hands on to another merge", "wraps": "base_method",
+    "parameters": {"base_method": {"type": "merging", "default": "task_arithmetic"}},
+}
+
+
+class Around(MergeMethod):
+    def __init__(self, base_method):
+        self.base_method = base_method
+
+    def merge(self, base, experts, ctx):
+        return ctx.inner.merge(base, experts, ctx)
+"""
+
+
+def _wrapping(folder: Path, *methods: Any) -> Plan:
+    (folder / "around.py").write_text(WRAPPER)
+    grid = _grid(load_catalog([MICRO, folder / "around.py"]), axes={"merging": list(methods)}, seeds=[0, 1])
+    return make_plan(grid, lambda task: task)
+
+
+def test_a_wrapped_merge_is_part_of_its_wrappers_identity(tmp_path: Path) -> None:
+    methods = [
+        "around",
+        *({"name": "around", "base_method": m} for m in ("ties", {"name": "ties", "keep": 0.5}, "dare")),
+    ]
+    plan = _wrapping(tmp_path, *methods)
+    refs = plan.grid.merging
+    assert [r.label for r in refs] == [
+        "around", "around(base_method=ties)", "around(base_method=ties(keep=0.5))", "around(base_method=dare)",
+    ]  # fmt: skip
+    assert [r.inner.name if r.inner else "" for r in refs] == ["task_arithmetic", "ties", "ties", "dare"]
+    assert len({r.digest for r in refs}) == 4
+    # only the one around DARE draws, so only it has a merge per seed
+    merges = Counter(dict(s.components)["merging"].label for s in plan.steps.values() if s.kind == "merge")
+    assert merges == {r.label: 2 for r in refs}
+    seeds = [json.loads(s.args).get("seed") for s in plan.steps.values() if s.kind == "merge"]
+    assert sum(seed is not None for seed in seeds) == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("tise", "ties"), ({"name": "ties", "kep": 0.5}, "keep"), ("around", "one set of merged weights"),
+     ({"name": "ties", "keep": [0.1, 0.2]}, "lists"), (3, "expected merging")],
+)  # fmt: skip
+def test_what_cannot_be_wrapped_is_refused(tmp_path: Path, value: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        _wrapping(tmp_path, {"name": "around", "base_method": value})
+    assert "base_method" in str(caught.value)
 
 
 def test_every_part_enters_the_key() -> None:

@@ -12,7 +12,7 @@ CARD = {
     "name": "simple_average",
     "kind": "merging",
     "class": "SimpleAverage",
-    "version": "1",
+    "version": "2",
     "title": "Simple average",
     "paper": "Wortsman et al., Model soups, ICML 2022",
     "url": "https://arxiv.org/abs/2203.05482",

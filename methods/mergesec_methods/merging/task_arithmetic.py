@@ -13,7 +13,7 @@ CARD = {
     "name": "task_arithmetic",
     "kind": "merging",
     "class": "TaskArithmetic",
-    "version": "1",
+    "version": "2",
     "title": "Task arithmetic",
     "paper": "Ilharco et al., Editing models with task arithmetic, ICLR 2023",
     "url": "https://arxiv.org/abs/2212.04089",

@@ -15,7 +15,7 @@ CARD = {
     "name": "weighted_average",
     "kind": "merging",
     "class": "WeightedAverage",
-    "version": "1",
+    "version": "2",
     "title": "Weighted average",
     "paper": "Matena & Raffel, Merging models with Fisher-weighted averaging, NeurIPS 2022",
     "url": "https://arxiv.org/abs/2111.09832",
