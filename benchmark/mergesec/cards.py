@@ -94,6 +94,8 @@ class Card:
     local: bool = False
     depends: tuple[str, ...] = ()
     """Distributions whose major version decides results (e.g. one that names the tensors)."""
+    requires: Mapping[str, str] = field(default_factory=dict)
+    """Modules it cannot run without → what to ``pip install``; while one is missing it is not listed."""
     pretrain: str = ""
     """``module:function`` that makes a backbone's weights, for ``bench pretrain``."""
     classes: int = 0
@@ -159,6 +161,11 @@ def _build(raw: Any, where: str) -> Card:
     if not isinstance(given, dict):
         raise UsageError(f"{where}: card.parameters", f"expected a dictionary, got {given!r}"[:200])
     raw["parameters"] = {n: _parameter(f"{where}: card.parameters.{n}", p) for n, p in given.items()}
+    needed = raw.get("requires", {})
+    if not isinstance(needed, dict) or not all(isinstance(v, str) for kv in needed.items() for v in kv):
+        raise UsageError(
+            f"{where}: card.requires", f"expected module → package to install, got {needed!r}"[:200]
+        )
     for key in ("siblings", "wraps"):
         if raw.get(key) and raw[key] not in given:
             raise UsageError(f"{where}: card.{key}", f"{raw[key]!r}{nearest(raw[key], given)}")

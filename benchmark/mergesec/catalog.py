@@ -82,6 +82,8 @@ class Catalog:
     """Everything registered, by kind and name."""
 
     entries: dict[str, dict[str, Entry]] = field(default_factory=lambda: {k: {} for k in KINDS})
+    absent: dict[tuple[str, str], str] = field(default_factory=dict)
+    """(kind, name) of what an optional package is missing for → what to ``pip install``."""
 
     def add(self, entry: Entry) -> None:
         """Register; UsageError if the name is taken."""
@@ -97,16 +99,35 @@ class Catalog:
         names[entry.card.name] = entry
 
     def get(self, kind: str, name: str, where: str = "") -> Entry:
-        """The entry; UsageError with the nearest name if there is none."""
+        """The entry; UsageError with the nearest name, or with what to install, if there is none."""
         try:
             return self.entries[kind][name]
         except KeyError:
+            if (kind, name) in self.absent:
+                raise UsageError(where or kind, _install(name, self.absent[kind, name])) from None
             known = self.entries[kind]
             raise UsageError(where or kind, f"unknown {kind} {name!r}{nearest(name, known)}") from None
 
     def __iter__(self) -> Iterator[Entry]:
         for kind in KINDS:
             yield from (self.entries[kind][n] for n in sorted(self.entries[kind]))
+
+
+def _wanting(card: Card) -> str:
+    """What to install before this component can run; empty if all is there. Imports nothing."""
+    missing = {package for module, package in card.requires.items() if not importable(module)}
+    return " ".join(sorted(missing))
+
+
+def importable(module: str) -> bool:
+    """Whether a top-level module is installed."""
+    if module in sys.modules:  # a lazy package may lack the __spec__ that find_spec asks for
+        return sys.modules[module] is not None
+    return importlib.util.find_spec(module) is not None
+
+
+def _install(name: str, packages: str) -> str:
+    return f"{name} needs a package that is not installed: pip install '{packages}'"
 
 
 def _modules(value: str) -> list[tuple[str, Path]]:
@@ -152,6 +173,9 @@ def _add_point(catalog: Catalog, point: EntryPoint, kind: str, seen: set[tuple[s
         for card in read_cards(path):
             if card.kind == kind and (module, card.name) not in seen:
                 seen.add((module, card.name))
+                if wanting := _wanting(card):
+                    catalog.absent[kind, card.name] = wanting
+                    continue
                 digest = file_digest(path) if external else ""
                 catalog.add(Entry(card, module, path, origin, digest))
 
@@ -163,6 +187,9 @@ def add_plugin(catalog: Catalog, path: Path) -> list[Entry]:
     cards = read_cards(path)
     if not cards:
         raise UsageError("--plugin", f"{path.name} has no top-level CARD literal (see docs/plugins.md)")
+    for card in cards:
+        if wanting := _wanting(card):
+            raise UsageError(f"--plugin {path.name}", _install(card.name, wanting))
     digest = file_digest(path)
     module = f"mergesec_plugin_{path.stem}_{digest}"
     added = [Entry(card, module, path.resolve(), path.name, digest) for card in cards]

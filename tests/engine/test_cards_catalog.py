@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     ({**BASIC, "parameters": {"a": {"type": "int", "default": "3"}}}, "a.default: expected int, got '3'"),
     ({**DEFENSE, "siblings": "number"}, "card.siblings: 'number'"),
+    ({**BASIC, "requires": ["fusion_bench"]}, "card.requires: expected module → package to install"),
 ]
 
 
@@ -165,6 +167,31 @@ def test_binding_fills_defaults_and_knows_no_strangers() -> None:
 
 
 # --------------------------------------------------------------------------- catalogue
+
+
+NEEDY = {**BASIC, "requires": {"no_such_module_here": "mergesec[extra]"}}
+
+
+def test_a_component_whose_package_is_missing_is_not_listed_and_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "needy_package").mkdir()
+    (tmp_path / "needy_package" / "__init__.py").write_text("")
+    _module(tmp_path / "needy_package", NEEDY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    point = EntryPoint("needy", "needy_package", "mergesec.merging")
+    monkeypatch.setattr("mergesec.catalog.entry_points", lambda group: [point] if "merging" in group else [])
+    catalog = load_catalog()
+    assert [e.card.name for e in catalog] == []
+    with pytest.raises(UsageError, match=r"axes\.merging: mine needs .* pip install 'mergesec\[extra\]'"):
+        catalog.get("merging", "mine", "axes.merging")
+    monkeypatch.setattr("mergesec.catalog.importable", lambda module: module == "no_such_module_here")
+    assert [e.card.name for e in load_catalog()] == ["mine"]
+
+
+def test_a_plugin_whose_package_is_missing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"mine needs .* pip install 'mergesec\[extra\]'"):
+        add_plugin(Catalog(), _module(tmp_path, NEEDY))
 
 
 def test_a_clash_is_an_error_that_names_both(tmp_path: Path) -> None:
