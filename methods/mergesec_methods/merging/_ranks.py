@@ -57,8 +57,12 @@ class _Bracket:
     below: int = 0
     inside: list[Tensor] = field(default_factory=list)
 
-    def look(self, magnitudes: Tensor) -> None:
-        """Count and keep what concerns this bracket. NumPy's comparisons are the faster ones on a CPU."""
+    def look(self, magnitudes: Tensor, dropped: int = 0) -> None:
+        """Count and keep what concerns this bracket; ``dropped`` entries below it are not in ``magnitudes``.
+
+        NumPy's comparisons are the faster ones on a CPU.
+        """
+        self.below += dropped
         if magnitudes.device.type == "cpu":
             array = magnitudes.numpy()
             under = np.less(array, self.low)
@@ -75,26 +79,32 @@ class _Bracket:
         local = self.rank - self.below
         if not 1 <= local <= kept.numel():
             return None
-        return float(torch.kthvalue(kept, local).values)
+        return _select(kept, [local])[0]
 
 
 def magnitude_ranks(
-    chunks: Chunks, count: int, size: int, ranks: Sequence[int], vector: Vector = task_vector
+    chunks: Chunks,
+    count: int,
+    size: int,
+    ranks: Sequence[int],
+    vector: Vector = task_vector,
+    sample: int = SAMPLE,
 ) -> list[list[float]]:
     """The ``rank``-th smallest |τ_i| (1-based) of ``size`` entries, for each rank, per expert ``[count]``.
 
-    A rank below 1 gives 0.0, one above ``size`` infinity. Memory: a few blocks and the sample.
+    A rank below 1 gives 0.0, one above ``size`` infinity. Memory: a few blocks and the ``sample``, whose
+    size changes the time taken, never the result.
     """
     wanted = sorted({rank for rank in ranks if 1 <= rank <= size})
-    if size <= SAMPLE:
+    if size <= sample:
         brackets = [[_Bracket(rank, 0.0, math.inf) for rank in wanted[:1]] for _ in range(count)]
         _look(chunks, brackets, vector)
         kept = [torch.cat(own[0].inside) if own else torch.empty(0) for own in brackets]
         found: list[dict[int, float | None]] = [
-            {rank: float(torch.kthvalue(k, rank).values) for rank in wanted} for k in kept
+            dict(zip(wanted, _select(k, wanted), strict=True)) for k in kept
         ]
     else:
-        brackets = _sampled(chunks, count, size, wanted, vector)
+        brackets = _sampled(chunks, count, size, wanted, vector, sample)
         _look(chunks, brackets, vector)
         found = [{b.rank: b.value() for b in own} for own in brackets]
         for index, own in enumerate(found):
@@ -106,23 +116,47 @@ def magnitude_ranks(
     return [[(own.get(rank) or 0.0) if rank in own else edge[rank] for rank in ranks] for own in found]
 
 
+def _select(values: Tensor, ranks: Sequence[int]) -> list[float]:
+    """The ``rank``-th smallest (1-based) of ``values``, for each rank; may reorder ``values``."""
+    places = [rank - 1 for rank in ranks]
+    if places and values.device.type == "cpu":
+        array = values.numpy()
+        array.partition(places)
+        return [float(array[place]) for place in places]
+    return [float(torch.kthvalue(values, rank).values) for rank in ranks]
+
+
 def _look(chunks: Chunks, brackets: Sequence[Sequence[_Bracket]], vector: Vector) -> None:
     for piece in chunks():
         for index, own in enumerate(brackets):
             if own:
-                magnitudes = vector(piece, index).abs_()
+                magnitudes, dropped = vector(piece, index).abs_(), 0
+                if len(own) > 1:  # one look at all entries, the others only at what is left
+                    whole = magnitudes.numel()
+                    magnitudes = _at_least(magnitudes, own[0].low)
+                    dropped = whole - magnitudes.numel()
                 for bracket in own:
-                    bracket.look(magnitudes)
+                    bracket.look(magnitudes, dropped)
+
+
+def _at_least(magnitudes: Tensor, low: float) -> Tensor:
+    """The entries from ``low`` on."""
+    if low <= 0.0:
+        return magnitudes
+    if magnitudes.device.type == "cpu":
+        array = magnitudes.numpy()
+        return torch.from_numpy(array[np.flatnonzero(np.greater_equal(array, low))])
+    return magnitudes[magnitudes >= low]
 
 
 def _sampled(
-    chunks: Chunks, count: int, size: int, wanted: Sequence[int], vector: Vector
+    chunks: Chunks, count: int, size: int, wanted: Sequence[int], vector: Vector, sample: int
 ) -> list[list[_Bracket]]:
     """Brackets four standard errors wide on each side, from every ``stride``-th entry.
 
     The stride is odd, so that it does not walk along the columns of power-of-two wide matrices.
     """
-    stride = (size // SAMPLE) | 1
+    stride = (size // sample) | 1
     parts: list[list[Tensor]] = [[] for _ in range(count)]
     for piece in chunks():
         offset = -piece.start % stride
@@ -130,8 +164,8 @@ def _sampled(
             parts[index].append(_strided(piece, index, offset, stride, vector))
     result = []
     for own in parts:
-        sample = torch.sort(torch.cat(own)).values
-        total = sample.numel()
+        ordered = torch.sort(torch.cat(own)).values
+        total = ordered.numel()
         brackets = []
         for rank in wanted:
             share = rank / size
@@ -140,8 +174,8 @@ def _sampled(
             brackets.append(
                 _Bracket(
                     rank,
-                    float(sample[low]) if low >= 0 else 0.0,
-                    float(sample[high]) if high < total else math.inf,
+                    float(ordered[low]) if low >= 0 else 0.0,
+                    float(ordered[high]) if high < total else math.inf,
                 )
             )
         result.append(brackets)
