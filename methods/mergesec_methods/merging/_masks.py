@@ -28,11 +28,18 @@ from mergesec.weights import mergeable, owners
 
 ENTRIES = 1 << 20
 """Entries of all task vectors together that a rule here holds at a time on a CPU: 4 MiB, for the cache."""
+DEVICE_ENTRIES = 1 << 26
+"""The same elsewhere: 256 MiB, as a kernel launch costs more than a cache saves."""
 
 
-def block(count: int) -> int:
-    """Entries of each of ``count`` task vectors at a time; a power of two and a multiple of 8."""
-    return max(ENTRIES >> (count - 1).bit_length(), 1 << 12)
+def split(piece: Piece) -> Iterator[tuple[slice, Piece]]:
+    """Smaller pieces of a piece, and where in it they lie; they start at multiples of 8."""
+    entries = ENTRIES if piece.base.device.type == "cpu" else DEVICE_ENTRIES
+    size = max(entries >> (len(piece.experts) - 1).bit_length(), 1 << 12)
+    for start in range(0, piece.base.numel(), size):
+        span = slice(start, start + size)
+        parts = [expert[span] for expert in piece.experts]
+        yield span, Piece(piece.name, piece.start + start, piece.base[span], parts, piece.workspace)
 
 
 def task_vectors(piece: Piece) -> Tensor:
@@ -47,15 +54,6 @@ def rows(piece: Piece, key: str) -> Tensor:
     """``[T, n]`` uninitialised float32 to compute in; reused by the next piece."""
     count, size = len(piece.experts), piece.base.numel()
     return piece.workspace.row(("rows", key), count * size).view(count, size)
-
-
-def split(piece: Piece) -> Iterator[tuple[slice, Piece]]:
-    """Pieces of ``block`` size of a piece, and where in it they lie."""
-    size = block(len(piece.experts)) if piece.base.device.type == "cpu" else piece.base.numel()
-    for start in range(0, piece.base.numel(), size):
-        span = slice(start, start + size)
-        parts = [expert[span] for expert in piece.experts]
-        yield span, Piece(piece.name, piece.start + start, piece.base[span], parts, piece.workspace)
 
 
 def greater(left: Tensor, right: float) -> Tensor:
@@ -166,7 +164,8 @@ class MaskedMerge(MergeMethod):
         direct = own.dtype == torch.float32
         shared, vector = (empty(own.shape, own.device) if direct else torch.empty_like(own) for _ in range(2))
         masks = torch.empty(len(experts), -(-own.numel() // 8), dtype=torch.uint8, device=own.device)
-        for piece in pieces(name, own, [e.weights[name] for e in experts], workspace, block(len(experts))):
+        parts = pieces(name, own, [e.weights[name] for e in experts], workspace)
+        for piece in (smaller for part in parts for _, smaller in split(part)):
             span = slice(piece.start, piece.start + piece.base.numel())
             row = vector.view(-1)[span] if direct else workspace.row("vector", piece.base.numel())
             bits = pack(self.localize(piece, row, facts))
