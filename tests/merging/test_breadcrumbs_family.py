@@ -170,6 +170,26 @@ def test_tied_weights_are_merged_once(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_threads_change_nothing(name: str) -> None:
+    """Several blocks in several threads, twice: what one block leaves behind must not reach another."""
+    generator = torch.Generator().manual_seed(4)
+    base = {f"w{i}": torch.randn(700, 500, generator=generator) for i in range(2)}
+    members = [
+        Expert(e.task, {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in base.items()})
+        for e in members_for(name)[:2]
+    ]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = METHODS[name]().merge(base, members, context()).shared
+        torch.set_num_threads(3)
+        found = [METHODS[name]().merge(base, members, context()).shared for _ in range(2)]
+    finally:
+        torch.set_num_threads(before)
+    assert [digest_weights(f) for f in found] == [digest_weights(alone)] * 2
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_unfit_expert_is_refused_by_name(name: str) -> None:
     members = experts(2)
     broken = Expert("cars", {n: t for n, t in members[1].weights.items() if n != "block.bias"})

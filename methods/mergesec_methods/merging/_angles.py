@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from mergesec.contracts import Expert, Weights
-from mergesec.tensorwise import BLOCK, Workspace, pieces
+from mergesec.tensorwise import BLOCK, Span, Workspace, spans, sweep
 from mergesec.weights import mergeable, owners
 
 
@@ -18,28 +18,35 @@ def inner_products(base: Weights, experts: Sequence[Expert], task_vectors: bool)
     v_i is the expert's tensor, or with ``task_vectors`` its difference to the base. One read of all
     inputs; blocks are summed in float32, the blocks' sums in float64.
     """
-    tied = owners(base)
-    found: dict[str, Tensor] = {}
-    for name, tensor in base.items():
-        if mergeable(tensor) and name not in tied:
-            found[name] = _products(name, tensor, [e.weights[name] for e in experts], task_vectors)
-    for name, owner in tied.items():
-        found[name] = found[owner]
-    return found
+    tied, count = owners(base), len(experts)
+    sums: dict[str, dict[int, Tensor]] = {n: {} for n, t in base.items() if mergeable(t) and n not in tied}
 
+    def work() -> Iterator[Span]:
+        for name in sums:
+            yield from spans(
+                name, base[name], [e.weights[name] for e in experts], max(BLOCK // (2 * count), 1)
+            )
 
-def _products(name: str, base: Tensor, experts: Sequence[Tensor], task_vectors: bool) -> Tensor:
-    count = len(experts)
-    workspace = Workspace(base.device)
-    total = torch.zeros(count, count, dtype=torch.float64)
-    for piece in pieces(name, base, experts, workspace, max(BLOCK // count, 1)):
+    def visit(span: Span, workspace: Workspace) -> None:
+        piece = span.piece(workspace)
         rows = workspace.row("products", count * piece.base.numel()).view(count, -1)
         for row, expert in zip(rows, piece.experts, strict=True):
             if task_vectors:
                 torch.sub(expert, piece.base, out=row)
             else:
                 row.copy_(expert)
-        total += (rows @ rows.T).cpu().double()
+        sums[span.name][span.start] = (rows @ rows.T).cpu().double()
+
+    sweep(work(), visit)
+    found = {name: _ordered_sum(parts, count) for name, parts in sums.items()}
+    return {**found, **{name: found[owner] for name, owner in tied.items()}}
+
+
+def _ordered_sum(parts: dict[int, Tensor], count: int) -> Tensor:
+    """Blocks arrive in any order; rounding must not depend on it."""
+    total = torch.zeros(count, count, dtype=torch.float64)
+    for start in sorted(parts):
+        total += parts[start]
     return total
 
 

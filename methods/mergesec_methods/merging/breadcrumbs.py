@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mergesec.contracts import Expert, MergeContext, Weights
-from mergesec.tensorwise import Piece, TensorwiseMerge, empty
+from mergesec.tensorwise import Piece, Span, TensorwiseMerge, Workspace, empty, sweep
 from mergesec.weights import mergeable, owners
 from mergesec_methods.merging._ranks import magnitude_ranks, tensor_pieces
-from mergesec_methods.merging._rows import row_pieces
+from mergesec_methods.merging._rows import row_spans
 from mergesec_methods.merging._ties import trim_
 
 CARD = {
@@ -67,7 +67,7 @@ CARD = {
 }
 Band = tuple[float, float]
 """Magnitudes from the first to the second number, both included, are kept."""
-SAMPLE = 1 << 12
+SAMPLE = 1 << 13
 """Entries sampled per tensor: sorting them must cost less than reading the tensor."""
 
 
@@ -138,15 +138,24 @@ class Breadcrumbs(TensorwiseMerge):
         if ranks is None:
             return out
         flat = out.view(-1)
-        for piece in row_pieces(name, base, experts, columns):
-            into = flat[piece.start : piece.start + piece.base.numel()]
+
+        def visit(span: Span, workspace: Workspace) -> None:
+            piece = span.piece(workspace)
+            into = flat[span.start : span.start + span.base.numel()]
             for index in range(len(experts)):
-                tau = piece.task_vector(index)
-                size = torch.abs(tau, out=piece.scratch("size")).view(-1, columns)
-                low, high = _order_statistics(size, ranks)
-                kept = torch.ge(size, low, out=piece.scratch("kept").view(-1, columns))
-                into.add_(tau.mul_(kept.view(-1)).mul_(torch.le(size, high, out=size).view(-1)))
+                into.add_(_crumbs(piece, index, columns, ranks))
+
+        sweep(row_spans(name, base, experts, columns), visit)
         return out
+
+
+def _crumbs(piece: Piece, index: int, columns: int, ranks: tuple[int, int]) -> Tensor:
+    """The masked task vector ``[n]`` of whole rows of ``columns`` entries, in scratch memory."""
+    tau = piece.task_vector(index)
+    size = torch.abs(tau, out=piece.scratch("size")).view(-1, columns)
+    low, high = _order_statistics(size, ranks)
+    kept = torch.ge(size, low, out=piece.scratch("kept").view(-1, columns))
+    return tau.mul_(kept.view(-1)).mul_(torch.le(size, high, out=size).view(-1))
 
 
 def _order_statistics(rows: Tensor, ranks: tuple[int, int]) -> tuple[Tensor, Tensor]:

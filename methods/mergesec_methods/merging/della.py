@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mergesec.contracts import ContractError, Expert, MergeContext, Weights
-from mergesec.tensorwise import Piece, TensorwiseMerge, empty
-from mergesec_methods.merging._rows import row_pieces
+from mergesec.tensorwise import Piece, Span, TensorwiseMerge, Workspace, empty, sweep
+from mergesec_methods.merging._rows import row_spans
 from mergesec_methods.merging._ties import ties_into
 from mergesec_methods.merging.dare import streams
 
@@ -157,7 +157,10 @@ class Della(TensorwiseMerge):
             return out
         flat = out.view(-1)
         pruned = replace(facts, columns=columns)
-        for piece in row_pieces(name, base, experts, columns):
-            into = flat[piece.start : piece.start + piece.base.numel()]
-            ties_into(piece, into, [0.0] * len(experts), self.merge_func, pruned)
+
+        def visit(span: Span, workspace: Workspace) -> None:
+            into = flat[span.start : span.start + span.base.numel()]
+            ties_into(span.piece(workspace), into, [0.0] * len(experts), self.merge_func, pruned)
+
+        sweep(row_spans(name, base, experts, columns), visit)
         return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mergesec.contracts import Expert, MergeContext, Weights
-from mergesec.tensorwise import Piece, TensorwiseMerge
+from mergesec.tensorwise import Piece, Span, TensorwiseMerge, Workspace, sweep
 from mergesec.weights import flat_layout
 from mergesec_methods.merging._ranks import Chunks, all_pieces, magnitude_ranks
 
@@ -69,13 +70,13 @@ class _Scores(ABC):
     """Scores β_i of one block, all experts at once, kept in the block's scratch memory."""
 
     def __init__(self) -> None:
-        self._held: Piece | None = None
+        self._latest = threading.local()  # a thread is done with a block before it takes the next
 
     def __call__(self, piece: Piece, index: int) -> Tensor:
         """β of one expert ``[n]``; read-only."""
-        if self._held is not piece:
-            self._held = piece
+        if getattr(self._latest, "piece", None) is not piece:
             self.score(piece)
+            self._latest.piece = piece
         return piece.scratch(("beta", index))
 
     def positive(self, piece: Piece, index: int) -> Tensor:
@@ -144,23 +145,40 @@ class _Paper(_Scores):
         self.pairs = [(i, j) for i in range(count) for j in range(i, count)]
         self.ranges = dict.fromkeys(self.pairs, (math.inf, -math.inf))
         self.logs: dict[object, float] = dict.fromkeys([*self.pairs, *range(count)], 0.0)
-        for piece in chunks():
-            self._task_vectors(piece)
-            for pair in self.pairs:
-                least, most = torch.aminmax(self._product(piece, pair))
-                low, high = self.ranges[pair]
-                self.ranges[pair] = (min(low, float(least)), max(high, float(most)))
-        sums, size = dict.fromkeys(self.logs, 0.0), 0
-        for piece in chunks():
-            self._task_vectors(piece)
-            size += piece.base.numel()
-            for key in sums:
-                sums[key] += float(self._softmax(piece, key).sum(dtype=torch.float64))
-        self.logs = {key: math.log(total / size) for key, total in sums.items()}
+        self._find_ranges(chunks)
+        self._find_sums(chunks)
 
-    def _task_vectors(self, piece: Piece) -> None:
+    def _find_ranges(self, chunks: Chunks) -> None:
+        """The least and the largest τ_i ⊙ τ_j of every pair."""
+        found: list[list[tuple[float, float]]] = []
+
+        def visit(span: Span, workspace: Workspace) -> None:
+            piece = self._task_vectors(span.piece(workspace))
+            ends = [torch.aminmax(self._product(piece, pair)) for pair in self.pairs]
+            found.append([(float(least), float(most)) for least, most in ends])
+
+        sweep(chunks(), visit)
+        for pair, parts in zip(self.pairs, zip(*found, strict=True), strict=False):
+            self.ranges[pair] = min(least for least, _ in parts), max(most for _, most in parts)
+
+    def _find_sums(self, chunks: Chunks) -> None:
+        """The partition sums; ``fsum`` because blocks arrive in any order."""
+        sizes: list[int] = []
+        found: dict[object, list[float]] = {key: [] for key in self.logs}
+
+        def visit(span: Span, workspace: Workspace) -> None:
+            piece = self._task_vectors(span.piece(workspace))
+            sizes.append(piece.base.numel())
+            for key, parts in found.items():
+                parts.append(float(self._softmax(piece, key).sum(dtype=torch.float64)))
+
+        sweep(chunks(), visit)
+        self.logs = {key: math.log(math.fsum(parts) / sum(sizes)) for key, parts in found.items() if parts}
+
+    def _task_vectors(self, piece: Piece) -> Piece:
         for index in range(len(piece.experts)):
             piece.task_vector(index, ("tau", index))
+        return piece
 
     def _product(self, piece: Piece, pair: tuple[int, int]) -> Tensor:
         first, second = (piece.scratch(("tau", index)) for index in pair)
