@@ -16,18 +16,21 @@ ENTRIES = 1 << 26
 
 
 class FisherMean:
-    """Σ F_i τ_i and Σ F_i of one tensor, float32 in the base's shape and on its device."""
+    """Σ w_i τ_i and Σ w_i of one tensor, w_i = c_i (F_i + ε); float32 in the base's shape, on its device."""
 
     def __init__(self, base: Tensor) -> None:
         self.base = base
         self.weighted = torch.zeros(base.shape, device=base.device)
         self.weights = torch.zeros(base.shape, device=base.device)
+        self.informed = False
+        """Whether any expert's F has an entry other than 0."""
 
-    def add(self, fisher: Tensor, expert: Tensor) -> None:
-        """One expert's entry weights F ≥ 0 and its tensor, both in the base's shape."""
-        fisher = fisher.to(self.weights)
-        self.weights += fisher
-        self.weighted.addcmul_(fisher, expert.float() - self.base.float())
+    def add(self, fisher: Tensor, expert: Tensor, minimal: float, factor: float) -> None:
+        """One expert's F ≥ 0 and weights, both in the base's shape, its ε and c."""
+        self.informed |= bool(fisher.any())
+        weight = fisher.to(self.weights).add(minimal).mul_(factor)
+        self.weights += weight
+        self.weighted.addcmul_(weight, expert.float() - self.base.float())
 
 
 def diagonal_fisher(model: Model, sample: Sample, expectation: str, coverage: float) -> dict[str, Tensor]:
@@ -35,12 +38,11 @@ def diagonal_fisher(model: Model, sample: Sample, expectation: str, coverage: fl
 
     ``expectation`` says which y: ``predictive`` Σ_y p(y|x) (∂ log p(y|x))², as in the paper and its
     authors' code; ``argmax`` the most probable y; ``label`` the row's target; ``batch`` the square of
-    Σ_x Σ_y √p(y|x) ∂ log p(y|x) over the rows of a batch, as in MergeLM and FusionBench. Parameters
-    that the outputs do not depend on are left out. Raises ContractError if outputs are not logits.
+    Σ_x Σ_y √p(y|x) ∂ log p(y|x) over the rows of a batch, as in MergeLM and FusionBench. Raises
+    ContractError if the outputs are not logits.
     """
     named = {n: p.requires_grad_() for n, p in model.network.named_parameters() if p.is_floating_point()}
     sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in named.items()}
-    reached: set[str] = set()
     parameters = list(named.values())
     # the plain attention kernel can be differentiated for several classes at once
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -48,10 +50,9 @@ def diagonal_fisher(model: Model, sample: Sample, expectation: str, coverage: fl
             for part in torch.split(seeds, max(1, ENTRIES // max(1, sum(p.numel() for p in parameters)))):
                 for name, gradient in zip(named, _gradients(value, parameters, part), strict=True):
                     if gradient is not None:
-                        reached.add(name)
                         for row in gradient:
                             sums[name].addcmul_(row.float(), row.float())
-    return {name: total.div_(len(sample)) for name, total in sums.items() if name in reached}
+    return {name: total.div_(len(sample)) for name, total in sums.items()}
 
 
 def _gradients(value: Tensor, parameters: list[Tensor], seeds: Tensor) -> list[Tensor | None]:

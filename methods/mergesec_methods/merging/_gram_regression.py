@@ -13,8 +13,8 @@ from mergesec.contracts import ContractError, Expert, Weights
 
 PIVOT = 1e-6
 """Smallest Cholesky pivot of a unit-diagonal Gram matrix that float32 inputs resolve."""
-SHRINKAGE = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-"""Tried in turn until the system is regular: off-diagonals are divided by one plus this."""
+RIDGES = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+"""Added to the unit diagonal in turn, until the system is regular."""
 
 
 def scale_off_diagonal(gram: Tensor, scale: float) -> Tensor:
@@ -27,54 +27,44 @@ def scale_off_diagonal(gram: Tensor, scale: float) -> Tensor:
 class Regression:
     """Sums over experts that fix the merge of one linear layer: RegMean in one pass, whatever their number.
 
-    With G_i ``[in, in]`` the Gram matrix of expert i's inputs and τ_i ``[out, in]`` its task vector,
-    the merge solves (Σ G̃_i) τᵀ = Σ G̃_i τ_iᵀ, where G̃ has its off-diagonals times α. Beside Σ G_i and
-    Σ G_i τ_iᵀ the sum Σ diag(G_i) τ_iᵀ is kept, so that α can be chosen after the data are gone.
+    With G_i ``[in, in]`` the Gram matrix of expert i's inputs and τ_i ``[out, in]`` its task vector, the
+    merge solves (Σ G̃_i) τᵀ = Σ G̃_i τ_iᵀ, where G̃ has its off-diagonals times α. Both sums are float32.
     """
 
-    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
+    def __init__(self, inputs: int, outputs: int, alpha: float, device: torch.device) -> None:
+        self.alpha = alpha
         self.gram = torch.zeros(inputs, inputs, device=device)
         self.moment = torch.zeros(inputs, outputs, device=device)
-        self.diagonal = torch.zeros(inputs, outputs, device=device)
-        self.total = torch.zeros(inputs, outputs, device=device)
-        self.count = 0
 
-    def add(self, gram: Tensor, delta: Tensor, name: str = "") -> None:
+    def add(self, gram: Tensor, delta: Tensor) -> None:
         """One expert's Gram matrix ``[in, in]`` and task vector ``[out, in]``."""
-        if not bool(torch.isfinite(gram).all()):
-            raise ContractError(f"the inputs of '{name}' are not finite")
-        moved = delta.to(self.gram.device, torch.float32).T
-        gram = gram.to(self.gram)
-        self.gram += gram
-        self.moment.addmm_(gram, moved)
-        self.diagonal.addcmul_(gram.diagonal()[:, None], moved)
-        self.total += moved
-        self.count += 1
+        scaled = scale_off_diagonal(gram.to(self.gram), self.alpha)
+        self.gram += scaled
+        self.moment.addmm_(scaled, delta.to(self.gram).T)
 
-    def solve(self, scale: float) -> tuple[Tensor, float]:
-        """(τ ``[out, in]`` float32, the α that was used: ``scale`` unless the system was singular).
+    def solve(self, average: Tensor) -> tuple[Tensor, float]:
+        """(τ ``[out, in]`` float32, the ridge: 0 unless the system was singular).
 
         Solved by Cholesky in float64 after scaling the matrix to a unit diagonal, which leaves the
-        solution as it is. A singular system gets slightly smaller off-diagonals, and an input that
-        was zero on all rows says nothing about its column, which then is the average.
+        solution as it is. Where the inputs say nothing, the mean task vector ``average`` ``[out, in]``
+        is the answer: a singular system is pulled towards it by the smallest ridge that makes it
+        regular, and an input that was 0 on all rows takes its column. ContractError if nothing helps.
         """
         diagonal = self.gram.diagonal().double()
         seen = diagonal > 0
-        root = torch.where(seen, diagonal, 1.0).rsqrt()
-        unit = self.gram.double() * root * root[:, None]
-        unit.diagonal().fill_(1.0)
-        for shrinkage in SHRINKAGE:
-            alpha = scale / (1 + shrinkage)
-            factor, failed = torch.linalg.cholesky_ex(scale_off_diagonal(unit, alpha))
+        root = torch.where(seen, diagonal, 1.0).rsqrt()[:, None]
+        unit = self.gram.double() * root * root.T
+        prior = average.to(self.gram.device).T.double()
+        for ridge in RIDGES:
+            unit.diagonal().fill_(1.0 + ridge)
+            factor, failed = torch.linalg.cholesky_ex(unit)
             if not int(failed) and float(factor.diagonal().min()) ** 2 > PIVOT:
                 break
         else:
-            raise ContractError("a Gram matrix stays singular however small its off-diagonals are made")
-        right = alpha * self.moment.double() + (1 - alpha) * self.diagonal.double()
-        solution = torch.cholesky_solve(right * root[:, None], factor) * root[:, None]
-        average = self.total.double() / self.count
-        solution = torch.where(seen[:, None], solution, average)
-        return solution.T.float().contiguous(), alpha
+            raise ContractError("a Gram matrix is far from positive: were the inputs finite?")
+        right = self.moment.double() * root + ridge * prior / root
+        solution = torch.where(seen[:, None], torch.cholesky_solve(right, factor) * root, prior)
+        return solution.T.float().contiguous(), ridge
 
 
 class InputGrams:
@@ -178,10 +168,16 @@ def gather(
     base: Weights,
     expert: Expert,
     ties: Mapping[str, Sequence[str]],
+    alpha: float,
 ) -> None:
-    """Add one expert's Gram matrices to ``sums``, by weight; uses of one tied weight are added up."""
+    """Add one expert's Gram matrices to ``sums``, by weight; uses of one tied weight are added up.
+
+    ContractError, naming the weight, if inputs of a layer are not finite.
+    """
     for used, gram in grams.items():
         name = ties[used][0]
+        if not bool(torch.isfinite(gram).all()):
+            raise ContractError(f"expert '{expert.task}': the inputs of '{used}' are not finite")
         if name not in sums:
-            sums[name] = Regression(gram.shape[0], base[name].shape[0], gram.device)
-        sums[name].add(gram, expert.weights[name].float() - base[name].float(), name)
+            sums[name] = Regression(gram.shape[0], base[name].shape[0], alpha, gram.device)
+        sums[name].add(gram, expert.weights[name].float() - base[name].float())

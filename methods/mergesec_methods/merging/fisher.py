@@ -66,9 +66,10 @@ CARD = {
 
 
 class Fisher(StatisticsMerge):
-    """θ = Σ_i F_i θ_i / Σ_i F_i per entry (eq. 4), F_i the diagonal of the Fisher information (eq. 3).
+    """θ = Σ_i F_i θ_i / Σ_i F_i per entry, F_i the diagonal of expert i's Fisher information on its task.
 
-    Computed as θ0 + Σ F_i τ_i / Σ F_i. Tensors that no gradient reaches (buffers) are averaged.
+    Computed as θ0 + Σ F_i τ_i / Σ F_i. Tensors without information in any expert
+    (buffers, parameters that are not used) are averaged.
     """
 
     def __init__(
@@ -91,10 +92,10 @@ class Fisher(StatisticsMerge):
             self._gather(means, fisher, base, expert)
             examples[expert.task] = len(sample)
         ties = tied_names(model.network)
-        reached = {other: found for name, found in means.items() for other in ties[name]}
-        missed = [n for n, t in base.items() if t.is_floating_point() and n not in reached]
+        informed = {other: m for name, m in means.items() if m.informed for other in ties[name]}
+        missed = [n for n, t in base.items() if t.is_floating_point() and n not in informed]
         self.report.update(examples=examples, averaged=missed)
-        return reached
+        return informed
 
     def _gather(
         self, means: dict[str, FisherMean], fisher: Mapping[str, Tensor], base: Weights, expert: Expert
@@ -106,7 +107,7 @@ class Fisher(StatisticsMerge):
         for name, values in fisher.items():
             if name not in means:
                 means[name] = FisherMean(base[name])
-            means[name].add(values.add_(self.minimal).mul_(factor), expert.weights[name])
+            means[name].add(values, expert.weights[name], self.minimal, factor)
 
     def combine(self, piece: Piece, out: Tensor, facts: Any) -> None:
         """The Fisher mean where there is one, else the mean."""

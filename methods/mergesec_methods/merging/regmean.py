@@ -52,8 +52,8 @@ CARD = {
 
 
 class RegMean(StatisticsMerge):
-    """W = (Σ_i G̃_i)⁻¹ Σ_i G̃_i W_i (section 3), W_i ``[in, out]``, G_i = X_iᵀX_i over the rows X_i that
-    enter the layer in expert i, G̃ = G with off-diagonals times α (section 3.4).
+    """W = (Σ_i G̃_i)⁻¹ Σ_i G̃_i W_i, W_i ``[in, out]``, G_i = X_iᵀX_i of the rows X_i that enter the layer
+    in expert i, G̃ = G with off-diagonals times α: the W that is closest to all W_i on their inputs.
 
     G_i is divided by its number of rows, as the authors' code and FusionBench do, so that tasks count
     alike. Biases, norms, convolutions and embeddings are averaged.
@@ -74,7 +74,7 @@ class RegMean(StatisticsMerge):
                 for batch in sample.batches():
                     sample.outputs(model, batch)
             ties = tied_names(model.network)
-            gather(sums, grams.means(), base, expert, ties)
+            gather(sums, grams.means(), base, expert, ties, self.alpha)
             self._note(expert, sample)
         reached = {other: found for name, found in sums.items() for other in ties[name]}
         self._reached(linear_weights(model.network), reached)
@@ -84,7 +84,7 @@ class RegMean(StatisticsMerge):
         """The least-squares solution, for weights of linear layers."""
         if name not in facts:
             return None
-        return self._solved(name, base, facts[name])
+        return self._solved(name, base, experts, facts[name])
 
     def combine(self, piece: Piece, out: Tensor, facts: Any) -> None:
         running_mean(piece, out)
@@ -92,12 +92,14 @@ class RegMean(StatisticsMerge):
     def _note(self, expert: Expert, sample: Sample) -> None:
         self.report.setdefault("examples", {})[expert.task] = len(sample)
 
-    def _solved(self, name: str, base: Tensor, regression: Regression) -> Tensor:
+    def _solved(self, name: str, base: Tensor, experts: Sequence[Tensor], sums: Regression) -> Tensor:
         """The merged weight, float32."""
-        delta, alpha = regression.solve(self.alpha)
-        if alpha != self.alpha:
-            self.report.setdefault("alpha_lowered", {})[name] = alpha
-        return base.float() + delta.to(base.device)
+        origin = base.float()
+        mean = torch.stack([expert.float() - origin for expert in experts]).mean(dim=0)
+        delta, ridge = sums.solve(mean)
+        if ridge:
+            self.report.setdefault("ridge", {})[name] = ridge
+        return origin + delta.to(base.device)
 
     def _reached(self, linear: Sequence[str], reached: Mapping[str, object]) -> None:
         self.report["linear_layers"] = sum(name in reached for name in linear)

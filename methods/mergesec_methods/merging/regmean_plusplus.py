@@ -55,9 +55,11 @@ CARD = {
 
 class RegMeanPlusPlus(RegMean):
     """RegMean with X_i of block l computed by expert i's block l from the output of the *merged* blocks
-    1 … l−1 on task i's inputs (eq. 4 onwards and algorithm 1), instead of by expert i alone.
+    1 … l−1 on task i's inputs, instead of by expert i alone.
 
-    Everything outside the blocks is averaged, its linear layers included.
+    Within a block, features are those of expert i's block, as in the authors' code. Everything outside
+    the blocks is averaged, its linear layers included; the authors' code leaves what comes after the
+    last block as it was in the base.
     """
 
     @torch.no_grad()
@@ -78,9 +80,10 @@ class RegMeanPlusPlus(RegMean):
                 block.load_state_dict({own: expert.weights[name] for name, own in names.items()})
                 with InputGrams(model.network, path) as grams:
                     walk.through(block)
-                gather(sums, grams.means(), base, expert, ties)
+                gather(sums, grams.means(), base, expert, ties, self.alpha)
             for name, regression in sums.items():
-                merged |= dict.fromkeys(ties[name], self._solved(name, base[name], regression))
+                weights = [expert.weights[name] for expert in experts]
+                merged |= dict.fromkeys(ties[name], self._solved(name, base[name], weights, regression))
             block.load_state_dict({own: merged.get(name, average[name]) for name, own in names.items()})
             for walk in walks:
                 walk.advance(block)
