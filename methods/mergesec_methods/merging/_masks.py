@@ -138,6 +138,7 @@ class MaskedMerge(MergeMethod):
                 raise ContractError(f"{self.name}: two experts of '{task}'; a task has one mask")
         facts = self.survey(base, experts, ctx)
         tied = owners(base)
+        workspace = Workspace(next(iter(base.values())).device)  # one for all: fresh memory costs page faults
         shared: dict[str, Tensor] = {}
         extra: dict[str, Tensor] = {"reach": torch.tensor(self.scaling)}
         for name in sorted(base, key=lambda n: n in tied):  # owners before the names tied to them
@@ -146,7 +147,9 @@ class MaskedMerge(MergeMethod):
                 continue
             owner = tied.get(name, name)
             if owner == name:
-                shared[name], extra[f"vector|{name}"], masks = self._tensor(name, base, experts, facts)
+                shared[name], extra[f"vector|{name}"], masks = self._tensor(
+                    name, base, experts, facts, workspace
+                )
                 extra |= {f"mask|{t}|{name}": row for t, row in zip(tasks, masks, strict=True)}
             else:
                 shared[name], extra[f"vector|{name}"] = shared[owner], extra[f"vector|{owner}"]
@@ -156,11 +159,10 @@ class MaskedMerge(MergeMethod):
         return Merged({n: shared[n] for n in base}, extra=extra, info=self.facts(experts, facts))
 
     def _tensor(
-        self, name: str, base: Weights, experts: Sequence[Expert], facts: Any
+        self, name: str, base: Weights, experts: Sequence[Expert], facts: Any, workspace: Workspace
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(shared, task vector, packed masks ``[T, ⌈n/8⌉]``) of one tensor; the first two as the base's is."""
         own = base[name]
-        workspace = Workspace(own.device)
         direct = own.dtype == torch.float32
         shared, vector = (empty(own.shape, own.device) if direct else torch.empty_like(own) for _ in range(2))
         masks = torch.empty(len(experts), -(-own.numel() // 8), dtype=torch.uint8, device=own.device)
