@@ -98,6 +98,8 @@ class Card:
     """Distributions whose major version decides results (e.g. one that names the tensors)."""
     requires: Mapping[str, str] = field(default_factory=dict)
     """Modules it cannot run without → what to ``pip install``; while one is missing it is not listed."""
+    trial: Mapping[str, Any] = field(default_factory=dict)
+    """Parameter values that make a run short; the conformance battery tries the component with them."""
     pretrain: str = ""
     """``module:function`` that makes a backbone's weights, for ``bench pretrain``."""
     classes: int = 0
@@ -174,7 +176,9 @@ def _build(raw: Any, where: str) -> Card:
     for key in ("hooks", "modalities", "depends", "experts"):
         if key in raw:
             raw[key] = tuple(raw[key])
-    return Card(**raw)
+    card = Card(**raw)
+    card.bind(f"{where}: card.trial", card.trial)
+    return card
 
 
 def read_cards(path: Path) -> list[Card]:

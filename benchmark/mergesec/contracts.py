@@ -133,6 +133,17 @@ class Backbone(Component, ABC):
         return None
 
 
+class Adapted(nn.Module):
+    """A network and a map on its features: what a merge's ``network`` returns for a task with an adapter.
+
+    ``adapter`` takes and gives features ``[N, d]``; ``Model.features`` applies it, whatever the backbone.
+    """
+
+    def __init__(self, network: nn.Module, adapter: nn.Module) -> None:
+        super().__init__()
+        self.network, self.adapter = network, adapter
+
+
 @dataclass
 class Model:
     """A backbone with some weights loaded, on a device."""
@@ -142,6 +153,9 @@ class Model:
 
     def features(self, inputs: Any) -> Tensor:
         """Features ``[N, d]`` of raw ``inputs``."""
+        if isinstance(self.network, Adapted):
+            adapted: Tensor = self.network.adapter(self.backbone.features(self.network.network, inputs))
+            return adapted
         return self.backbone.features(self.network, inputs)
 
 

@@ -89,16 +89,17 @@ def _grid(entry: Entry) -> dict[str, Any]:
     axes: dict[str, Any] = {"merging": ["task_arithmetic"], "experts": ["all"], "victim": ["micro/bars"]}
     axes["adversary"] = ["micro/bars"]
     card = entry.card
+    named = {"name": card.name, **card.trial}
     threat = card.threat or "clean"
     if card.kind == "merging":
-        axes["merging"] = [card.name]
+        axes["merging"] = [named]
         if card.experts[1] == 2:
             axes["experts"] = ["pairs"]
     elif card.kind == "attack":
-        axes["attacks"] = [card.name]
+        axes["attacks"] = [named]
         axes["defenses"] = ["params"] if threat == "protection" else ["none"]
     else:
-        axes["defenses"] = [card.name]
+        axes["defenses"] = [named]
         axes["attacks"] = ["badnets"] if threat == "backdoor" else ["none"]
     suite = {"name": "micro", "backbone": "micro/vit", "tasks": list(_TASKS)}
     return {

@@ -1,0 +1,175 @@
+"""Merges that serve every task its own part of one task vector: θ_t = θ0 + s_t · m_t ⊙ τ.
+
+What is kept is one network, one task vector and one bit per entry and task, never a network per task.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mergesec.contracts import (
+    Backbone,
+    ContractError,
+    Expert,
+    MergeContext,
+    Merged,
+    MergeMethod,
+    Weights,
+    load_network,
+)
+from mergesec.tensorwise import Piece, Workspace, check_experts, empty, pieces
+from mergesec.weights import mergeable, owners
+
+BLOCK = 1 << 16
+"""Entries at a time on a CPU; a multiple of 8. The rules here go over a block of every expert twice."""
+
+
+def pack(chosen: Tensor) -> Tensor:
+    """Bits of ``chosen`` ``[n]`` (set where it is above 0): uint8 ``[⌈n/8⌉]``, entry i in bit i mod 8."""
+    if chosen.device.type == "cpu":
+        return torch.from_numpy(np.packbits(np.greater(chosen.numpy(), 0), bitorder="little"))
+    return pack_on_device(chosen)
+
+
+def unpack(packed: Tensor, count: int) -> Tensor:
+    """The first ``count`` bits as float32 ``[count]``: 1.0 where set, else 0.0."""
+    if packed.device.type == "cpu":
+        bits = np.unpackbits(packed.numpy(), count=count, bitorder="little")
+        return torch.from_numpy(bits).float()
+    return unpack_on_device(packed, count)
+
+
+def pack_on_device(chosen: Tensor) -> Tensor:
+    """``pack`` in torch's own operations, for any device."""
+    bits = torch.zeros(-(-chosen.numel() // 8), 8, dtype=torch.uint8, device=chosen.device)
+    bits.view(-1)[: chosen.numel()] = chosen > 0
+    shifts = torch.arange(8, dtype=torch.uint8, device=chosen.device)
+    return (bits << shifts).sum(1, dtype=torch.uint8)
+
+
+def unpack_on_device(packed: Tensor, count: int) -> Tensor:
+    """``unpack`` in torch's own operations, for any device."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return ((packed[:, None] >> shifts) & 1).view(-1)[:count].float()
+
+
+@dataclass(frozen=True)
+class MaskRows:
+    """The packed masks of one tensor, one row per expert, filled block by block."""
+
+    rows: Sequence[Tensor]
+
+    def put(self, piece: Piece, index: int, chosen: Tensor) -> None:
+        """Store the mask of expert ``index`` for ``piece``: ``chosen`` ``[n]`` is 1.0 or 0.0."""
+        bits = pack(chosen)
+        start = piece.start // 8
+        self.rows[index][start : start + bits.numel()] = bits
+
+
+class MaskedMerge(MergeMethod):
+    """Base of merges with a mask per task. A subclass has ``localize``, and ``scales`` if it rescales.
+
+    Stored are θ0 + λτ as the shared weights (they serve tasks that have no expert, and are what a
+    repair sees), and in ``extra``, under ``vector|NAME``, ``mask|TASK|NAME``, ``scale|TASK`` and
+    ``reach``: τ in the base's type, the packed m_t, s_t and λ. A task's weights are put together as
+    shared + (s_t · m_t − λ) ⊙ τ, so what a repair does to the shared weights reaches every task.
+    """
+
+    scaling: float = 1.0
+    """λ of the shared weights."""
+
+    def survey(self, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> Any:
+        """What the rule must know before the first tensor, and where it may gather sums."""
+        return None
+
+    @abstractmethod
+    def localize(self, piece: Piece, vector: Tensor, masks: MaskRows, facts: Any) -> None:
+        """Write τ of one block to ``vector`` ``[n]``, float32, and ``masks.put`` each expert's mask."""
+
+    def scales(self, experts: Sequence[Expert], facts: Any) -> list[float]:
+        """s_t per expert, asked for after the last block."""
+        return [1.0] * len(experts)
+
+    def facts(self, experts: Sequence[Expert], facts: Any) -> dict[str, Any]:
+        """Small JSON facts kept with a merge."""
+        return {"scaling": self.scaling}
+
+    # ------------------------------------------------------------------ the driver
+
+    def merge(self, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> Merged:
+        """Shared weights, task vector, masks and scales; ContractError if two experts have one task."""
+        check_experts(base, experts)
+        tasks = [expert.task for expert in experts]
+        for task in tasks:
+            if tasks.count(task) > 1:
+                raise ContractError(f"{self.name}: two experts of '{task}'; a task has one mask")
+        facts = self.survey(base, experts, ctx)
+        tied = owners(base)
+        shared: dict[str, Tensor] = {}
+        extra: dict[str, Tensor] = {"reach": torch.tensor(self.scaling)}
+        for name in sorted(base, key=lambda n: n in tied):  # owners before the names tied to them
+            if not mergeable(base[name]):
+                shared[name] = base[name]
+                continue
+            owner = tied.get(name, name)
+            if owner == name:
+                shared[name], extra[f"vector|{name}"], masks = self._tensor(name, base, experts, facts)
+                extra |= {f"mask|{t}|{name}": row for t, row in zip(tasks, masks, strict=True)}
+            else:
+                shared[name], extra[f"vector|{name}"] = shared[owner], extra[f"vector|{owner}"]
+                extra |= {f"mask|{t}|{name}": extra[f"mask|{t}|{owner}"] for t in tasks}
+        for task, scale in zip(tasks, self.scales(experts, facts), strict=True):
+            extra[f"scale|{task}"] = torch.tensor(scale)
+        return Merged({n: shared[n] for n in base}, extra=extra, info=self.facts(experts, facts))
+
+    def _tensor(
+        self, name: str, base: Weights, experts: Sequence[Expert], facts: Any
+    ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+        """(shared, task vector, packed masks) of one tensor; the first two in the base's type and shape."""
+        own = base[name]
+        workspace = Workspace(own.device)
+        direct = own.dtype == torch.float32
+        shared, vector = (empty(own.shape, own.device) if direct else torch.empty_like(own) for _ in range(2))
+        size = -(-own.numel() // 8)
+        masks = MaskRows([torch.empty(size, dtype=torch.uint8, device=own.device) for _ in experts])
+        for piece in pieces(name, own, [e.weights[name] for e in experts], workspace, BLOCK):
+            span = slice(piece.start, piece.start + piece.base.numel())
+            row = vector.view(-1)[span] if direct else workspace.row("vector", piece.base.numel())
+            self.localize(piece, row, masks, facts)
+            if direct:
+                torch.add(piece.base, row, alpha=self.scaling, out=shared.view(-1)[span])
+            else:
+                vector.view(-1)[span] = row
+                shared.view(-1)[span] = row.mul_(self.scaling).add_(piece.base)
+        return shared, vector, masks.rows
+
+    # ------------------------------------------------------------------ serving
+
+    def network(self, backbone: Backbone, merged: Merged, task: str) -> nn.Module:
+        """The network of ``task``; the shared one if no expert of that task was merged."""
+        return load_network(backbone, {**task_weights(merged, task), **merged.per_task.get(task, {})})
+
+
+def task_weights(merged: Merged, task: str) -> Weights:
+    """shared + (s_t · m_t − λ) ⊙ τ in the shared weights' types, computed in float32, rounded once."""
+    scale = merged.extra.get(f"scale|{task}")
+    if scale is None:
+        return merged.shared
+    reach = float(merged.extra["reach"])
+    found: dict[str, Tensor] = {}
+    for name, shared in merged.shared.items():
+        vector = merged.extra.get(f"vector|{name}")
+        if vector is None:
+            found[name] = shared
+            continue
+        factor = unpack(merged.extra[f"mask|{task}|{name}"], shared.numel()).view(shared.shape)
+        factor.mul_(float(scale)).sub_(reach)
+        found[name] = torch.addcmul(shared.float(), factor, vector.float()).to(shared.dtype)
+    return found

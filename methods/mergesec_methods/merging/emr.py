@@ -1,0 +1,96 @@
+"""EMR-merging: elect a unified task vector, mask it per task, rescale it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergesec.contracts import Expert, MergeContext, Weights
+from mergesec.tensorwise import Piece, select
+from mergesec.weights import mergeable
+from mergesec_methods.merging._masks import MaskedMerge, MaskRows
+
+CARD = {
+    "name": "emr",
+    "kind": "merging",
+    "class": "Emr",
+    "version": "1",
+    "title": "EMR-merging",
+    "paper": "Huang et al., EMR-merging: tuning-free high-performance model merging, NeurIPS 2024",
+    "url": "https://arxiv.org/abs/2405.17461",
+    "summary": "one elected task vector; per task a mask of the agreeing signs and one rescaling factor",
+    "output": "per_task",
+    "data": "none",
+    "modalities": ["image", "text"],
+    "seeded": False,
+    "parameters": {
+        "rescale": {
+            "type": "choice",
+            "choices": ["tensor_means", "entries", "none"],
+            "default": "tensor_means",
+            "doc": "magnitudes are compared as sums of the tensors' means (released code) or over all "
+            "entries (paper)",
+        },
+    },
+}
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Gathered over all blocks: Σ|τ_t| and Σ|m_t ⊙ τ| per expert, each tensor's weighted by ``share``."""
+
+    share: Mapping[str, float]
+    own: list[float]
+    kept: list[float]
+
+
+class Emr(MaskedMerge):
+    """θ_t = θ0 + s_t · m_t ⊙ τ (section 3.2, algorithm 1; equal to the released code).
+
+    Elect: γ = sign Σ_t τ_t (−1 where the sum is 0), τ = γ ⊙ the largest |τ_t| among the τ_t of that
+    sign. Mask: m_t = [τ_t ⊙ γ > 0]. Rescale: s_t = Σ|τ_t| / Σ|m_t ⊙ τ|; 1 where nothing of a task is
+    left to rescale. The shared weights are θ0 + τ.
+    """
+
+    def __init__(self, rescale: str) -> None:
+        self.rescale = rescale
+
+    def survey(self, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> Sums:
+        by_tensor = self.rescale == "tensor_means"
+        share = {n: 1.0 / max(t.numel(), 1) if by_tensor else 1.0 for n, t in base.items() if mergeable(t)}
+        return Sums(share, [0.0] * len(experts), [0.0] * len(experts))
+
+    def localize(self, piece: Piece, vector: Tensor, masks: MaskRows, facts: Sums) -> None:
+        share = facts.share[piece.name]
+        total, spare = piece.scratch("total"), piece.scratch("spare")
+        high, low = vector, piece.scratch("low")
+        for index in range(len(piece.experts)):
+            tau = piece.task_vector(index)
+            facts.own[index] += share * float(torch.abs(tau, out=spare).sum())
+            if index == 0:
+                total.copy_(tau), high.copy_(tau), low.copy_(tau)
+            else:
+                total.add_(tau)
+                torch.maximum(high, tau, out=high)
+                torch.minimum(low, tau, out=low)
+        # a positive sum has a positive largest term, another sum a smallest one that is not positive
+        positive = torch.gt(total, 0.0, out=total)
+        select(positive, high, low, out=vector)
+        sign, size = positive.mul_(2.0).sub_(1.0), torch.abs(vector, out=low)
+        for index in range(len(piece.experts)):
+            agreement = piece.task_vector(index).mul_(sign)
+            chosen = torch.gt(agreement, 0.0, out=agreement)
+            masks.put(piece, index, chosen)
+            facts.kept[index] += share * float(chosen.mul_(size).sum())
+
+    def scales(self, experts: Sequence[Expert], facts: Sums) -> list[float]:
+        if self.rescale == "none":
+            return [1.0] * len(experts)
+        return [own / kept if kept > 0.0 else 1.0 for own, kept in zip(facts.own, facts.kept, strict=True)]
+
+    def facts(self, experts: Sequence[Expert], facts: Sums) -> dict[str, Any]:
+        return {"rescalers": {e.task: s for e, s in zip(experts, self.scales(experts, facts), strict=True)}}
