@@ -88,7 +88,7 @@ def test_status_plan_and_cache_report_what_is_there(copied: Any, whole: Any) -> 
     assert "belongs to backdoor, not protection" in plan.out
     shown = copied("cache", "show")
     assert "evaluate" in shown.out
-    assert copied("cache", "verify").out.startswith("56 artifacts read, 0 corrupt")
+    assert copied("cache", "verify").out.startswith("58 artifacts read, 0 corrupt")
     assert copied("cache", "clear", "--kind", "merge").code == 0
     again = copied("status", *copied.arguments(grid), "--results", str(copied.results))
     assert "steps still to run: 0" in again.out  # evaluations are there; merges are not needed again
