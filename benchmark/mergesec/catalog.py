@@ -116,7 +116,7 @@ class Catalog:
 def _wanting(card: Card) -> str:
     """What to install before this component can run; empty if all is there. Imports nothing."""
     missing = {package for module, package in card.requires.items() if not importable(module)}
-    return " ".join(sorted(missing))
+    return "' '".join(sorted(missing))
 
 
 def importable(module: str) -> bool:

@@ -15,8 +15,11 @@ the base's; names that share memory in the base (tied weights) are computed once
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,13 +31,30 @@ from mergesec.weights import check_same_layout, mergeable, owners
 
 BLOCK = 1 << 18
 """Entries a rule sees at a time on a CPU: 1 MiB of float32, so that a few rows fit in the cache."""
+BATCH = 1 << 23
+"""Entries merged together where tensors lie in memory: results share pages, threads share the work."""
 
 
 def empty(shape: Sequence[int], device: torch.device) -> Tensor:
     """Uninitialised float32. NumPy asks the system for huge pages, torch does not: first writes cost a third."""
-    if device.type == "cpu":
-        return torch.from_numpy(np.empty(tuple(shape), np.float32))
-    return torch.empty(tuple(shape), dtype=torch.float32, device=device)
+    (made,) = slab([(shape, torch.float32)], device)
+    return made
+
+
+def slab(wanted: Sequence[tuple[Sequence[int], torch.dtype]], device: torch.device) -> list[Tensor]:
+    """Uninitialised tensors of these shapes and types, on a CPU cut from one piece of memory.
+
+    NumPy's allocator asks for huge pages from 4 MiB on, which most tensors alone do not reach.
+    """
+    if device.type != "cpu":
+        return [torch.empty(tuple(shape), dtype=dtype, device=device) for shape, dtype in wanted]
+    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in wanted]
+    memory = torch.from_numpy(np.empty(sum(-(-size // 64) * 64 for size in sizes), np.uint8))
+    cut, start = [], 0
+    for (shape, dtype), size in zip(wanted, sizes, strict=True):
+        cut.append(memory[start : start + size].view(dtype).view(tuple(shape)))
+        start += -(-size // 64) * 64
+    return cut
 
 
 @dataclass
@@ -75,16 +95,91 @@ class Piece:
         return torch.sub(self.experts[index], self.base, out=self.scratch(key))
 
 
-def pieces(
-    name: str, base: Tensor, experts: Sequence[Tensor], workspace: Workspace, block: int = BLOCK
-) -> Iterator[Piece]:
-    """The blocks of one tensor. float32 inputs are viewed, others converted block by block."""
+@dataclass(frozen=True)
+class Span:
+    """The same entries of the base and of every expert as they are stored, ``[n]``, not yet float32."""
+
+    name: str
+    start: int
+    base: Tensor
+    experts: Sequence[Tensor]
+
+    def piece(self, workspace: Workspace) -> Piece:
+        """float32: float32 inputs are viewed, others converted into ``workspace``."""
+        rows = [_float(part, workspace, i) for i, part in enumerate((self.base, *self.experts))]
+        return Piece(self.name, self.start, rows[0], rows[1:], workspace)
+
+
+def spans(name: str, base: Tensor, experts: Sequence[Tensor], block: int = BLOCK) -> Iterator[Span]:
+    """The blocks of one tensor."""
     if base.device.type != "cpu":
         block = 1 << 26  # a kernel launch costs more than the cache saves
     flats = [t.to(base.device).reshape(-1) for t in (base, *experts)]
     for start in range(0, base.numel(), block):
-        rows = [_float(flat[start : start + block], workspace, i) for i, flat in enumerate(flats)]
-        yield Piece(name, start, rows[0], rows[1:], workspace)
+        rows = [flat[start : start + block] for flat in flats]
+        yield Span(name, start, rows[0], rows[1:])
+
+
+def pieces(
+    name: str, base: Tensor, experts: Sequence[Tensor], workspace: Workspace, block: int = BLOCK
+) -> Iterator[Piece]:
+    """The blocks of one tensor, float32, one after the other."""
+    return (span.piece(workspace) for span in spans(name, base, experts, block))
+
+
+def sweep(
+    work: Iterable[Span], visit: Callable[[Span, Workspace], None], device: torch.device | None = None
+) -> None:
+    """``visit(span, workspace)`` for every span, in any order and from several threads at once.
+
+    On a CPU there are as many Python threads as torch would use within one operation; a whole block
+    each keeps them busier than the pieces of a block. ``visit`` may write only to what is its span's.
+    """
+    source = iter(work)
+    first = next(source, None)
+    if first is None:
+        return
+    device = device or first.base.device
+    second = next(source, None)
+    rest = chain([first] if second is None else [first, second], source)
+    threads = torch.get_num_threads() if device.type == "cpu" and second is not None else 1
+    if threads == 1:
+        workspace = Workspace(device)
+        for span in rest:
+            visit(span, workspace)
+        return
+    _sweep_threads(rest, visit, device, threads)
+
+
+def _sweep_threads(
+    source: Iterator[Span], visit: Callable[[Span, Workspace], None], device: torch.device, threads: int
+) -> None:
+    lock, failed = threading.Lock(), list[BaseException]()
+
+    def take() -> Span | None:
+        with lock:
+            return None if failed else next(source, None)
+
+    def run() -> None:
+        workspace = Workspace(device)
+        try:
+            while (span := take()) is not None:
+                visit(span, workspace)
+        except BaseException as error:
+            failed.append(error)
+
+    others = [threading.Thread(target=run, daemon=True) for _ in range(threads - 1)]
+    torch.set_num_threads(1)  # what new threads start from; they are the parallelism here
+    try:
+        for thread in others:
+            thread.start()
+        run()
+        for thread in others:
+            thread.join()
+    finally:
+        torch.set_num_threads(threads)
+    if failed:
+        raise failed[0]
 
 
 def _float(part: Tensor, workspace: Workspace, index: int) -> Tensor:
@@ -117,7 +212,10 @@ class TensorwiseMerge(MergeMethod):
         return None
 
     def combine(self, piece: Piece, out: Tensor, facts: Any) -> None:
-        """Write the rule's value for one block to ``out`` ``[n]``, float32; ``facts`` is the survey's."""
+        """Write the rule's value for one block to ``out`` ``[n]``, float32; ``facts`` is the survey's.
+
+        Blocks come in any order and from several threads at once: write to nothing else.
+        """
         raise ContractError(f"{self.name}: has neither combine nor whole")
 
     def whole(self, name: str, base: Tensor, experts: Sequence[Tensor], facts: Any) -> Tensor | None:
@@ -155,42 +253,66 @@ class TensorwiseMerge(MergeMethod):
         reach = self.reach(self.scaling, len(experts))
         facts = self.survey(base, experts, ctx)
         tied = owners(base)
+        shared = set(tied.values())
         done: dict[str, Tensor] = {}
-        for name in base:
-            if not mergeable(base[name]):
-                yield name, base[name]
-            elif tied.get(name, name) in done:
-                yield name, done[tied.get(name, name)]
-            else:
-                own = base[name]
-                merged = self._tensor(name, own, [e.weights[name] for e in experts], facts, reach)
-                if tied:
-                    done[tied.get(name, name)] = merged
-                yield name, merged
+        for names in batches(base):
+            owned = {name: tied.get(name, name) for name in names if mergeable(base[name])}
+            fresh = [owner for owner in dict.fromkeys(owned.values()) if owner not in done]
+            merged = self._merged(fresh, base, experts, facts, reach)
+            done.update((name, merged[name]) for name in fresh if name in shared)
+            for name in names:
+                if name not in owned:
+                    yield name, base[name]
+                elif owned[name] in shared:
+                    yield name, done[owned[name]]
+                else:
+                    yield name, merged.pop(name)
 
-    def _tensor(
-        self, name: str, base: Tensor, experts: Sequence[Tensor], facts: Any, reach: float | None
-    ) -> Tensor:
-        """One merged tensor in the base's type; with ``reach`` None the rule's raw value, float32."""
-        raw = self.whole(name, base, experts, facts)
-        if raw is not None:
-            if raw.shape != base.shape:
+    def _merged(
+        self, names: Sequence[str], base: Weights, experts: Sequence[Expert], facts: Any, reach: float | None
+    ) -> dict[str, Tensor]:
+        """Merged tensors in the base's type; with ``reach`` None the rule's raw values, float32."""
+        merged: dict[str, Tensor] = {}
+        waiting: dict[str, tuple[Tensor, list[Tensor]]] = {}
+        for name in names:
+            own, others = base[name], [e.weights[name] for e in experts]
+            raw = self.whole(name, own, others, facts)
+            if raw is None:
+                waiting[name] = own, others
+            elif raw.shape != own.shape:
                 raise ContractError(
-                    f"{self.name}: '{name}' came out as {list(raw.shape)}, not {list(base.shape)}"
+                    f"{self.name}: '{name}' came out as {list(raw.shape)}, not {list(own.shape)}"
                 )
-            return raw if reach is None else self._finish(base.float(), raw, reach).to(base.dtype)
-        workspace = Workspace(base.device)
-        direct = base.dtype == torch.float32 or reach is None
-        merged = empty(base.shape, base.device) if direct else torch.empty_like(base)
-        flat = merged.view(-1)
-        for piece in pieces(name, base, experts, workspace):
-            stop = piece.start + piece.base.numel()
-            out = flat[piece.start : stop] if direct else workspace.row("out", piece.base.numel())
+            else:
+                merged[name] = raw if reach is None else self._finish(own.float(), raw, reach).to(own.dtype)
+        if waiting:
+            merged.update(self._combined(waiting, facts, reach))
+        return merged
+
+    def _combined(
+        self, waiting: Mapping[str, tuple[Tensor, list[Tensor]]], facts: Any, reach: float | None
+    ) -> dict[str, Tensor]:
+        """What ``combine`` makes of some tensors (name -> base, experts), on one device."""
+        device = next(iter(waiting.values()))[0].device
+        types = [
+            (own.shape, own.dtype if reach is not None else torch.float32) for own, _ in waiting.values()
+        ]
+        merged = dict(zip(waiting, slab(types, device), strict=True))
+        flats = {name: tensor.view(-1) for name, tensor in merged.items()}
+
+        def visit(span: Span, workspace: Workspace) -> None:
+            piece = span.piece(workspace)
+            place = flats[span.name][span.start : span.start + span.base.numel()]
+            direct = place.dtype == torch.float32
+            out = place if direct else workspace.row("out", place.numel())
             self.combine(piece, out, facts)
             if reach is not None:
                 self._finish(piece.base, out, reach, out)
             if not direct:
-                flat[piece.start : stop] = out
+                place.copy_(out)
+
+        work = (span for name, (own, others) in waiting.items() for span in spans(name, own, others))
+        sweep(work, visit, device)
         return merged
 
     def _finish(self, base: Tensor, raw: Tensor, reach: float, out: Tensor | None = None) -> Tensor:
@@ -209,11 +331,10 @@ class TensorwiseMerge(MergeMethod):
             raise ContractError("scaling 'tuned' needs at least one coefficient in 'grid'")
         facts = self.survey(base, experts, ctx)
         tied = owners(base)
-        raw = {
-            name: self._tensor(name, tensor, [e.weights[name] for e in experts], facts, None)
-            for name, tensor in base.items()
-            if mergeable(tensor) and name not in tied
-        }
+        raw: dict[str, Tensor] = {}
+        for names in batches(base):
+            fresh = [n for n in names if n not in tied and mergeable(base[n])]
+            raw.update(self._merged(fresh, base, experts, facts, None))
 
         def at(scaling: float) -> dict[str, Tensor]:
             reach = self.reach(scaling, len(experts))
@@ -224,6 +345,21 @@ class TensorwiseMerge(MergeMethod):
         best = max(coefficients, key=lambda value: (scores[value], -abs(value)))
         tuned = {"scaling": best, "tuned": True, "tuning_scores": {str(k): v for k, v in scores.items()}}
         return Merged(at(best), info={**self.facts(), **tuned})
+
+
+def batches(base: Weights) -> Iterator[list[str]]:
+    """The names in order, some at a time: single ones where weights are read lazily, to hold little."""
+    limit = 0 if getattr(base, "lazy", False) else BATCH
+    names: list[str] = []
+    size = 0
+    for name, tensor in base.items():
+        if names and size + tensor.numel() > limit:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += tensor.numel()
+    if names:
+        yield names
 
 
 def check_experts(base: Weights, experts: Sequence[Expert]) -> None:
@@ -244,6 +380,8 @@ def running_mean(piece: Piece, out: Tensor) -> None:
 
     m_k = m_{k−1} + (θ_k − m_{k−1}) / k: equal inputs give that input bit by bit.
     """
-    out.copy_(piece.experts[0])
+    mean = piece.experts[0]
     for index in range(1, len(piece.experts)):
-        torch.lerp(out, piece.experts[index], 1.0 / (index + 1), out=out)
+        mean = torch.lerp(mean, piece.experts[index], 1.0 / (index + 1), out=out)
+    if len(piece.experts) == 1:
+        out.copy_(mean)

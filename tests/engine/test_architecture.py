@@ -15,7 +15,8 @@ CATALOGUES = {
     "mergesec_methods": ROOT / "methods" / "mergesec_methods",
 }
 ORDER = (
-    "errors", "files", "cards", "presets", "anatomy", "compat", "contracts", "weights", "tensorwise", "surgery",
+    "errors", "files", "cards", "presets", "anatomy", "compat", "contracts", "weights", "tensorwise", "checkpoints",
+    "surgery",
     "classification", "catalog", "gridspec", "grid", "plan", "store", "training", "work", "steps", "executors", "runner",
     "records", "statistics", "boards", "session", "conformance", "cli",
 )  # fmt: skip

@@ -29,6 +29,7 @@ from mergesec.tensorwise import TensorwiseMerge
 from mergesec.weights import digest_weights, flat_layout, flatten
 from mergesec.work import flatten as to_store
 from mergesec.work import unflatten as from_store
+from mergesec_methods.merging import _masks
 from mergesec_methods.merging._masks import pack, pack_on_device, task_weights, unpack, unpack_on_device
 from mergesec_methods.merging.consensus import Consensus
 from mergesec_methods.merging.emr import Emr
@@ -117,14 +118,14 @@ def served(merged: Merged, tasks: Sequence[str]) -> dict[str, Weights]:
 
 @given(st.lists(st.booleans(), max_size=70))
 def test_bits_survive_packing(bits: list[bool]) -> None:
-    chosen = torch.tensor(bits, dtype=torch.float32)
+    chosen = torch.tensor(bits, dtype=torch.bool)
     packed = pack(chosen)
     assert packed.dtype == torch.uint8
     assert packed.numel() == -(-len(bits) // 8)
     assert torch.equal(packed, pack_on_device(chosen))
     for restored in (unpack(packed, len(bits)), unpack_on_device(packed, len(bits))):
         assert restored.dtype == torch.float32
-        assert torch.equal(restored, chosen)
+        assert torch.equal(restored, chosen.float())
 
 
 @pytest.mark.parametrize("name", PER_TASK)
@@ -141,6 +142,34 @@ def test_masks_are_stored_as_bits_and_no_task_stores_a_model(name: str) -> None:
     assert sum(t.nbytes for t in bits) == 4 * 300 * 500 // 8
     rest = sum(t.nbytes for n, t in merged.extra.items() if not n.startswith("mask|"))
     assert rest <= base["w"].nbytes + 100
+
+
+def test_tensors_of_several_blocks_give_what_small_ones_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same entries in one tensor of many blocks and in many tensors of one block."""
+    generator = torch.Generator().manual_seed(3)
+    monkeypatch.setattr(_masks, "ENTRIES", 1 << 15)
+    whole = [torch.randn(20_001, generator=generator) for _ in range(6)]
+    cuts = [0, 7, 4_099, 8_000, 20_001]
+
+    def cut(weights: Tensor) -> dict[str, Tensor]:
+        return {f"w{i}": weights[a:b].clone() for i, (a, b) in enumerate(itertools.pairwise(cuts))}
+
+    methods: list[MergeMethod] = [
+        Emr("entries"),
+        tall(0.4),
+        tall(0.4, 0.3, "ties"),
+        consensus(),
+        consensus(2, 0.4, 0.3, "ties"),
+    ]
+    for method in methods:
+        members = [Expert(f"t{i}", {"w": whole[0] + 0.1 * noise}) for i, noise in enumerate(whole[1:])]
+        large = method.merge({"w": whole[0]}, members, context())
+        parts = [Expert(e.task, cut(e.weights["w"])) for e in members]
+        small = method.merge(cut(whole[0]), parts, context())
+        for task, weights in served(large, ["t0", "t4"]).items():
+            joined = torch.cat(list(served(small, ["t0", "t4"])[task].values()))
+            torch.testing.assert_close(weights["w"], joined, rtol=0, atol=1e-6)
+            assert not torch.equal(weights["w"], whole[0])
 
 
 # --------------------------------------------------------------------------- EMR

@@ -92,3 +92,57 @@ class Progress:
     def stop(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+class ByteBar:
+    """How far a merge of files is: a bar with the time left on a terminal, a line now and then elsewhere.
+
+    Before anything is written, a method may look at all tensors (several times); then the bar shows
+    how far the present look is.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._total = max(total, 1)
+        self._started = self._spoken = time.monotonic()
+        self._writing = False
+        self._bar = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("{task.description}"), BarColumn(30), TaskProgressColumn(),
+                TimeRemainingColumn(compact=True), console=Console(stderr=True), transient=True,
+            )  # fmt: skip
+            self._task = self._bar.add_task("looking", total=self._total)
+            self._bar.start()
+
+    def look(self, position: int) -> None:
+        """A tensor that ends at byte ``position`` of the base is looked at."""
+        if self._bar is not None and not self._writing:
+            self._bar.update(self._task, completed=position)
+
+    def wrote(self, done: int) -> None:
+        """``done`` bytes are written."""
+        now = time.monotonic()
+        if not self._writing:
+            self._writing = True
+            self._began = now
+            if self._bar is not None:
+                self._bar.reset(self._task, description="merging", total=self._total)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done)
+        elif now - self._spoken > 15:
+            self._spoken = now
+            left = (now - self._began) * (self._total - done) / max(done, 1)
+            share = f"{100 * done / self._total:.0f} % merged"
+            print(
+                f"[{duration(now - self._started)}] {share}, about {duration(left)} left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mergesec.contracts import Attack, RecoverContext, Weights
-from mergesec.surgery import assign, hidden_units, reorder_hidden
+from mergesec.surgery import hidden_units, reorder_hidden
+from mergesec_methods._matching import Anchors
 
 CARD = {
     "name": "realign",
@@ -54,6 +55,5 @@ class Realign(Attack):
             units, anchors = hidden_units(published, block.mlp), hidden_units(ctx.base, block.mlp)
             if self.similarity == "cosine":
                 units, anchors = normalize(units, dim=1), normalize(anchors, dim=1)
-            order = assign(units @ anchors.T, maximize=True)
-            recovered = reorder_hidden(recovered, block.mlp, order)
+            recovered = reorder_hidden(recovered, block.mlp, Anchors(anchors).order(units))
         return recovered

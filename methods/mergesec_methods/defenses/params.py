@@ -38,7 +38,6 @@ from torch import Tensor
 from mergesec.anatomy import Attention, Mlp
 from mergesec.contracts import ContractError, Defense, ProtectContext, Protected, Weights
 from mergesec.surgery import (
-    assign,
     change_heads,
     drop_task_vector,
     head_columns,
@@ -46,6 +45,7 @@ from mergesec.surgery import (
     hidden_units,
     reorder_hidden,
 )
+from mergesec_methods._matching import best_order
 
 CARD = {
     "name": "params",
@@ -237,7 +237,7 @@ def rearrange(weights: Weights, base: Weights, mlp: Mlp) -> tuple[dict[str, Tens
     The second value has the inner product with the base before and after, and the share of units moved.
     """
     scores = hidden_units(weights, mlp) @ hidden_units(base, mlp).T
-    order = assign(scores, maximize=False)
+    order = best_order(scores, maximize=False)
     places = torch.arange(mlp.hidden)
     facts = {
         "moved": float((order != places).double().mean()),

@@ -6,8 +6,7 @@ What is kept is one network, one task vector and one bit per entry and task, nev
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,19 +26,59 @@ from mergesec.contracts import (
 from mergesec.tensorwise import Piece, Workspace, check_experts, empty, pieces
 from mergesec.weights import mergeable, owners
 
-BLOCK = 1 << 16
-"""Entries at a time on a CPU; a multiple of 8. The rules here go over a block of every expert twice."""
+ENTRIES = 1 << 20
+"""Entries of all task vectors together that a rule here holds at a time on a CPU: 4 MiB, for the cache."""
+DEVICE_ENTRIES = 1 << 26
+"""The same elsewhere: 256 MiB, as a kernel launch costs more than a cache saves."""
+
+
+def split(piece: Piece) -> Iterator[tuple[slice, Piece]]:
+    """Smaller pieces of a piece, and where in it they lie; they start at multiples of 8."""
+    entries = ENTRIES if piece.base.device.type == "cpu" else DEVICE_ENTRIES
+    size = max(entries >> (len(piece.experts) - 1).bit_length(), 1 << 12)
+    for start in range(0, piece.base.numel(), size):
+        span = slice(start, start + size)
+        parts = [expert[span] for expert in piece.experts]
+        yield span, Piece(piece.name, piece.start + start, piece.base[span], parts, piece.workspace)
+
+
+def task_vectors(piece: Piece) -> Tensor:
+    """τ of all experts ``[T, n]`` in scratch memory; the caller may write to it."""
+    taus = rows(piece, "taus")
+    for index, expert in enumerate(piece.experts):
+        torch.sub(expert, piece.base, out=taus[index])
+    return taus
+
+
+def rows(piece: Piece, key: str) -> Tensor:
+    """``[T, n]`` uninitialised float32 to compute in; reused by the next piece."""
+    count, size = len(piece.experts), piece.base.numel()
+    return piece.workspace.row(("rows", key), count * size).view(count, size)
+
+
+def greater(left: Tensor, right: float) -> Tensor:
+    """``left > right``; NumPy's comparison into Booleans is the one that is vectorised on CPUs."""
+    if left.device.type == "cpu":
+        return torch.from_numpy(np.greater(left.numpy(), right))
+    return left > right
+
+
+def greater_equal(left: Tensor, right: Tensor) -> Tensor:
+    """``left ≥ right`` of equal shapes; see ``greater``."""
+    if left.device.type == "cpu":
+        return torch.from_numpy(np.greater_equal(left.numpy(), right.numpy()))
+    return left >= right
 
 
 def pack(chosen: Tensor) -> Tensor:
-    """Bits of ``chosen`` ``[n]`` (set where it is above 0): uint8 ``[⌈n/8⌉]``, entry i in bit i mod 8."""
+    """Bits of a Boolean ``[..., n]``: uint8 ``[..., ⌈n/8⌉]``, entry i in bit i mod 8 of its byte."""
     if chosen.device.type == "cpu":
-        return torch.from_numpy(np.packbits(np.greater(chosen.numpy(), 0), bitorder="little"))
+        return torch.from_numpy(np.packbits(chosen.numpy(), axis=-1, bitorder="little"))
     return pack_on_device(chosen)
 
 
 def unpack(packed: Tensor, count: int) -> Tensor:
-    """The first ``count`` bits as float32 ``[count]``: 1.0 where set, else 0.0."""
+    """The first ``count`` bits of ``[⌈n/8⌉]`` as float32 ``[count]``: 1.0 where set, else 0.0."""
     if packed.device.type == "cpu":
         bits = np.unpackbits(packed.numpy(), count=count, bitorder="little")
         return torch.from_numpy(bits).float()
@@ -48,29 +87,16 @@ def unpack(packed: Tensor, count: int) -> Tensor:
 
 def pack_on_device(chosen: Tensor) -> Tensor:
     """``pack`` in torch's own operations, for any device."""
-    bits = torch.zeros(-(-chosen.numel() // 8), 8, dtype=torch.uint8, device=chosen.device)
-    bits.view(-1)[: chosen.numel()] = chosen > 0
+    *leading, count = chosen.shape
+    bits = torch.nn.functional.pad(chosen.to(torch.uint8), (0, -count % 8)).view(*leading, -1, 8)
     shifts = torch.arange(8, dtype=torch.uint8, device=chosen.device)
-    return (bits << shifts).sum(1, dtype=torch.uint8)
+    return (bits << shifts).sum(-1, dtype=torch.uint8)
 
 
 def unpack_on_device(packed: Tensor, count: int) -> Tensor:
     """``unpack`` in torch's own operations, for any device."""
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     return ((packed[:, None] >> shifts) & 1).view(-1)[:count].float()
-
-
-@dataclass(frozen=True)
-class MaskRows:
-    """The packed masks of one tensor, one row per expert, filled block by block."""
-
-    rows: Sequence[Tensor]
-
-    def put(self, piece: Piece, index: int, chosen: Tensor) -> None:
-        """Store the mask of expert ``index`` for ``piece``: ``chosen`` ``[n]`` is 1.0 or 0.0."""
-        bits = pack(chosen)
-        start = piece.start // 8
-        self.rows[index][start : start + bits.numel()] = bits
 
 
 class MaskedMerge(MergeMethod):
@@ -90,8 +116,8 @@ class MaskedMerge(MergeMethod):
         return None
 
     @abstractmethod
-    def localize(self, piece: Piece, vector: Tensor, masks: MaskRows, facts: Any) -> None:
-        """Write τ of one block to ``vector`` ``[n]``, float32, and ``masks.put`` each expert's mask."""
+    def localize(self, piece: Piece, vector: Tensor, facts: Any) -> Tensor:
+        """Write τ of one block to ``vector`` ``[n]``, float32; the result are the masks, bool ``[T, n]``."""
 
     def scales(self, experts: Sequence[Expert], facts: Any) -> list[float]:
         """s_t per expert, asked for after the last block."""
@@ -131,24 +157,25 @@ class MaskedMerge(MergeMethod):
 
     def _tensor(
         self, name: str, base: Weights, experts: Sequence[Expert], facts: Any
-    ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
-        """(shared, task vector, packed masks) of one tensor; the first two in the base's type and shape."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(shared, task vector, packed masks ``[T, ⌈n/8⌉]``) of one tensor; the first two as the base's is."""
         own = base[name]
         workspace = Workspace(own.device)
         direct = own.dtype == torch.float32
         shared, vector = (empty(own.shape, own.device) if direct else torch.empty_like(own) for _ in range(2))
-        size = -(-own.numel() // 8)
-        masks = MaskRows([torch.empty(size, dtype=torch.uint8, device=own.device) for _ in experts])
-        for piece in pieces(name, own, [e.weights[name] for e in experts], workspace, BLOCK):
+        masks = torch.empty(len(experts), -(-own.numel() // 8), dtype=torch.uint8, device=own.device)
+        parts = pieces(name, own, [e.weights[name] for e in experts], workspace)
+        for piece in (smaller for part in parts for _, smaller in split(part)):
             span = slice(piece.start, piece.start + piece.base.numel())
             row = vector.view(-1)[span] if direct else workspace.row("vector", piece.base.numel())
-            self.localize(piece, row, masks, facts)
+            bits = pack(self.localize(piece, row, facts))
+            masks[:, piece.start // 8 : piece.start // 8 + bits.shape[1]] = bits
             if direct:
                 torch.add(piece.base, row, alpha=self.scaling, out=shared.view(-1)[span])
             else:
                 vector.view(-1)[span] = row
                 shared.view(-1)[span] = row.mul_(self.scaling).add_(piece.base)
-        return shared, vector, masks.rows
+        return shared, vector, masks
 
     # ------------------------------------------------------------------ serving
 

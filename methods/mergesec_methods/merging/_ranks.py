@@ -1,13 +1,15 @@
 """Exact order statistics of task vectors' magnitudes without sorting or holding the vectors.
 
-A strided sample brackets each wanted value; one pass counts what lies below the bracket and keeps
-what lies inside; the value is then selected exactly among those few. A bracket that missed (the
-sample was unlucky) is widened to everything, so the result never depends on the sample.
+A sample brackets each wanted value; one pass counts what lies up to the bracket and keeps what lies
+inside; the value is then selected exactly among those few. A bracket that missed is moved and widened,
+so the sample decides how long it takes, never the result. Values that many entries share (zeros of
+dropped or frozen weights, steps of bfloat16) are counted, not kept.
 """
 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -16,13 +18,15 @@ import torch
 from torch import Tensor
 
 from mergesec.contracts import Expert, Weights
-from mergesec.tensorwise import Piece, Workspace, pieces
+from mergesec.tensorwise import Piece, Span, Workspace, spans, sweep
 from mergesec.weights import mergeable, owners
 
-SAMPLE = 1 << 20
-Chunks = Callable[[], Iterator[Piece]]
+SAMPLE = 1 << 18
+DIRECT = 1 << 13
+"""Up to so many entries are looked at directly, without a sample."""
+Chunks = Callable[[], Iterator[Span]]
 Vector = Callable[[Piece, int], Tensor]
-"""(piece, index of the expert) -> its task vector ``[n]`` there, in scratch memory."""
+"""(piece, index of the expert) -> its task vector ``[n]`` there, in scratch memory. Called from several threads."""
 
 
 def task_vector(piece: Piece, index: int) -> Tensor:
@@ -34,121 +38,206 @@ def all_pieces(base: Weights, experts: Sequence[Expert]) -> Chunks:
     """Chunks of the whole network, tied tensors once."""
     tied = owners(base)
 
-    def chunks() -> Iterator[Piece]:
+    def chunks() -> Iterator[Span]:
         for name, tensor in base.items():
             if mergeable(tensor) and name not in tied:
-                yield from pieces(name, tensor, [e.weights[name] for e in experts], Workspace(tensor.device))
+                yield from spans(name, tensor, [e.weights[name] for e in experts])
 
     return chunks
 
 
 def tensor_pieces(name: str, base: Tensor, experts: Sequence[Tensor]) -> Chunks:
     """Chunks of one tensor."""
-    return lambda: pieces(name, base, experts, Workspace(base.device))
-
-
-@dataclass
-class _Bracket:
-    """The interval [low, high] that should hold the ``rank``-th smallest magnitude (1-based)."""
-
-    rank: int
-    low: float
-    high: float
-    below: int = 0
-    inside: list[Tensor] = field(default_factory=list)
-
-    def look(self, magnitudes: Tensor) -> None:
-        """Count and keep what concerns this bracket. NumPy's comparisons are the faster ones on a CPU."""
-        if magnitudes.device.type == "cpu":
-            array = magnitudes.numpy()
-            under = np.less(array, self.low)
-            self.below += int(np.count_nonzero(under))
-            inside = np.flatnonzero(np.greater(np.less_equal(array, self.high), under))
-            self.inside.append(torch.from_numpy(array[inside]))
-        else:
-            self.below += int((magnitudes < self.low).sum())
-            self.inside.append(magnitudes[(magnitudes >= self.low) & (magnitudes <= self.high)])
-
-    def value(self) -> float | None:
-        """The exact value; None if it lies outside the bracket."""
-        kept = torch.cat(self.inside) if self.inside else torch.empty(0)
-        local = self.rank - self.below
-        if not 1 <= local <= kept.numel():
-            return None
-        return float(torch.kthvalue(kept, local).values)
+    return lambda: spans(name, base, experts)
 
 
 def magnitude_ranks(
-    chunks: Chunks, count: int, size: int, ranks: Sequence[int], vector: Vector = task_vector
+    chunks: Chunks,
+    count: int,
+    size: int,
+    ranks: Sequence[int],
+    vector: Vector = task_vector,
+    sample: int = SAMPLE,
 ) -> list[list[float]]:
     """The ``rank``-th smallest |τ_i| (1-based) of ``size`` entries, for each rank, per expert ``[count]``.
 
-    A rank below 1 gives 0.0, one above ``size`` infinity. Memory: a few blocks and the sample.
+    A rank below 1 gives 0.0, one above ``size`` infinity. Memory: a few blocks and the ``sample``, whose
+    size changes the time taken, never the result.
     """
     wanted = sorted({rank for rank in ranks if 1 <= rank <= size})
-    if size <= SAMPLE:
-        brackets = [[_Bracket(rank, 0.0, math.inf) for rank in wanted[:1]] for _ in range(count)]
-        _look(chunks, brackets, vector)
-        kept = [torch.cat(own[0].inside) if own else torch.empty(0) for own in brackets]
-        found: list[dict[int, float | None]] = [
-            {rank: float(torch.kthvalue(k, rank).values) for rank in wanted} for k in kept
-        ]
-    else:
-        brackets = _sampled(chunks, count, size, wanted, vector)
-        _look(chunks, brackets, vector)
-        found = [{b.rank: b.value() for b in own} for own in brackets]
-        for index, own in enumerate(found):
-            for rank in [r for r, value in own.items() if value is None]:
-                wide = [[_Bracket(rank, 0.0, math.inf)] if i == index else [] for i in range(count)]
-                _look(chunks, wide, vector)
-                own[rank] = wide[index][0].value()
-    edge = {rank: 0.0 if rank < 1 else math.inf for rank in ranks}
-    return [[(own.get(rank) or 0.0) if rank in own else edge[rank] for rank in ranks] for own in found]
+    found = [{rank: 0.0 for rank in ranks if rank < 1} for _ in range(count)]
+    for own in found:
+        own.update((rank, math.inf) for rank in ranks if rank > size)
+    if wanted and count:
+        drawn = _Sample.take(chunks, count, size, vector, sample)
+        searches = [[_Search(rank, size, own) for rank in wanted] for own in drawn]
+        while any(search.value is None for own in searches for search in own):
+            _look(chunks, searches, vector)
+        for own, settled in zip(found, searches, strict=True):
+            own.update((search.rank, search.value or 0.0) for search in settled)
+    return [[own[rank] for rank in ranks] for own in found]
 
 
-def _look(chunks: Chunks, brackets: Sequence[Sequence[_Bracket]], vector: Vector) -> None:
-    for piece in chunks():
-        for index, own in enumerate(brackets):
-            if own:
-                magnitudes = vector(piece, index).abs_()
-                for bracket in own:
-                    bracket.look(magnitudes)
+def _above(value: float) -> float:
+    """The next float32 magnitude; 0 after anything negative."""
+    if value < 0.0:
+        return 0.0
+    with np.errstate(over="ignore"):  # infinity is the one after the largest
+        return float(np.nextafter(np.float32(value), np.float32(math.inf)))
 
 
-def _sampled(
-    chunks: Chunks, count: int, size: int, wanted: Sequence[int], vector: Vector
-) -> list[list[_Bracket]]:
-    """Brackets four standard errors wide on each side, from every ``stride``-th entry.
+def _under(value: float) -> float:
+    """The float32 magnitude before; -1 (none) before 0."""
+    return -1.0 if value <= 0.0 else float(np.nextafter(np.float32(value), np.float32(0.0)))
 
-    The stride is odd, so that it does not walk along the columns of power-of-two wide matrices.
+
+@dataclass
+class _Sample:
+    """Magnitudes of one expert drawn from all over its task vector, and whether they are all there are."""
+
+    values: np.ndarray[tuple[int], np.dtype[np.float32]]
+    complete: bool
+
+    @classmethod
+    def take(cls, chunks: Chunks, count: int, size: int, vector: Vector, wanted: int) -> list[_Sample]:
+        """One entry from each stretch of equal length, at a random place so that no pattern can hide."""
+        stride = 1 if size <= min(DIRECT, wanted) else max(size // max(min(wanted, size // 8), 1), 2)
+        parts: list[list[Tensor]] = [[] for _ in range(count)]
+
+        def visit(span: Span, workspace: Workspace) -> None:
+            length = span.base.numel()
+            places = np.arange(-span.start % stride, length, stride)
+            if stride > 1:
+                source = np.random.PCG64([zlib.crc32(span.name.encode()), span.start])
+                places += (source.random_raw(len(places)) % stride).astype(np.int64)
+            index = torch.from_numpy(places[places < length]).to(span.base.device)
+            if vector is task_vector and stride > 1:  # only the drawn entries are subtracted
+                origin = span.base[index].float()
+                for expert, own in zip(span.experts, parts, strict=True):
+                    own.append((expert[index].float() - origin).abs_().cpu())
+                return
+            piece = span.piece(workspace)
+            for position, own in enumerate(parts):
+                tau = vector(piece, position)
+                own.append((tau if stride == 1 else tau[index]).abs().cpu())
+
+        sweep(chunks(), visit)
+        return [cls((torch.cat(own) if own else torch.empty(0)).numpy(), stride == 1) for own in parts]
+
+    def at(self, index: int) -> float:
+        """The ``index``-th smallest (0-based): below zero before the first, infinity after the last."""
+        if not 0 <= index < len(self.values):
+            return -1.0 if index < 0 else math.inf
+        return float(np.partition(self.values, index)[index])
+
+
+@dataclass
+class _Search:
+    """The ``rank``-th smallest (1-based) magnitude, known to lie above ``floor`` and not above ``ceiling``.
+
+    A look counts the magnitudes up to ``low`` and keeps those strictly between ``low`` and ``high``.
     """
-    stride = (size // SAMPLE) | 1
-    parts: list[list[Tensor]] = [[] for _ in range(count)]
-    for piece in chunks():
-        offset = -piece.start % stride
-        for index in range(count):
-            parts[index].append(_strided(piece, index, offset, stride, vector))
-    result = []
-    for own in parts:
-        sample = torch.sort(torch.cat(own)).values
-        total = sample.numel()
-        brackets = []
-        for rank in wanted:
-            share = rank / size
-            margin = 4 * math.sqrt(share * (1 - share) * total) + 2
-            low, high = math.floor(share * total - margin), math.ceil(share * total + margin)
-            brackets.append(
-                _Bracket(
-                    rank,
-                    float(sample[low]) if low >= 0 else 0.0,
-                    float(sample[high]) if high < total else math.inf,
-                )
-            )
-        result.append(brackets)
-    return result
+
+    rank: int
+    size: int
+    sample: _Sample
+    value: float | None = None
+    floor: float = -1.0
+    ceiling: float = math.inf
+    low: float = -1.0
+    high: float = math.inf
+    width: float = 4.0
+    """Half the bracket's width, in standard errors of the sample's order statistic."""
+    below: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    inside: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.sample.complete:
+            self.value = self.sample.at(self.rank - 1)
+        else:
+            self.aim()
+
+    def aim(self) -> None:
+        """A bracket from the sample, cut to what is possible; a value that fills it is looked at alone.
+
+        The smallest possible value is counted, never kept: often it is one that many entries share.
+        """
+        total, share = len(self.sample.values), self.rank / self.size
+        margin = self.width * math.sqrt(max(share * (1 - share) * total, 1.0)) + 2
+        low = self.sample.at(math.floor(share * total - margin))
+        high = self.sample.at(math.ceil(share * total + margin))
+        if low == high:
+            low, high = _under(low), _above(high)
+        self.low = min(max(low, _above(self.floor)), _under(self.ceiling))
+        self.high = max(min(high, self.ceiling), _above(self.low))
+        self.width *= 8
+        self.below, self.counts, self.inside = [], [], []
+
+    def look(self, magnitudes: Tensor, dropped: int) -> None:
+        """Count and keep what concerns this bracket; ``dropped`` more entries are not above ``low``.
+
+        NumPy's comparisons are the faster ones on a CPU.
+        """
+        single = _above(_above(self.low)) >= self.high
+        if magnitudes.device.type == "cpu":
+            array = magnitudes.numpy()
+            under = np.less_equal(array, np.float32(self.low))
+            below = int(np.count_nonzero(under))
+            between = np.greater(np.less(array, np.float32(self.high)), under)
+            kept = torch.empty(0) if single else torch.from_numpy(array[np.flatnonzero(between)])
+            count = int(np.count_nonzero(between)) if single else len(kept)
+        else:
+            below = int((magnitudes <= self.low).sum())
+            found = magnitudes[(magnitudes > self.low) & (magnitudes < self.high)]
+            kept, count = torch.empty(0) if single else found.cpu(), len(found)
+        self.below.append(below + dropped)
+        self.counts.append(count)
+        self.inside.append(kept)
+
+    def settle(self) -> None:
+        """The value, if the look found it; else what was learnt, and the next bracket."""
+        local = self.rank - sum(self.below)
+        if local < 1:
+            self.ceiling = self.low
+        elif local > sum(self.counts):
+            self.floor = _under(self.high)
+        elif (values := torch.cat(self.inside).numpy()).size:
+            values.partition(local - 1)
+            self.value = float(values[local - 1])
+        else:  # only one value fits the bracket
+            self.value = _above(self.low)
+        if self.value is None and _above(self.floor) >= self.ceiling:
+            self.value = self.ceiling
+        if self.value is None:
+            self.aim()
 
 
-def _strided(piece: Piece, index: int, offset: int, stride: int, vector: Vector) -> Tensor:
-    if vector is task_vector:  # only the sampled entries are subtracted
-        return (piece.experts[index][offset::stride] - piece.base[offset::stride]).abs_()
-    return vector(piece, index)[offset::stride].abs()
+def _look(chunks: Chunks, searches: Sequence[Sequence[_Search]], vector: Vector) -> None:
+    """One pass for every search that is not done."""
+    open_ = [sorted((s for s in own if s.value is None), key=lambda s: s.low) for own in searches]
+
+    def visit(span: Span, workspace: Workspace) -> None:
+        piece = span.piece(workspace)
+        for index, own in enumerate(open_):
+            if own:
+                magnitudes, dropped = vector(piece, index).abs_(), 0
+                own[0].look(magnitudes, 0)
+                if len(own) > 1:  # where the first bracket is high, little is left for the others
+                    left = _beyond(magnitudes, own[0]) if 2 * own[0].rank > own[0].size else magnitudes
+                    dropped = magnitudes.numel() - left.numel()
+                    for search in own[1:]:
+                        search.look(left, dropped)
+
+    sweep(chunks(), visit)
+    for own in open_:
+        for search in own:
+            search.settle()
+
+
+def _beyond(magnitudes: Tensor, search: _Search) -> Tensor:
+    """The entries above the search's ``low``."""
+    if magnitudes.device.type == "cpu":
+        array = magnitudes.numpy()
+        return torch.from_numpy(array[np.flatnonzero(np.greater(array, np.float32(search.low)))])
+    return magnitudes[magnitudes > search.low]

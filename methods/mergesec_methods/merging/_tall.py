@@ -6,7 +6,7 @@ Wang et al., Localizing task information for improved model merging and compress
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mergesec.contracts import ContractError, Expert, MergeContext, Weights
 from mergesec.tensorwise import Piece, TensorwiseMerge
+from mergesec_methods.merging._masks import greater_equal, rows, split, task_vectors
 from mergesec_methods.merging._ties import ties_into, trim_thresholds
 from mergesec_methods.merging._tuning import tuning_accuracy
 
@@ -30,21 +31,19 @@ class Multitask:
         """TIES' trim thresholds; empty for task arithmetic."""
         return trim_thresholds(base, experts, self.keep) if self.base_method == "ties" else []
 
-    def into(self, piece: Piece, out: Tensor, thresholds: Sequence[float]) -> None:
-        """τ_MTL of one block into ``out`` ``[n]``."""
+    def into(self, piece: Piece, taus: Tensor, out: Tensor, thresholds: Sequence[float]) -> None:
+        """τ_MTL of one block into ``out`` ``[n]``; ``taus`` are its task vectors ``[T, n]``."""
         if self.base_method == "ties":
             ties_into(piece, out, thresholds, self.merge_func)
-            return
-        out.zero_()
-        for index in range(len(piece.experts)):
-            out.add_(piece.task_vector(index))
+        else:
+            torch.sum(taus, 0, out=out)
 
 
-def tall_mask(piece: Piece, index: int, multitask: Tensor, mask_lambda: float) -> Tensor:
-    """m_t = [|τ_t| ≥ λ_t |τ_MTL − τ_t|] (equation 4) as 1.0 and 0.0, in scratch memory."""
-    own = piece.task_vector(index)
-    rest = torch.sub(multitask, own, out=piece.scratch("rest")).abs_().mul_(mask_lambda)
-    return torch.ge(own.abs_(), rest, out=own)
+def tall_masks(piece: Piece, taus: Tensor, multitask: Tensor, lambdas: Sequence[float]) -> Tensor:
+    """m_t = [|τ_t| ≥ λ_t |τ_MTL − τ_t|] (equation 4), bool ``[T, n]``. ``taus`` ``[T, n]`` is used up."""
+    rest = torch.sub(multitask, taus, out=rows(piece, "rest")).abs_()
+    rest.mul_(torch.tensor(lambdas, device=rest.device)[:, None])
+    return greater_equal(taus.abs_(), rest)
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class _Multitask(TensorwiseMerge):
         self.multitask, self.thresholds = multitask, thresholds
 
     def combine(self, piece: Piece, out: Tensor, facts: Any) -> None:
-        self.multitask.into(piece, out, self.thresholds)
+        self.multitask.into(piece, task_vectors(piece), out, self.thresholds)
 
 
 class _Localized(TensorwiseMerge):
@@ -75,8 +74,10 @@ class _Localized(TensorwiseMerge):
         self.mask_lambda = mask_lambda
 
     def combine(self, piece: Piece, out: Tensor, facts: Any) -> None:
-        multitask = piece.task_vector(1, "multitask")
-        torch.mul(multitask, tall_mask(piece, 0, multitask, self.mask_lambda), out=out)
+        for span, part in split(piece):
+            own, multitask = part.task_vector(0)[None], part.task_vector(1, "multitask")
+            chosen = tall_masks(replace(part, experts=part.experts[:1]), own, multitask, [self.mask_lambda])
+            torch.mul(multitask, chosen[0].view(torch.uint8), out=out[span])
 
 
 def tuned_lambdas(

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mergesec.contracts import Expert, MergeContext, Merged, Weights
 from mergesec.tensorwise import Piece, TensorwiseMerge
-from mergesec_methods.merging._tall import Facts, Multitask, resolved, tall_mask, tuned_lambdas
+from mergesec_methods.merging._masks import split, task_vectors
+from mergesec_methods.merging._tall import Facts, Multitask, resolved, tall_masks, tuned_lambdas
 
 CARD = {
     "name": "consensus",
@@ -121,8 +122,10 @@ class Consensus(TensorwiseMerge):
         return Facts(self.multitask.survey(base, experts), lambdas)
 
     def combine(self, piece: Piece, out: Tensor, facts: Facts) -> None:
-        self.multitask.into(piece, out, facts.thresholds)
-        votes = piece.scratch("votes").zero_()
-        for index, mask_lambda in enumerate(facts.lambdas):
-            votes.add_(tall_mask(piece, index, out, mask_lambda))
-        out.mul_(torch.ge(votes, float(self.agree), out=votes))
+        for span, part in split(piece):
+            taus, vector = task_vectors(part), out[span]
+            self.multitask.into(part, taus, vector, facts.thresholds)
+            chosen = tall_masks(part, taus, vector, facts.lambdas).view(torch.uint8)
+            counter = torch.uint8 if len(chosen) < 256 else torch.int32
+            votes = part.scratch("votes").copy_(torch.sum(chosen, 0, dtype=counter))
+            vector.mul_(torch.ge(votes, float(self.agree), out=votes))

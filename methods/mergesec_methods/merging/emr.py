@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mergesec.contracts import Expert, MergeContext, Weights
-from mergesec.tensorwise import Piece, select
+from mergesec.tensorwise import Piece
 from mergesec.weights import mergeable
-from mergesec_methods.merging._masks import MaskedMerge, MaskRows
+from mergesec_methods.merging._masks import MaskedMerge, greater, rows, task_vectors
 
 CARD = {
     "name": "emr",
@@ -64,28 +64,21 @@ class Emr(MaskedMerge):
         share = {n: 1.0 / max(t.numel(), 1) if by_tensor else 1.0 for n, t in base.items() if mergeable(t)}
         return Sums(share, [0.0] * len(experts), [0.0] * len(experts))
 
-    def localize(self, piece: Piece, vector: Tensor, masks: MaskRows, facts: Sums) -> None:
+    def localize(self, piece: Piece, vector: Tensor, facts: Sums) -> Tensor:
+        taus = task_vectors(piece)
+        total = torch.sum(taus, 0, out=piece.scratch("total"))
+        sign = torch.gt(total, 0.0, out=total).mul_(2.0).sub_(1.0)
+        agreement = taus.mul_(sign)
+        size = torch.amax(agreement, 0, out=vector).clamp_(min=0.0)
+        chosen = greater(agreement, 0.0)
         share = facts.share[piece.name]
-        total, spare = piece.scratch("total"), piece.scratch("spare")
-        high, low = vector, piece.scratch("low")
+        kept = torch.mv(rows(piece, "chosen").copy_(chosen.view(torch.uint8)), size).tolist()
+        own = agreement.abs_().sum(1).tolist()
         for index in range(len(piece.experts)):
-            tau = piece.task_vector(index)
-            facts.own[index] += share * float(torch.abs(tau, out=spare).sum())
-            if index == 0:
-                total.copy_(tau), high.copy_(tau), low.copy_(tau)
-            else:
-                total.add_(tau)
-                torch.maximum(high, tau, out=high)
-                torch.minimum(low, tau, out=low)
-        # a positive sum has a positive largest term, another sum a smallest one that is not positive
-        positive = torch.gt(total, 0.0, out=total)
-        select(positive, high, low, out=vector)
-        sign, size = positive.mul_(2.0).sub_(1.0), torch.abs(vector, out=low)
-        for index in range(len(piece.experts)):
-            agreement = piece.task_vector(index).mul_(sign)
-            chosen = torch.gt(agreement, 0.0, out=agreement)
-            masks.put(piece, index, chosen)
-            facts.kept[index] += share * float(chosen.mul_(size).sum())
+            facts.kept[index] += share * kept[index]
+            facts.own[index] += share * own[index]
+        size.mul_(sign)
+        return chosen
 
     def scales(self, experts: Sequence[Expert], facts: Sums) -> list[float]:
         if self.rescale == "none":

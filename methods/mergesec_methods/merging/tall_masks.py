@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mergesec.contracts import Expert, MergeContext, Merged, Weights
 from mergesec.tensorwise import Piece, check_experts
-from mergesec_methods.merging._masks import MaskedMerge, MaskRows
-from mergesec_methods.merging._tall import Facts, Multitask, resolved, tall_mask, tuned_lambdas
+from mergesec_methods.merging._masks import MaskedMerge, task_vectors
+from mergesec_methods.merging._tall import Facts, Multitask, resolved, tall_masks, tuned_lambdas
 
 CARD = {
     "name": "tall_masks",
@@ -105,10 +105,10 @@ class TallMasks(MaskedMerge):
         lambdas = resolved(self.mask_lambda, len(experts))
         return Facts(self.multitask.survey(base, experts), lambdas)
 
-    def localize(self, piece: Piece, vector: Tensor, masks: MaskRows, facts: Facts) -> None:
-        self.multitask.into(piece, vector, facts.thresholds)
-        for index, mask_lambda in enumerate(facts.lambdas):
-            masks.put(piece, index, tall_mask(piece, index, vector, mask_lambda))
+    def localize(self, piece: Piece, vector: Tensor, facts: Facts) -> Tensor:
+        taus = task_vectors(piece)
+        self.multitask.into(piece, taus, vector, facts.thresholds)
+        return tall_masks(piece, taus, vector, facts.lambdas)
 
     def facts(self, experts: Sequence[Expert], facts: Facts) -> dict[str, Any]:
         lambdas = {e.task: value for e, value in zip(experts, facts.lambdas, strict=True)}

@@ -1,0 +1,171 @@
+"""``bench merge METHOD``: merge safetensors files, tensor by tensor, in little memory."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mergesec.cli import show
+from mergesec.cli.options import Plugins
+from mergesec.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    from mergesec.catalog import Catalog
+    from mergesec.checkpoints import LazyWeights
+    from mergesec.tensorwise import TensorwiseMerge
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def main(
+    method: Annotated[str, typer.Argument(help="a merge method that needs no data")],
+    parameters: Annotated[list[str] | None, typer.Argument(help="key=value, see bench info METHOD")] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="the base: a .safetensors file, or a folder with one or with shards")
+    ] = None,
+    expert: Annotated[list[str] | None, typer.Option(help="NAME=PATH, once per expert")] = None,
+    out: Annotated[Path | None, typer.Option(help="a .safetensors file or a folder")] = None,
+    shard_size: Annotated[str, typer.Option(help="largest file, e.g. 5GB; empty = one file")] = "",
+    seed: Annotated[int, typer.Option(help="for methods that draw at random")] = 0,
+    threads: Annotated[int | None, typer.Option(help="threads (default: all cores)")] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace what is there")] = False,
+    plugin: Plugins = None,
+) -> None:
+    from mergesec.catalog import load_catalog
+
+    catalog = load_catalog(plugin or ())
+    entry = catalog.get("merging", method, "METHOD")
+    bound = entry.card.bind(method, _values(parameters or ()))
+    if base is None or out is None or not expert:
+        missing = "--base" if base is None else "--expert" if not expert else "--out"
+        raise UsageError(missing, "is needed; bench merge METHOD --base PATH --expert NAME=PATH --out PATH")
+    paths = _experts(expert)
+    _check_count(method, entry.card.experts, len(paths))
+    limit = _bytes(shard_size) if shard_size else None
+    if limit is not None and out.suffix == ".safetensors":
+        raise UsageError("--shard-size", f"several files need a folder, and --out is {out.name!r}")
+    if threads is not None and threads < 1:
+        raise UsageError("--threads", f"must be at least 1, got {threads}")
+
+    from mergesec.checkpoints import open_weights, unfit
+
+    if reason := unfit(entry.load(), entry.card.output, entry.card.wraps):
+        raise UsageError("METHOD", f"{method} {reason}{nearest(method, _streaming(catalog))}")
+    if bound.get("scaling") == "tuned":
+        raise UsageError(f"{method}.scaling", "'tuned' needs data to score on; give a number")
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    weights = open_weights(base, "--base")
+    experts = {name: open_weights(path, f"--expert {name}") for name, path in paths.items()}
+    _merge(entry.create(bound), bound, weights, experts, out, limit, seed, force)
+
+
+def _merge(
+    method: TensorwiseMerge, bound: dict[str, Any], base: LazyWeights, experts: dict[str, LazyWeights],
+    out: Path, limit: int | None, seed: int, force: bool,
+) -> None:  # fmt: skip
+    import json
+    from importlib.metadata import version
+
+    from mergesec.checkpoints import merge_files
+    from mergesec.contracts import ContractError
+
+    made = {"method": method.name, "parameters": bound, "experts": list(experts), "seed": seed}
+    metadata = {"mergesec": json.dumps({"version": version("mergesec"), **made})}
+    started = time.monotonic()
+    bar = show.ByteBar(base.size)
+    ends, position = {}, 0
+    for name, place in base.places.items():
+        position += place.size
+        ends[name] = position
+    base.watch = lambda name: bar.look(ends[name])
+    try:
+        written = merge_files(
+            method, base, experts, out, seed=seed, metadata=metadata, shard_size=limit, force=force,
+            report=lambda name, done: bar.wrote(done),
+        )  # fmt: skip
+    except ContractError as error:
+        raise UsageError(method.name, str(error).removeprefix(f"{method.name}: ")) from None
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        raise typer.Exit(130) from None
+    finally:
+        bar.stop()
+    for path in written.files:
+        print(path)
+    seconds = time.monotonic() - started
+    print(f"{written.tensors} tensors, {written.size / 1e9:.2f} GB, {show.duration(seconds)}")
+
+
+def _values(pairs: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    """``key=value`` arguments as YAML values, numbers like 1e-3 included."""
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, _ = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise UsageError("parameter", f"{pair!r} is not key=value")
+        if key in found:
+            raise UsageError("parameter", f"{key} is given twice")
+        try:
+            found[key] = OmegaConf.to_container(OmegaConf.from_dotlist([pair]))[key]  # type: ignore[index, call-overload]
+        except YAMLError:
+            raise UsageError("parameter", f"cannot read {pair!r}") from None
+    return found
+
+
+def _experts(given: list[str]) -> dict[str, Path]:
+    paths: dict[str, Path] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not (equals and name and path):
+            raise UsageError("--expert", f"{text!r} is not NAME=PATH")
+        if name in paths:
+            raise UsageError("--expert", f"two experts are called {name!r}")
+        paths[name] = Path(path)
+    return paths
+
+
+def _check_count(method: str, bounds: tuple[int, int], count: int) -> None:
+    fewest, most = bounds
+    if count < fewest or (most and count > most):
+        wanted = (
+            f"exactly {fewest}"
+            if fewest == most
+            else f"at least {fewest}"
+            if count < fewest
+            else f"at most {most}"
+        )
+        raise UsageError("--expert", f"{method} takes {wanted} experts, got {count}")
+
+
+def _bytes(text: str) -> int:
+    """``5GB``, ``500 MiB`` or a plain number of bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]I?)?B?", text.strip().upper())
+    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if size < 1:
+        raise UsageError("--shard-size", f"{text!r} is not a size such as 5GB")
+    return size
+
+
+def _streaming(catalog: Catalog) -> list[str]:
+    """Names of the merge methods that can go through files."""
+    from mergesec.checkpoints import unfit
+
+    found = []
+    for name, entry in catalog.entries["merging"].items():
+        try:
+            if unfit(entry.load(), entry.card.output, entry.card.wraps) is None:
+                found.append(name)
+        except Exception:
+            continue  # a method that does not load is no choice; bench doctor tells why
+    return found
