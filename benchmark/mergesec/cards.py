@@ -21,11 +21,11 @@ HOOKS: dict[tuple[str, str], tuple[str, ...]] = {
     ("attack", "backdoor"): ("poison", "forge"),
     ("attack", "protection"): ("recover",),
     ("defense", "backdoor"): ("screen", "merge", "repair"),
-    ("defense", "protection"): ("train", "protect"),
+    ("defense", "protection"): ("train", "protect", "verify"),
 }
 _TYPES: dict[str, tuple[type, ...]] = {
     "float": (float, int), "int": (int,), "bool": (bool,), "str": (str,), "choice": (str,),
-    "path": (str,), "list": (list, tuple), "merging": (str, Mapping),
+    "path": (str,), "list": (list, tuple), "merging": (str, Mapping), "attacks": (list, tuple),
 }  # fmt: skip
 _NAMED = re.compile(r"^(?:CARD|CARDS)\b", re.MULTILINE)
 _LITERAL = re.compile(r"^(?:CARD|CARDS)\b[^=\n]*= *(\{.*?^\}|\[.*?^\])", re.MULTILINE | re.DOTALL)
@@ -62,7 +62,7 @@ class Parameter:
                 raise UsageError(where, f"{value!r} is outside [{low}, {high}]")
         if self.type == "float":
             return float(value)
-        return list(value) if self.type == "list" else value
+        return list(value) if self.type in ("list", "attacks") else value
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,9 @@ class Card:
     seeded: bool = False
     siblings: str = ""
     wraps: str = ""
-    """The parameter (of type ``merging``) naming the merge method this one works around or after."""
+    """The parameter of type ``merging`` (of an attack: ``attacks``) naming what this one works around."""
+    tries: bool = False
+    """Whether an attack tries merges on the tuning split, and so depends on the merge method."""
     local: bool = False
     depends: tuple[str, ...] = ()
     """Distributions whose major version decides results (e.g. one that names the tensors)."""

@@ -69,6 +69,10 @@ class Recipe:
     precision: str = "float32"
     max_train: int = 0
     """0 = every training image."""
+    lora_rank: int = 0
+    """0 = full fine-tuning; else only an update of this rank per linear map of the blocks is trained."""
+    lora_alpha: float = 16.0
+    """The low-rank update counts ``lora_alpha / lora_rank`` times."""
 
 
 @dataclass(frozen=True)
@@ -304,7 +308,12 @@ class RecoverContext(Context):
     victim: str
     own: Sequence[Expert]
     views: Mapping[str, TaskView]
-    """Views of the free-rider's own tasks."""
+    """Views of the free-rider's own tasks; of the victim's too for an attack that tries merges."""
+    score: Callable[[Weights], float] | None = None
+    """Mean tuning accuracy, in [0, 1], of the cell's merge with these weights in the victim's place;
+    set for attacks whose card says ``tries``."""
+    inner: Sequence[Attack] = ()
+    """The attacks that this one tries, if its card says so (``wraps``)."""
 
 
 class Attack(Component):
@@ -341,6 +350,18 @@ class ProtectContext(Context):
     backbone: Backbone
     base: Weights
     view: TaskView
+    secret: Weights = field(default_factory=dict)
+    """What ``Defense.secret`` made: the owner's alone, stored apart from what is published."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The owner's test of a suspect network: the outcome of each query or bit, bool ``[n]``."""
+
+    hits: Tensor
+    detected: bool
+    statistic: float = 0.0
+    """What the decision rests on, e.g. a p-value."""
 
 
 @dataclass(frozen=True)
@@ -352,7 +373,7 @@ class Protected:
 
 
 class Defense(Component):
-    """One or more hooks; the card lists which. T1: screen, merge, repair. T2: train, protect."""
+    """One or more hooks; the card lists which. T1: screen, merge, repair. T2: train, protect, verify."""
 
     hooks: ClassVar[tuple[str, ...]] = ()
 
@@ -363,6 +384,14 @@ class Defense(Component):
     def protect(self, weights: Weights, ctx: ProtectContext) -> Protected:
         """The expert as it is published."""
         raise ContractError(f"{self.name}: the card lists protect but the class has none")
+
+    def secret(self, weights: Weights, ctx: ProtectContext) -> Weights:
+        """What the owner keeps to prove ownership later (marks that ``verify`` looks for)."""
+        raise ContractError(f"{self.name}: the card lists verify but the class has no secret")
+
+    def verify(self, network: nn.Module, ctx: ProtectContext) -> Verification:
+        """Whether ``network`` (a merge, or a stand-alone expert) bears the owner's mark."""
+        raise ContractError(f"{self.name}: the card lists verify but the class has none")
 
     def network(self, backbone: Backbone, weights: Weights) -> nn.Module:
         """The network of a protected expert; overridden where protection changes the topology."""

@@ -21,6 +21,7 @@ from mergesec.gridspec import GridSpec, Named
 RECIPE_FIELDS: dict[str, type] = {
     "optimizer": str, "learning_rate": float, "weight_decay": float, "schedule": str, "warmup": float,
     "epochs": int, "batch_size": int, "gradient_clip": float, "precision": str, "max_train": int,
+    "lora_rank": int, "lora_alpha": float,
 }  # fmt: skip
 RECIPE_CHOICES = {
     "optimizer": ("adamw", "sgd"), "schedule": ("cosine", "constant"),
@@ -44,8 +45,8 @@ class Ref:
     shown: str
     text: str
     digest: str = ""
-    inner: Ref | None = None
-    """The merge method that this one wraps, if its card says that it wraps one."""
+    inner: tuple[Ref, ...] = ()
+    """What this one wraps: a merge method, or the attacks an adaptive attacker tries."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Ref) and self.text == other.text
@@ -66,10 +67,11 @@ def make_ref(entry: Entry, given: Mapping[str, Any], where: str, catalog: Catalo
     """Bind parameters and fix the identity: name, version, plugin digest, parameters, wrapped method."""
     card = entry.card
     bound = card.bind(where, given)
-    inner = None
+    inner: tuple[Ref, ...] = ()
     if card.wraps:
         inner = _inner(card, bound[card.wraps], f"{where}.{card.wraps}", catalog)
-        bound[card.wraps] = inner.label
+        labels = [ref.label for ref in inner]
+        bound[card.wraps] = labels if card.parameters[card.wraps].type == "attacks" else labels[0]
     changed = {k: v for k, v in bound.items() if v != card.parameters[k].default}
     shown = ", ".join(f"{k}={_short(v)}" for k, v in sorted(changed.items()))
     content = {
@@ -82,23 +84,33 @@ def make_ref(entry: Entry, given: Mapping[str, Any], where: str, catalog: Catalo
         identity["depends"] = {name: _major(name) for name in card.depends}
     if entry.digest:
         identity["digest"] = entry.digest
-    if inner is not None:
-        identity["inner"] = json.loads(inner.text)
+    if inner:
+        identity["inner"] = [json.loads(ref.text) for ref in inner]
     frozen = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(bound.items()))
     text = json.dumps(identity, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:32]
     return Ref(card.kind, card.name, frozen, shown, text, digest, inner)
 
 
-def _inner(card: Card, value: Any, where: str, catalog: Catalog) -> Ref:
-    """The wrapped merge method: a name, or ``{name: ..., parameter: value}``; one set of weights only."""
-    refs = _expand([value], "merging", where, catalog)
+def _inner(card: Card, value: Any, where: str, catalog: Catalog) -> tuple[Ref, ...]:
+    """What is wrapped: names, or ``{name: ..., parameter: value}``. One merge method with one set of weights,
+    or attacks of the same hooks."""
+    if card.parameters[card.wraps].type == "attacks":
+        refs = tuple(_expand(value, "attack", where, catalog))
+        for ref in refs:
+            other = catalog.get("attack", ref.name).card if ref is not NONE else None
+            if other is None or other.hooks != card.hooks or other.wraps:
+                raise UsageError(
+                    where, f"{card.name} cannot try {ref.name}; it tries attacks that {card.hooks[0]}"
+                )
+        return refs
+    refs = tuple(_expand([value], "merging", where, catalog))
     if len(refs) != 1:
         raise UsageError(where, "wraps one merge method; lists of its parameters are not expanded here")
     wrapped = catalog.get("merging", refs[0].name).card
     if wrapped.wraps or wrapped.output != "static":
         raise UsageError(where, f"{card.name} cannot wrap {wrapped.name}: it needs one set of merged weights")
-    return refs[0]
+    return refs
 
 
 def _major(distribution: str) -> str:
@@ -174,6 +186,16 @@ class Cell:
     target_class: int
     experts: tuple[str, ...]
     seed: int
+    protected: int = 1
+    """How many of the experts are protected (protection only): the victim and those after it."""
+    secrets: str = "own"
+    """Whether each protected expert has its own secret or all share one."""
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """The tasks whose experts are protected, the victim first, then in suite order around it."""
+        place = self.experts.index(self.subject)
+        return tuple(self.experts[(place + i) % len(self.experts)] for i in range(self.protected))
 
 
 @dataclass(frozen=True)
@@ -247,7 +269,7 @@ def _check_pattern(where: str, pattern: Mapping[str, Any], catalog: Catalog) -> 
         kind = {"subject": "task"}.get(key, key)
         known = ["none", *catalog.entries[kind]] if kind in catalog.entries else list(_THREATS)
         for value in wanted if isinstance(wanted, (list, tuple)) else [wanted]:
-            if key in ("target_class", "experts", "seed"):
+            if key in ("target_class", "experts", "seed", "protected"):
                 if type(value) is not int:
                     raise UsageError(f"{where}.{key}", f"expected a number, got {value!r}")
             elif str(value).partition("(")[0] not in known:
@@ -284,7 +306,9 @@ def _check_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
 # --------------------------------------------------------------------------- cells
 
 _THREATS = ("clean", "protection", "backdoor")
-_PATTERN_KEYS = ("threat", "merging", "attack", "defense", "subject", "target_class", "experts", "seed")
+_PATTERN_KEYS = (
+    "threat", "merging", "attack", "defense", "subject", "target_class", "experts", "seed", "protected", "secrets",
+)  # fmt: skip
 
 
 def why_not(grid: Grid, threat: str, merging: Ref, attack: Ref, defense: Ref, count: int = 0) -> str:
@@ -355,6 +379,14 @@ def _matches(pattern: Mapping[str, Any], cell: Cell) -> bool:
     return True
 
 
+def _owners(grid: Grid, threat: str) -> list[tuple[int, str]]:
+    """How many experts are protected, with whose secrets; one protected expert has only its own."""
+    if threat != "protection":
+        return [(1, "own")]
+    axes = grid.spec.axes
+    return list(dict.fromkeys((n, how if n > 1 else "own") for n in axes.protected for how in axes.secrets))
+
+
 def cells(grid: Grid) -> Iterator[Cell]:
     """Every cell that makes sense, once. What is left out is counted in ``grid.left_out``."""
     names = [t.name for t in grid.tasks]
@@ -374,10 +406,17 @@ def cells(grid: Grid) -> Iterator[Cell]:
         for merging, attack, defense in itertools.product(grid.merging, grid.attacks, grid.defenses):
             reason = why_not(grid, threat, merging, attack, defense)
             if reason:
-                grid.left_out[reason] += len(merges) * len(spec.seeds)
+                grid.left_out[reason] += len(merges) * len(spec.seeds) * len(_owners(grid, threat))
                 continue
-            for (subject, target, tasks), seed in itertools.product(merges, spec.seeds):
-                cell = Cell(threat, merging, attack, defense, subject, target, tasks, seed)
+            for (subject, target, tasks), seed, (protected, secrets) in itertools.product(
+                merges, spec.seeds, _owners(grid, threat)
+            ):
+                cell = Cell(
+                    threat, merging, attack, defense, subject, target, tasks, seed, protected, secrets
+                )
+                if protected > len(tasks):
+                    grid.left_out["more protected experts than experts"] += 1
+                    continue
                 reason = why_not(grid, threat, merging, attack, defense, len(tasks))
                 if reason:
                     grid.left_out[reason] += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -38,6 +38,8 @@ class Axes(_Strict):
     adversary: tuple[str, ...] | Literal["all"] = "all"
     target_class: tuple[int, ...] = (0,)
     experts: tuple[int | str | tuple[str, ...], ...] = ("all",)
+    protected: tuple[Annotated[int, Field(ge=1)], ...] = (1,)
+    secrets: tuple[Literal["own", "shared"], ...] = ("own",)
 
 
 class GridSpec(_Strict):

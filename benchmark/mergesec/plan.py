@@ -155,10 +155,10 @@ class Planner:
             result = self._train("forge", task, [("attack", attack)], extra, target=target, seed=drawn)
         return result
 
-    def published(self, defense: Ref, task: str, seed: int) -> str:
-        return self._once(("published", defense, task, seed), self._published)
+    def published(self, defense: Ref, task: str, seed: int, secrets: str = "own") -> str:
+        return self._once(("published", defense, task, seed, secrets), self._published)
 
-    def _published(self, defense: Ref, task: str, seed: int) -> str:
+    def _published(self, defense: Ref, task: str, seed: int, secrets: str) -> str:
         result = self.expert(task, seed)
         if defense is NONE:
             return result
@@ -167,16 +167,41 @@ class Planner:
             drawn = draw_seed("expert", task, seed, 0)
             result = self._train("guard", task, [("defense", defense)], [], seed=drawn)
         if "protect" in hooks:
-            extra = [("weights", result)]
-            drawn_args = self._seed(defense, "protect", task, seed)
+            extra = [("weights", result), *self._marks(defense, task, seed, secrets)]
+            drawn_args = self._seed(defense, "protect", *_whose(task, secrets), seed)
             result = self._train("protect", task, [("defense", defense)], extra, **drawn_args)
         return result
 
-    def recovered(self, attack: Ref, defense: Ref, task: str, experts: tuple[str, ...], seed: int) -> str:
-        return self._once(("recovered", attack, defense, task, experts, seed), self._recovered)
+    def _marks(self, defense: Ref, task: str, seed: int, secrets: str) -> list[tuple[str, str]]:
+        """The owner's secret, as an input, if the defense has marks to verify."""
+        if "verify" not in self._card("defense", defense.name).hooks:
+            return []
+        return [("secret", self.secret(defense, task, seed, secrets))]
 
-    def _recovered(self, attack: Ref, defense: Ref, task: str, experts: tuple[str, ...], seed: int) -> str:
-        published = self.published(defense, task, seed)
+    def secret(self, defense: Ref, task: str, seed: int, secrets: str) -> str:
+        return self._once(("secret", defense, task, seed, secrets), self._secret)
+
+    def _secret(self, defense: Ref, task: str, seed: int, secrets: str) -> str:
+        drawn = draw_seed(defense.name, "secret", *_whose(task, secrets), seed)
+        extra = [("weights", self.expert(task, seed))]
+        return self._train("secret", task, [("defense", defense)], extra, seed=drawn)
+
+    def recovered(
+        self, attack: Ref, defense: Ref, task: str, experts: tuple[str, ...], seed: int,
+        secrets: str = "own", merging: Ref = NONE,
+    ) -> str:  # fmt: skip
+        """``merging`` matters only to an attack that tries merges."""
+        if attack is NONE or not self._card("attack", attack.name).tries:
+            merging = NONE
+        return self._once(
+            ("recovered", attack, defense, task, experts, seed, secrets, merging), self._recovered
+        )
+
+    def _recovered(
+        self, attack: Ref, defense: Ref, task: str, experts: tuple[str, ...], seed: int, secrets: str,
+        merging: Ref,
+    ) -> str:  # fmt: skip
+        published = self.published(defense, task, seed, secrets)
         if attack is NONE:
             return published
         inputs = [("base", self.base()), ("published", published)]
@@ -189,6 +214,10 @@ class Planner:
                     inputs += [(f"expert:{other}", self.expert(other, seed)), *self._views((other,))]
                     components.append((f"task:{other}", self.grid.task(other)))
             told["protocol"] = self.grid.spec.protocol
+        if merging is not NONE:
+            inputs += self._views((task,))
+            components += [(f"task:{task}", self.grid.task(task)), ("merging", merging)]
+            told["order"] = ",".join(experts)
         drawn = self._seed(attack, "recover", task, seed)
         return self._add("recover", components, inputs, task=task, **drawn, **told)
 
@@ -229,12 +258,13 @@ class Planner:
 
     def evaluation(
         self, model: str, tasks: tuple[str, ...], producer: Ref = NONE,
-        trigger: tuple[Ref, str] | None = None,
+        trigger: tuple[Ref, str] | None = None, cast: str = "",
     ) -> str:  # fmt: skip
-        return self._once(("evaluation", model, tasks, producer, trigger), self._evaluation)
+        """``cast``: a floating type the weights are rounded to first."""
+        return self._once(("evaluation", model, tasks, producer, trigger, cast), self._evaluation)
 
     def _evaluation(
-        self, model: str, tasks: tuple[str, ...], producer: Ref, trigger: tuple[Ref, str] | None
+        self, model: str, tasks: tuple[str, ...], producer: Ref, trigger: tuple[Ref, str] | None, cast: str
     ) -> str:
         components = list(self._parties(tasks))
         inputs = [("model", model), *self._views(tasks)]
@@ -243,15 +273,36 @@ class Planner:
         if trigger is not None:
             components.append(("attack", trigger[0]))
             inputs.append(("trigger", trigger[1]))
-        return self._add("evaluate", components, inputs)
+        return self._add("evaluate", components, inputs, **({"cast": cast} if cast else {}))
 
     def comparison(self, first: str, second: str, task: str, producer: Ref) -> str:
         return self._once(("comparison", first, second, task, producer), self._comparison)
 
     def _comparison(self, first: str, second: str, task: str, producer: Ref) -> str:
-        components = [self._backbone, (f"task:{task}", self.grid.task(task)), ("producer", producer)]
-        inputs = [("first", first), ("second", second), *self._views((task,))]
+        components = [self._backbone, (f"task:{task}", self.grid.task(task))]
+        if producer is not NONE:
+            components.append(("producer", producer))
+        inputs = [("first", first), ("second", second), ("base", self.base()), *self._views((task,))]
         return self._add("compare", components, inputs, task=task)
+
+    def verification(
+        self, model: str, task: str, defense: Ref, seed: int, secrets: str, producer: Ref
+    ) -> str:
+        """The owner of ``task`` looks for its mark in ``model``."""
+        return self._once(("verify", model, task, defense, seed, secrets, producer), self._verification)
+
+    def _verification(
+        self, model: str, task: str, defense: Ref, seed: int, secrets: str, producer: Ref
+    ) -> str:
+        components = [self._backbone, (f"task:{task}", self.grid.task(task)), ("defense", defense)]
+        if producer is not NONE:
+            components.append(("producer", producer))
+        inputs = [
+            ("model", model), ("base", self.base()), ("secret", self.secret(defense, task, seed, secrets)),
+            *self._views((task,)),
+        ]  # fmt: skip
+        drawn = draw_seed(defense.name, "secret", *_whose(task, secrets), seed)
+        return self._add("verify", components, inputs, task=task, seed=drawn)
 
     # ----- cells
 
@@ -277,20 +328,40 @@ class Planner:
         return clean, merge, tuple(roles)
 
     def _protection(self, cell: Cell, clean: dict[str, str]) -> list[tuple[str, str]]:
-        victim, seed = cell.subject, cell.seed
-        published = self.published(cell.defense, victim, seed)
-        recovered = self.recovered(cell.attack, cell.defense, victim, cell.experts, seed)
-        roles = [("published", self.evaluation(published, (victim,), cell.defense))]
+        victim, seed, defense, own = cell.subject, cell.seed, cell.defense, cell.secrets
+        published = {t: self.published(defense, t, seed, own) for t in cell.owners}
+        recovered = {
+            t: self.recovered(cell.attack, defense, t, cell.experts, seed, own, cell.merging)
+            for t in cell.owners
+        }
+        roles = [("published", self.evaluation(published[victim], (victim,), defense))]
         # an attack may hand back the plain topology, so its result is read as a plain network
-        producer = cell.defense if cell.attack is NONE else NONE
-        roles.append(("recovered", self.evaluation(recovered, (victim,), producer)))
-        for role, model in (("protected_merge", published), ("merge", recovered)):
-            contributed = tuple({**clean, victim: model}.items())
-            key = self.merged(cell.merging, contributed, NONE, seed)
-            roles.append((role, self.evaluation(key, cell.experts, cell.merging)))
-        if cell.defense is not NONE:
-            key = self.comparison(self.expert(victim, seed), published, victim, cell.defense)
-            roles.append(("logits", key))
+        producer = defense if cell.attack is NONE else NONE
+        roles.append(("recovered", self.evaluation(recovered[victim], (victim,), producer)))
+        merges: dict[str, str] = {}
+        for role, models in (("protected_merge", published), ("merge", recovered)):
+            contributed = tuple({**clean, **models}.items())
+            merges[role] = self.merged(cell.merging, contributed, NONE, seed)
+            roles.append((role, self.evaluation(merges[role], cell.experts, cell.merging)))
+        if defense is NONE:
+            return roles
+        expert = self.expert(victim, seed)
+        roles.append(("logits", self.comparison(expert, published[victim], victim, defense)))
+        if cell.attack is not NONE:
+            roles.append(("gap", self.comparison(expert, recovered[victim], victim, NONE)))
+        cast = self.evaluation(published[victim], (victim,), defense, cast="bfloat16")
+        roles.append(("published_bf16", cast))
+        if "verify" in self._card("defense", defense.name).hooks:
+            suspects = [
+                ("published", published[victim], defense), ("recovered", recovered[victim], producer),
+                ("protected_merge", merges["protected_merge"], cell.merging),
+                ("merge", merges["merge"], cell.merging), ("expert", expert, NONE), ("base", self.base(), NONE),
+                ("clean_merge", self.merged(cell.merging, tuple(clean.items()), NONE, seed), cell.merging),
+            ]  # fmt: skip
+            roles += [
+                (f"verify:{role}", self.verification(model, victim, defense, seed, own, maker))
+                for role, model, maker in suspects
+            ]
         return roles
 
     def _backdoor(self, cell: Cell, clean: dict[str, str], merge: str) -> list[tuple[str, str]]:
@@ -323,8 +394,7 @@ class Planner:
 
     def _seed(self, ref: Ref, *coordinates: str | int) -> dict[str, int]:
         """A seed argument, only if the component draws at all: what does not draw is shared by seeds."""
-        parts = [ref] if ref.inner is None else [ref, ref.inner]
-        if not any(self._card(part.kind, part.name).seeded for part in parts):
+        if not any(self._card(part.kind, part.name).seeded for part in (ref, *ref.inner)):
             return {}
         return {"seed": draw_seed(ref.name, *coordinates)}
 
@@ -364,6 +434,11 @@ class Planner:
         if key not in self.steps:
             self.steps[key] = Step(key, kind, components, inputs, text)
         return key
+
+
+def _whose(task: str, secrets: str) -> tuple[str, ...]:
+    """Seed coordinates of an owner: its task, or nothing where all share one secret."""
+    return (task,) if secrets == "own" else ("shared",)
 
 
 def make_plan(grid: Grid, fingerprint: Callable[[str], str]) -> Plan:

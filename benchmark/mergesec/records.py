@@ -68,10 +68,12 @@ class Record(BaseModel):
     target_class: int
     experts: list[str]
     seed: int
+    protected: int = 1
+    secrets: str = "own"
     status: str
     reason: str = ""
     counts: dict[str, Count] = {}
-    """``acc/<role>/<task>``, ``asr/<role>/<task>``, ``ra/<role>/<task>``."""
+    """``acc/<role>/<task>``, ``asr/<role>/<task>``, ``ra/<role>/<task>``, ``mark/<suspect>/<task>``."""
     values: dict[str, float] = {}
     facts: dict[str, Any] = {}
     steps: dict[str, str] = {}
@@ -121,7 +123,8 @@ def cell_name(cell: Cell) -> str:
     ]
     text = "|".join(
         [cell.threat, cell.merging.text, cell.attack.text, cell.defense.text, cell.subject,
-         str(cell.target_class), ",".join(cell.experts), str(cell.seed)]
+         str(cell.target_class), ",".join(cell.experts), str(cell.seed),
+         *([str(cell.protected), cell.secrets] if cell.protected > 1 else [])]
     )  # fmt: skip
     shown = "-".join(p.replace("/", "_") for p in parts if p and p != "none")
     return f"{shown}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
@@ -141,7 +144,8 @@ def _status(plan: CellPlan, has: Mapping[str, Any], outcome: Outcome) -> tuple[s
 def _counts(cell: Cell, role: str, found: Evaluation) -> dict[str, Count]:
     """Accuracy for a clean evaluation; ASR (non-target samples only) and RA for a triggered one."""
     name, _, triggered = role.partition("+")
-    name = name.partition(":")[0]
+    kind, _, suspect = name.partition(":")
+    metric, name = ("mark", suspect) if kind == "verify" else ("acc", kind)
     counts: dict[str, Count] = {}
     for key in found:
         if not key.startswith("predictions|"):
@@ -149,7 +153,7 @@ def _counts(cell: Cell, role: str, found: Evaluation) -> dict[str, Count]:
         task = key.removeprefix("predictions|")
         predicted, target = found[key], found[f"targets|{task}"]
         if not triggered:
-            counts[f"acc/{name}/{task}"] = count(predicted == target)
+            counts[f"{metric}/{name}/{task}"] = count(predicted == target)
         else:
             outside = target != cell.target_class
             counts[f"asr/{name}/{task}"] = count(predicted == cell.target_class, outside)
@@ -173,12 +177,25 @@ def make_records(plan: Plan, store: Store, outcome: Outcome) -> list[Record]:
             for role, key in planned.roles:
                 arrays, info = found[key]
                 counts |= _counts(planned.cell, role, arrays)
-                if "max_abs_dlogit" in info:
-                    values["max_abs_dlogit"] = float(info["max_abs_dlogit"])
-                    facts["protection"] = info.get("report", {})
+                _note(role, info, values, facts)
         cost = _cost(plan, planned, store, found)
         records.append(_record(plan, planned, status, reason, counts, values, facts, cost, found, shared))
     return records
+
+
+def _note(role: str, info: Mapping[str, Any], values: dict[str, float], facts: dict[str, Any]) -> None:
+    """Numbers and facts of comparisons and verifications."""
+    if role in ("logits", "gap"):
+        suffix = "" if role == "logits" else "_recovered"
+        values[f"max_abs_dlogit{suffix}"] = float(info["max_abs_dlogit"])
+        for which in ("to_base", "to_expert", "expert_to_base"):
+            values |= {f"distance{suffix}/{which}/{k}": float(v) for k, v in info.get(which, {}).items()}
+        if role == "logits":
+            facts["protection"] = info.get("report", {})
+    elif role.startswith("verify:"):
+        suspect = role.partition(":")[2]
+        values[f"detected/{suspect}"] = float(info["detected"])
+        values[f"statistic/{suspect}"] = float(info["statistic"])
 
 
 def _data(plan: Plan, store: Store) -> dict[str, dict[str, str]]:
@@ -220,7 +237,7 @@ def _record(
         cell=cell_name(cell), grid=spec.name, suite=spec.suite.name, backbone=plan.grid.backbone.label,
         protocol=spec.protocol, threat=cell.threat, merging=cell.merging.label, attack=cell.attack.label,
         defense=cell.defense.label, subject=cell.subject, target_class=cell.target_class,
-        experts=list(cell.experts), seed=cell.seed, status=status, reason=reason, counts=counts,
+        experts=list(cell.experts), seed=cell.seed, protected=cell.protected, secrets=cell.secrets, status=status, reason=reason, counts=counts,
         values=values, facts=facts, steps=dict(planned.roles), cost=cost,
         provenance={**shared, "components": components, "devices": devices},
     )  # fmt: skip

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from mergesec.anatomy import AnatomyError
 from mergesec.contracts import (
     Attack,
     ContractError,
@@ -36,7 +37,7 @@ from mergesec.contracts import (
 )
 from mergesec.plan import Step
 from mergesec.training import fit
-from mergesec.weights import check_finite, check_same_layout
+from mergesec.weights import check_finite, check_same_layout, read_only
 from mergesec.work import Bench, Views, Work, check_merged, check_weights, flatten, unflatten, view
 
 EVALUATION_BATCH = 256
@@ -145,7 +146,8 @@ def protect(work: Work) -> Result:
     defense: Defense = work.component("defense")
     owner = view(work, work.args["task"], "data", "head", "task")
     base_weights = work.tensors("base")
-    ctx = ProtectContext(work.device, work.seed, work.backbone, base_weights, owner)
+    secret = work.tensors("secret") if "secret" in work.inputs else {}
+    ctx = ProtectContext(work.device, work.seed, work.backbone, base_weights, owner, secret)
     result = defense.protect(work.tensors("weights"), ctx)
     check_finite(result.weights, defense.name)
     if type(defense).network is Defense.network:  # a defense of its own topology answers for it itself
@@ -153,16 +155,75 @@ def protect(work: Work) -> Result:
     return dict(result.weights), {"report": dict(result.report)}
 
 
+def secret(work: Work) -> Result:
+    """What the owner keeps to prove ownership: made before publishing, never part of it."""
+    defense: Defense = work.component("defense")
+    owner = view(work, work.args["task"], "data", "head", "task")
+    ctx = ProtectContext(work.device, work.seed, work.backbone, work.tensors("base"), owner)
+    kept = dict(defense.secret(work.tensors("weights"), ctx))
+    check_finite(kept, f"{defense.name}.secret")
+    return kept, {}
+
+
+def verify(work: Work) -> Result:
+    """The owner's test of a suspect network: one bit per query, and the decision."""
+    defense: Defense = work.component("defense")
+    task = work.args["task"]
+    owner = view(work, task, f"data:{task}", f"head:{task}", f"task:{task}")
+    ctx = ProtectContext(
+        work.device, work.seed, work.backbone, work.tensors("base"), owner, work.tensors("secret")
+    )
+    producer = work.component("producer") if "producer" in work.refs else None
+    found = defense.verify(network_of(work, "model", task, producer), ctx)
+    hits = found.hits.flatten().bool()
+    facts = {"detected": bool(found.detected), "statistic": float(found.statistic)}
+    return {f"predictions|{task}": hits.int(), f"targets|{task}": torch.ones(len(hits)).int()}, facts
+
+
 def recover(work: Work) -> Result:
     attack: Attack = work.component("attack")
+    victim, base_weights = work.args["task"], work.tensors("base")
     own = [r.removeprefix("expert:") for r in work.inputs if r.startswith("expert:")]
-    base_weights = work.tensors("base")
+    experts = [Expert(t, work.tensors(f"expert:{t}")) for t in own]
+    tries = "merging" in work.refs
+    views = Views(work, [*own, victim] if tries else own)
     ctx = RecoverContext(
-        work.device, work.seed, work.backbone, base_weights, work.args["task"],
-        [Expert(t, work.tensors(f"expert:{t}")) for t in own], Views(work, own),
+        work.device, work.seed, work.backbone, base_weights, victim, experts, views,
+        _trial(work, experts) if tries else None,
+        [work.bench.component(ref) for ref in work.refs["attack"].inner],
     )  # fmt: skip
-    recovered = attack.recover(work.tensors("published"), ctx)
+    recovered = attack.recover(fitting(work.tensors("published"), base_weights), ctx)
     return dict(check_weights(recovered, base_weights, attack.name)), {}
+
+
+def _trial(work: Work, own: list[Expert]) -> Callable[[Weights], float]:
+    """The mean tuning accuracy of the cell's merge with a candidate in the victim's place."""
+    method: MergeMethod = work.component("merging")
+    victim, base_weights = work.args["task"], work.tensors("base")
+    # the merge's own draws matter less than that every candidate meets the same ones
+    ctx = merge_context(work, method, work.seed)
+
+    def score(candidate: Weights) -> float:
+        experts = {e.task: e for e in own} | {victim: Expert(victim, candidate)}
+        order = [experts[t] for t in str(work.args["order"]).split(",")]
+        return ctx.score(method.merge(base_weights, order, ctx))
+
+    return score
+
+
+def fitting(weights: Weights, base_weights: Weights) -> Weights:
+    """What can enter a merge: a published network of another topology gives the tensors that fit the
+    base by name and shape; the rest stays the base's, as a merging script that skips them leaves it."""
+    if weights.keys() == base_weights.keys() and all(
+        w.shape == base_weights[n].shape for n, w in weights.items()
+    ):
+        return weights
+    return read_only(
+        {
+            n: weights[n] if n in weights and weights[n].shape == b.shape else b
+            for n, b in base_weights.items()
+        }
+    )
 
 
 def merge_context(work: Work, method: MergeMethod, seed: int) -> MergeContext:
@@ -184,8 +245,8 @@ def merge_context(work: Work, method: MergeMethod, seed: int) -> MergeContext:
             total += float((predicted == v.tuning.targets).float().mean())
         return total / len(tasks)
 
-    wrapped = work.refs["merging"].inner if "merging" in work.refs else None
-    inner = work.bench.component(wrapped) if wrapped is not None else None
+    wrapped = work.refs["merging"].inner if "merging" in work.refs else ()
+    inner = work.bench.component(wrapped[0]) if wrapped else None
     return MergeContext(work.device, seed, work.backbone, views, score, siblings, inner)
 
 
@@ -193,7 +254,8 @@ def contributed(work: Work) -> list[Expert]:
     """The experts handed in, after screening if there was one."""
     names = [r.removeprefix("expert:") for r in work.inputs if r.startswith("expert:")]
     if "screened" not in work.inputs:
-        return [Expert(t, work.tensors(f"expert:{t}")) for t in names]
+        base_weights = work.tensors("base")
+        return [Expert(t, fitting(work.tensors(f"expert:{t}"), base_weights)) for t in names]
     edited = unflatten(work.tensors("screened"), {}).per_task
     kept = work.info("screened")["kept"]
     return [Expert(t, edited[t] if t in edited else work.tensors(f"expert:{t}")) for t in kept]
@@ -287,14 +349,22 @@ def check_triggered(triggered: Any, inputs: Any, who: str) -> Any:
     return triggered
 
 
-def network_of(work: Work, role: str, task: str, producer: Any) -> nn.Module:
-    """The network that serves ``task``, as whoever produced the artifact says."""
+def network_of(work: Work, role: str, task: str, producer: Any, cast: str = "") -> nn.Module:
+    """The network that serves ``task``, as whoever produced the artifact says; ``cast`` rounds its weights."""
     if isinstance(producer, MergeMethod):
         network = producer.network(work.backbone, work.merged(role), task)
     elif isinstance(producer, Defense):
         network = producer.network(work.backbone, work.tensors(role))
     else:
         network = load_network(work.backbone, work.tensors(role))
+    if cast:
+        kind = getattr(torch, cast)
+        network.load_state_dict(
+            {
+                n: t.to(kind).to(t.dtype) if t.is_floating_point() else t
+                for n, t in network.state_dict().items()
+            }
+        )
     return network.to(work.device).eval()
 
 
@@ -319,7 +389,7 @@ def evaluate(work: Work) -> Result:
             continue
         name = role.removeprefix("task:")
         if network is None or not single:
-            network = network_of(work, "model", name, producer)
+            network = network_of(work, "model", name, producer, str(work.args.get("cast", "")))
         task: Task = work.component(role)
         split = work.splits(f"data:{name}", task)["test"]
         model = Model(work.backbone, network)
@@ -330,23 +400,58 @@ def evaluate(work: Work) -> Result:
 
 
 def compare(work: Work) -> Result:
-    """Largest difference of test outputs between two networks that should be the same function."""
+    """Two networks that should be the same function: largest difference of test outputs, and how far
+    the second's weights lie from the first's and from the base."""
     name = work.args["task"]
     task: Task = work.component(f"task:{name}")
-    producer = work.component("producer")
+    producer = work.component("producer") if "producer" in work.refs else None
     split = work.splits(f"data:{name}", task)["test"]
     outputs = []
     for role, maker in (("first", None), ("second", producer)):
         model = Model(work.backbone, network_of(work, role, name, maker))
         outputs.append(task_outputs(task, model, work.tensors(f"head:{name}"), split, work.device))
     gap = (outputs[0] - outputs[1]).abs().max()
-    return {}, {"max_abs_dlogit": float(gap), "report": work.info("second").get("report", {})}
+    first, second, origin = work.tensors("first"), work.tensors("second"), work.tensors("base")
+    facts: dict[str, Any] = {
+        "max_abs_dlogit": float(gap), "report": work.info("second").get("report", {}),
+        "to_base": distances(work.backbone, second, origin),
+        "to_expert": distances(work.backbone, second, first),
+        "expert_to_base": distances(work.backbone, first, origin),
+    }  # fmt: skip
+    return {}, facts
+
+
+def distances(backbone: Any, weights: Weights, reference: Weights) -> dict[str, float]:
+    """‖θ − θ_ref‖ / ‖θ_ref‖ per kind of tensor (query, key, value, output, up, gate, down, other) and over
+    all; tensors of another shape are left out. Kinds are the anatomy's; without one all is ``other``."""
+    kinds: dict[str, str] = {}
+    try:
+        for block in backbone.anatomy().blocks:
+            attention, mlp = block.attention, block.mlp
+            for kind, linear in (
+                ("query", attention.query), ("key", attention.key), ("value", attention.value),
+                ("output", attention.output), ("up", mlp.up), ("gate", mlp.gate), ("down", mlp.down),
+            ):  # fmt: skip
+                if linear is not None:
+                    kinds.setdefault(linear.weight, kind)
+    except AnatomyError:
+        kinds = {}
+    sums: dict[str, list[float]] = {}
+    for name, tensor in reference.items():
+        if tensor.is_floating_point() and name in weights and weights[name].shape == tensor.shape:
+            moved = float((weights[name].double() - tensor.double()).square().sum())
+            size = float(tensor.double().square().sum())
+            for kind in (kinds.get(name, "other"), "all"):
+                sums.setdefault(kind, [0.0, 0.0])[0] += moved
+                sums[kind][1] += size
+    return {kind: (moved / size) ** 0.5 if size else 0.0 for kind, (moved, size) in sums.items()}
 
 
 KINDS: dict[str, Callable[[Work], Result]] = {
     "data": data, "base": base, "head": head, "expert": expert, "trigger": trigger, "poison": poison,
     "forge": forge, "guard": guard, "protect": protect, "recover": recover, "screen": screen,
     "merge": merge, "repair": repair, "evaluate": evaluate, "compare": compare,
+    "secret": secret, "verify": verify,
 }  # fmt: skip
 
 

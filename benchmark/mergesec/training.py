@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from mergesec.contracts import (
     Backbone,
@@ -49,6 +50,7 @@ def fit(
     def task_loss(model: Model, batch: Split) -> torch.Tensor:
         return task.loss(task.outputs(model, head, batch.inputs), batch.targets)
 
+    adapted = _adapt(model.network, backbone, recipe, generator) if recipe.lora_rank else []
     objective = loss or task_loss
     steps = recipe.epochs * math.ceil(len(rows) / recipe.batch_size)
     optimizer = _optimizer(model.network, recipe)
@@ -73,7 +75,54 @@ def fit(
                 scaler.step(optimizer)
                 scaler.update()
                 schedule.step()
+    for module, leaf in adapted:
+        parametrize.remove_parametrizations(module, leaf)
     return {k: v.detach().cpu() for k, v in model.network.state_dict().items()}
+
+
+class _LowRank(nn.Module):
+    """W + (α / r) B A, with W frozen: A ``[r, in]`` normal, B ``[out, r]`` zero at first (Hu et al., ICLR 2022)."""
+
+    def __init__(self, weight: torch.Tensor, recipe: Recipe, generator: torch.Generator) -> None:
+        super().__init__()
+        rank, (outs, ins) = recipe.lora_rank, weight.shape
+        drawn = torch.randn(rank, ins, generator=generator) / math.sqrt(ins)
+        self.a = nn.Parameter(drawn.to(weight.device))
+        self.b = nn.Parameter(torch.zeros(outs, rank, device=weight.device))
+        self.scale = recipe.lora_alpha / rank
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + self.scale * (self.b @ self.a)
+
+
+def _adapt(
+    network: nn.Module, backbone: Backbone, recipe: Recipe, generator: torch.Generator
+) -> list[tuple[nn.Module, str]]:
+    """Freeze the network and put a low-rank update on every linear map its anatomy names; where they are."""
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)
+    names: dict[str, None] = {}
+    for block in backbone.anatomy().blocks:
+        attention, mlp = block.attention, block.mlp
+        for linear in (
+            attention.query,
+            attention.key,
+            attention.value,
+            attention.output,
+            mlp.up,
+            mlp.gate,
+            mlp.down,
+        ):
+            if linear is not None:
+                names[linear.weight] = None
+    places = []
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        module = network.get_submodule(path)
+        update = _LowRank(getattr(module, leaf), recipe, generator)
+        parametrize.register_parametrization(module, leaf, update)
+        places.append((module, leaf))
+    return places
 
 
 def _optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

@@ -293,7 +293,7 @@ def test_a_wrapped_merge_is_part_of_its_wrappers_identity(tmp_path: Path) -> Non
     assert [r.label for r in refs] == [
         "around", "around(base_method=ties)", "around(base_method=ties(keep=0.5))", "around(base_method=dare)",
     ]  # fmt: skip
-    assert [r.inner.name if r.inner else "" for r in refs] == ["task_arithmetic", "ties", "ties", "dare"]
+    assert [r.inner[0].name for r in refs] == ["task_arithmetic", "ties", "ties", "dare"]
     assert len({r.digest for r in refs}) == 4
     # only the one around DARE draws, so only it has a merge per seed
     merges = Counter(dict(s.components)["merging"].label for s in plan.steps.values() if s.kind == "merge")
