@@ -131,6 +131,60 @@ CARDS = [
             "max_steps": {"type": "int", "default": 1000, "min": 0, "max": 1000000, "doc": "Adam steps"},
         },
     },
+    {
+        "name": "fusionbench/e_we_moe",
+        "kind": "merging",
+        "class": "EWeMoe",
+        "version": "1",
+        "title": "Efficient weight-ensembling mixture of experts",
+        "paper": "Shen et al., Efficient and effective weight-ensembling mixture of experts, 2024",
+        "url": "https://arxiv.org/abs/2410.21804",
+        "summary": "weight-ensembling experts with one router for all blocks and pruned task vectors",
+        "output": "per_task",
+        "data": "tuning",
+        "modalities": ["image", "text"],
+        "seeded": True,
+        "depends": ["fusion-bench"],
+        "requires": {"fusion_bench": "mergesec[fusionbench]"},
+        "trial": {"max_steps": 3},
+        "parameters": {
+            "router_hidden_layers": {
+                "type": "int",
+                "default": 2,
+                "min": 1,
+                "max": 2,
+                "doc": "layers of the routers",
+            },
+            "init_lambda": {
+                "type": "float",
+                "default": 0.3,
+                "min": 0.0,
+                "max": 10.0,
+                "doc": "scaling coefficient outside the MLPs, and what routers start from",
+            },
+            "tv_prune_ratio": {
+                "type": "float",
+                "default": 0.9,
+                "min": 0.0,
+                "max": 1.0,
+                "doc": "share of each MLP tensor's task vector that is dropped, by magnitude",
+            },
+            "batch_reduce": {
+                "type": "bool",
+                "default": True,
+                "doc": "one routing per batch while adapting; the merged network always routes per sample",
+            },
+            "lr": {"type": "float", "default": 0.0001, "min": 0.0, "max": 10.0, "doc": "Adam's step size"},
+            "batch_size": {
+                "type": "int",
+                "default": 16,
+                "min": 1,
+                "max": 65536,
+                "doc": "inputs per task and step",
+            },
+            "max_steps": {"type": "int", "default": 1000, "min": 0, "max": 1000000, "doc": "Adam steps"},
+        },
+    },
 ]
 
 
@@ -245,6 +299,9 @@ class WeMoe(FusionBenchMerge):
     be handed ``[N, tokens, d]``.
     """
 
+    target = "method.we_moe.we_moe:WeightEnsemblingMoEAlgorithm"
+    fixed: ClassVar[Mapping[str, Any]] = {"optimizer": "adam", "use_grad_accumulate": True}
+
     def run(self, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> Any:
         built = self._adaptation(base, experts, ctx)
         return execute(built, pool(self.networks(base, experts, ctx)), ctx)
@@ -252,15 +309,16 @@ class WeMoe(FusionBenchMerge):
     def _adaptation(self, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> Any:
         """FusionBench's loop with what it leaves to subclasses: the network, the batches, the logits."""
         method, given = self, self.parameters
-        loop = find("method.we_moe.we_moe:WeightEnsemblingMoEAlgorithm")
         streams = {
             place(i): Stream(e.task, ctx.views[e.task], given["batch_size"], ctx)
             for i, e in enumerate(experts)
         }
 
-        class Adaptation(loop):  # type: ignore[misc, valid-type]
+        class Adaptation(find(self.target)):  # type: ignore[misc]
             def construct_moe_model(self) -> nn.Module:
                 return method._upcycled(self.modelpool, base, ctx)
+
+            construct_moe_model_sharedgate = construct_moe_model
 
             def get_shuffled_test_loader_iter(self, task: str) -> Iterator[Any]:
                 return iter([streams[task].inputs(streams[task].draw())])
@@ -274,8 +332,7 @@ class WeMoe(FusionBenchMerge):
             def save_checkpoint(self, model: Any, checkpoint: Any) -> None:
                 raise NotImplementedError
 
-        fixed = {"optimizer": "adam", "use_grad_accumulate": True, "devices": 1}
-        return Adaptation(configuration({**given, **fixed}))
+        return Adaptation(configuration({**self.arguments(ctx)}))
 
     def _upcycled(self, models: Any, base: Weights, ctx: MergeContext) -> nn.Module:
         """Task arithmetic of the pool's networks, with the MLPs in place of which routers choose."""
@@ -288,12 +345,22 @@ class WeMoe(FusionBenchMerge):
                 total = sum(m.get_parameter(name) - parameter for m in members)
                 parameter.add_(total, alpha=self.parameters["init_lambda"])
         network.requires_grad_(False)
+        gate = self._gate(max(layers.values()), len(members))
         for path, width in layers.items():
             experts = [m.get_submodule(path) for m in members]
-            network.set_submodule(path, self._moe(width, own[path], experts, self.parameters["batch_reduce"]))
+            moe = self._moe(width, own[path], experts, self.parameters["batch_reduce"], gate)
+            network.set_submodule(path, moe)
         return network  # type: ignore[no-any-return]
 
-    def _moe(self, width: int, mlp: nn.Module, experts: Sequence[nn.Module], batch_reduce: bool) -> nn.Module:
+    def _gate(self, width: int, count: int) -> nn.Module | None:
+        """The router that all blocks share, if they do."""
+        return None
+
+    def _moe(
+        self, width: int, mlp: nn.Module, experts: Sequence[nn.Module], batch_reduce: bool,
+        gate: nn.Module | None,
+    ) -> nn.Module:  # fmt: skip
+        """FusionBench's module; takes over ``mlp`` and turns ``experts`` into their task vectors."""
         module: nn.Module = find("models.we_moe:WeightEnsemblingMoE")(
             hidden_size=width, base_model=mlp, expert_models=list(experts), batch_first=True,
             init_lambda=self.parameters["init_lambda"], batch_reduce=batch_reduce,
@@ -316,17 +383,46 @@ class WeMoe(FusionBenchMerge):
 
     def network(self, backbone: Backbone, merged: Merged, task: str) -> nn.Module:
         network = load_network(backbone, merged.shared)
+        layers = mlps(backbone, merged.shared)
+        count = 1 + max(
+            int(n.split("|task_vectors.")[1].split(".")[0]) for n in merged.extra if "|task_" in n
+        )
         with sandbox(Context(torch.device("cpu"), 0)):
-            for path, width in mlps(backbone, merged.shared).items():
-                own = {
-                    n.removeprefix(f"{path}|"): t for n, t in merged.extra.items() if n.startswith(f"{path}|")
-                }
+            gate = self._gate(max(layers.values()), count)
+            for path, width in layers.items():
+                start = f"{path}|"
+                own = {n.removeprefix(start): t for n, t in merged.extra.items() if n.startswith(start)}
                 mlp = network.get_submodule(path).requires_grad_(True)
-                count = 1 + max(int(n.split(".")[1]) for n in own if n.startswith("task_vectors."))
-                module = self._moe(width, mlp, [copy.deepcopy(mlp) for _ in range(count)], False)
+                module = self._moe(width, mlp, [copy.deepcopy(mlp) for _ in range(count)], False, gate)
                 module.load_state_dict({**{f"base_model.{n}": t for n, t in mlp.state_dict().items()}, **own})
                 network.set_submodule(path, module)
         return network.eval()
+
+
+class EWeMoe(WeMoe):
+    """Shen et al.: the router is shared by all blocks, the MLPs' task vectors keep their largest entries."""
+
+    target = "method.sparse_we_moe.sparse_we_moe:SparseWeightEnsemblingMoEAlgorithm"
+    fixed: ClassVar[Mapping[str, Any]] = {
+        "optimizer": "adam", "use_grad_accumulate": False, "shared_gate": True, "post_sparse_gate": False,
+    }  # fmt: skip
+
+    def _gate(self, width: int, count: int) -> nn.Module | None:
+        gate: nn.Module = find("models.sparse_we_moe:construct_weight_ensembling_gate")(
+            width, count, init_lambda=self.parameters["init_lambda"],
+            num_hidden_layers=self.parameters["router_hidden_layers"],
+        )  # fmt: skip
+        return gate
+
+    def _moe(
+        self, width: int, mlp: nn.Module, experts: Sequence[nn.Module], batch_reduce: bool,
+        gate: nn.Module | None,
+    ) -> nn.Module:  # fmt: skip
+        module: nn.Module = find("models.sparse_we_moe:SparseWeightEnsemblingMoE_ShardGate")(
+            hidden_size=width, base_model=mlp, expert_models=list(experts), batch_first=True,
+            batch_reduce=batch_reduce, sharedgate=gate, tv_prune_ratio=self.parameters["tv_prune_ratio"],
+        )  # fmt: skip
+        return module
 
 
 def mlps(backbone: Backbone, base: Weights) -> dict[str, int]:
