@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,29 +38,31 @@ def ties_into(
     (the paper's disjoint mean).
     """
     total, mass = out.zero_(), piece.scratch("mass").zero_()
-    agreeing = piece.scratch("agreeing").zero_()
-    surplus = piece.scratch("surplus").zero_()
+    counting = merge_func == "mean"
+    agreeing, surplus = (
+        (piece.scratch(key).zero_() for key in ("agreeing", "surplus")) if counting else (out, out)
+    )
     for index, threshold in enumerate(thresholds):
-        tau = vector(piece, index)
-        trim_(tau, threshold)
+        tau = trim_(vector(piece, index), threshold)
         total.add_(tau)
-        if merge_func == "mean":  # counts: agreeing + opposing and agreeing − opposing
+        if counting:  # agreeing + opposing and agreeing − opposing
             sign = torch.sign(tau, out=piece.scratch("sign"))
             surplus.add_(sign)
             agreeing.add_(sign.abs_())
         mass.add_(tau.abs_())
-    positive = torch.ge(total, 0.0, out=piece.scratch("sign"))
-    up = torch.add(total, mass, out=piece.scratch("tau"))
-    down = total.sub_(mass)
-    select(positive, up, down, out=out).mul_(0.5)
-    if merge_func == "mean":
-        up, down = torch.add(agreeing, surplus, out=piece.scratch("tau")), agreeing.sub_(surplus)
-        out.div_(select(positive, up, down, out=up).mul_(0.5).clamp_(min=1.0))
+    if counting:
+        positive = torch.ge(total, 0.0, out=piece.scratch("sign"))
+        up = torch.add(agreeing, surplus, out=piece.scratch("tau"))
+        down = agreeing.sub_(surplus)
+        count = select(positive, up, down, out=up).mul_(0.5).clamp_(min=1.0)
+    total.add_(mass.copysign_(total)).mul_(0.5)  # 0 counts as positive: a sum that starts at 0 is never −0
+    if counting:
+        total.div_(count)
 
 
 def trim_(vector: Tensor, threshold: float) -> Tensor:
     """``vector`` with entries below ``threshold`` in magnitude set to 0, in place (those equal to it stay)."""
     if threshold <= 0.0:
         return vector
-    below = float(torch.nextafter(torch.tensor(threshold), torch.tensor(-math.inf)))
+    below = float(np.nextafter(np.float32(threshold), np.float32(0.0)))
     return torch.ops.aten.hardshrink.out(vector, below, out=vector)  # type: ignore[no-any-return]

@@ -52,10 +52,10 @@ class MagMax(TensorwiseMerge):
 
     def combine(self, piece: Piece, out: Tensor, facts: Any) -> None:
         """The largest τ is that of the largest weight or of the smallest: two running extremes are enough."""
-        high, low = out.copy_(piece.experts[0]), piece.scratch("low").copy_(piece.experts[0])
+        high = low = piece.experts[0]
         for expert in piece.experts[1:]:
-            torch.maximum(high, expert, out=high)
-            torch.minimum(low, expert, out=low)
+            high = torch.maximum(high, expert, out=out)
+            low = torch.minimum(low, expert, out=piece.scratch("low"))
         # high − θ0 ≥ θ0 − low, each difference exact or rounded alike
         up = torch.sub(high, piece.base, out=piece.scratch("up"))
         down = torch.sub(piece.base, low, out=piece.scratch("down"))
