@@ -49,7 +49,7 @@ def slab(wanted: Sequence[tuple[Sequence[int], torch.dtype]], device: torch.devi
     if device.type != "cpu":
         return [torch.empty(tuple(shape), dtype=dtype, device=device) for shape, dtype in wanted]
     sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in wanted]
-    memory = torch.from_numpy(np.empty(sum(-(-size // 64) * 64 for size in sizes), np.uint8))
+    memory = torch.from_numpy(np.empty(max(sum(-(-size // 64) * 64 for size in sizes), 1), np.uint8))
     cut, start = [], 0
     for (shape, dtype), size in zip(wanted, sizes, strict=True):
         cut.append(memory[start : start + size].view(dtype).view(tuple(shape)))

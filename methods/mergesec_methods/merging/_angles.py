@@ -19,13 +19,15 @@ def inner_products(base: Weights, experts: Sequence[Expert], task_vectors: bool)
     inputs; blocks are summed in float32, the blocks' sums in float64.
     """
     tied, count = owners(base), len(experts)
-    sums: dict[str, dict[int, Tensor]] = {n: {} for n, t in base.items() if mergeable(t) and n not in tied}
+    sums: dict[str, dict[int, Tensor]] = {}
 
     def work() -> Iterator[Span]:
-        for name in sums:
-            yield from spans(
-                name, base[name], [e.weights[name] for e in experts], max(BLOCK // (2 * count), 1)
-            )
+        for name, tensor in base.items():
+            if mergeable(tensor) and name not in tied:
+                sums[name] = {}
+                yield from spans(
+                    name, tensor, [e.weights[name] for e in experts], max(BLOCK // (2 * count), 1)
+                )
 
     def visit(span: Span, workspace: Workspace) -> None:
         piece = span.piece(workspace)
