@@ -40,7 +40,7 @@ class Multitask:
 
 
 def tall_masks(piece: Piece, taus: Tensor, multitask: Tensor, lambdas: Sequence[float]) -> Tensor:
-    """m_t = [|τ_t| ≥ λ_t |τ_MTL − τ_t|] (equation 4), bool ``[T, n]``. ``taus`` ``[T, n]`` is used up."""
+    """m_t = [|τ_t| ≥ λ_t |τ_MTL − τ_t|], bool ``[T, n]``. ``taus`` ``[T, n]`` is used up."""
     rest = torch.sub(multitask, taus, out=rows(piece, "rest")).abs_()
     rest.mul_(torch.tensor(lambdas, device=rest.device)[:, None])
     return greater_equal(taus.abs_(), rest)

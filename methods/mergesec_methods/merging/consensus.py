@@ -86,7 +86,7 @@ CARD = {
 
 
 class Consensus(TensorwiseMerge):
-    """θ = θ0 + λ · [Σ_t m_t ≥ k] ⊙ τ_MTL (section 4.3). The masks are made from τ_MTL before λ."""
+    """θ = θ0 + λ · [Σ_t m_t ≥ k] ⊙ τ_MTL. The masks are made from τ_MTL before λ."""
 
     def __init__(
         self,

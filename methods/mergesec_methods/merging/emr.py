@@ -49,7 +49,7 @@ class Sums:
 
 
 class Emr(MaskedMerge):
-    """θ_t = θ0 + s_t · m_t ⊙ τ (section 3.2, algorithm 1; equal to the released code).
+    """θ_t = θ0 + s_t · m_t ⊙ τ, as in the released code.
 
     Elect: γ = sign Σ_t τ_t (−1 where the sum is 0), τ = γ ⊙ the largest |τ_t| among the τ_t of that
     sign. Mask: m_t = [τ_t ⊙ γ > 0]. Rescale: s_t = Σ|τ_t| / Σ|m_t ⊙ τ|; 1 where nothing of a task is

@@ -36,7 +36,7 @@ CARD = {
 
 
 class ModelSoup(TensorwiseMerge):
-    """The mean of the ingredients' weights (Wortsman et al. 2022, section 2, recipe 1).
+    """The mean of the ingredients' weights (Wortsman et al. 2022, recipe 1).
 
     The paper's ingredients are fine-tuned for one task and scored on it. Here they usually come from
     different tasks, and every score is the mean tuning accuracy over all tasks.

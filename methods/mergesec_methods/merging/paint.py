@@ -54,7 +54,7 @@ CARD = {
 
 
 class Paint(TensorwiseMerge):
-    """θ ← (1 − α) θ + α θ_t (Ilharco et al. 2022, sections 2 and 5).
+    """θ ← (1 − α) θ + α θ_t (Ilharco et al. 2022).
 
     Parallel: one step from θ0 to the mean of the θ_t, that is α/T for each of T tasks. Sequential: a
     step per expert. The paper fine-tunes each next expert from the model patched so far; experts that

@@ -74,7 +74,7 @@ CARD = {
 
 
 class TallMasks(MaskedMerge):
-    """θ_t = θ0 + m_t ⊙ τ_MTL (section 4.2); the shared weights are θ0 + λ τ_MTL."""
+    """θ_t = θ0 + m_t ⊙ τ_MTL; the shared weights are θ0 + λ τ_MTL."""
 
     def __init__(
         self,
