@@ -79,7 +79,7 @@ CARD = {
 
 
 class AdaMerging(MergeMethod):
-    """θ^l = θ0^l + Σ_i λ_i^l τ_i^l, λ by Adam on Σ_t H(f_θ(x_t)) over unlabelled batches (sections 3.2–3.3)."""
+    """θ^l = θ0^l + Σ_i λ_i^l τ_i^l, λ by Adam on Σ_t H(f_θ(x_t)) over unlabelled batches."""
 
     def __init__(
         self,

@@ -70,7 +70,7 @@ DOWN, UP = "down", "up"
 
 
 class SurgeryAdapter(nn.Module):
-    """z ↦ z − W_up ReLU(W_down z) for features z ``[N, d]`` (section 4.2)."""
+    """z ↦ z − W_up ReLU(W_down z) for features z ``[N, d]``."""
 
     def __init__(self, down: Tensor, up: Tensor) -> None:
         super().__init__()
