@@ -224,7 +224,7 @@ def _look(chunks: Chunks, searches: Sequence[Sequence[_Search]], vector: Vector)
                 magnitudes, dropped = vector(piece, index).abs_(), 0
                 own[0].look(magnitudes, 0)
                 if len(own) > 1:  # where the first bracket is high, little is left for the others
-                    left = _beyond(magnitudes, own[0]) if 2 * own[0].rank > own[0].size else magnitudes
+                    left = _beyond(magnitudes, own[0]) if 20 * own[0].rank > 19 * own[0].size else magnitudes
                     dropped = magnitudes.numel() - left.numel()
                     for search in own[1:]:
                         search.look(left, dropped)
