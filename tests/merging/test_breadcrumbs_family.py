@@ -434,7 +434,7 @@ def brute_force_released(taus: torch.Tensor, keep: float, clip: float) -> torch.
 
 
 def brute_force_paper(taus: torch.Tensor, keep: float) -> torch.Tensor:
-    """Equations of section 3.2 with norm = scaling to [0, 1]."""
+    """The paper's equations with norm = scaling to [0, 1]."""
     count, size = taus.shape
     intra = (count * spread(taus * taus)).softmax(1)
     inter = torch.stack([spread(tau * taus).softmax(1).sum(0) for tau in taus])

@@ -72,7 +72,7 @@ SAMPLE = 1 << 13
 
 
 class Breadcrumbs(TensorwiseMerge):
-    """θ = θ0 + λ Σ_i m_i ⊙ τ_i; m_i is 0 for the largest and the smallest |τ_i| of each layer (section 3).
+    """θ = θ0 + λ Σ_i m_i ⊙ τ_i; m_i is 0 for the largest and the smallest |τ_i| of each layer.
 
     Of n entries ⌊outliers·n⌋ are dropped at the top, then ⌊keep·n⌋ kept (more where magnitudes tie).
     Scalars are kept, as in the authors' code.

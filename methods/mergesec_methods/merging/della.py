@@ -70,7 +70,7 @@ CARD = {
 
 @dataclass(frozen=True)
 class MagPrune:
-    """The pruned task vectors of one tensor seen as rows of ``columns`` entries (section 3, "Drop").
+    """The pruned task vectors of one tensor seen as rows of ``columns`` entries.
 
     With ranks r = 0 … n−1 by ascending magnitude, p_r = p + ε/2 − ε r/(n−1); what survives is divided
     by 1 − p_r. Equal magnitudes rank by column. The uniform numbers of a block of rows are drawn on

@@ -38,7 +38,7 @@ SINGULAR = 1e-6
 
 
 class ModelStock(TensorwiseMerge):
-    """θ = t · mean θ_i + (1 − t) θ0 with t = N cos φ / (1 + (N − 1) cos φ), per tensor (section 4).
+    """θ = t · mean θ_i + (1 − t) θ0 with t = N cos φ / (1 + (N − 1) cos φ), per tensor.
 
     cos φ is the mean of the cosines between all pairs of task vectors (the authors' answer for N > 2;
     FusionBench averages the angles instead). A pair with a zero task vector counts as cosine 0, so
