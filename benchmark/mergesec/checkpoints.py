@@ -26,7 +26,7 @@ from torch import Tensor
 from mergesec.contracts import Backbone, ContractError, Expert, MergeContext, TaskView
 from mergesec.errors import UsageError
 from mergesec.files import Full, check_writable
-from mergesec.tensorwise import TensorwiseMerge
+from mergesec.tensorwise import BLOCK, TensorwiseMerge
 from mergesec.weights import check_same_layout, mergeable
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -340,8 +340,13 @@ def _no_room(error: BaseException) -> BaseException:
 
 
 def _finite(tensor: Tensor) -> bool:
-    total = tensor.sum(dtype=torch.float32) if tensor.dtype.itemsize > 1 else tensor.float().sum()
-    return math.isfinite(float(total)) or bool(torch.isfinite(tensor).all())  # sums may overflow
+    """Whether no entry is NaN or infinite, a block at a time; a sum tells, unless it overflows."""
+    flat = tensor.reshape(-1)
+    for start in range(0, len(flat), BLOCK):
+        part = flat[start : start + BLOCK].float()
+        if not math.isfinite(float(part.sum())) and not bool(torch.isfinite(part).all()):
+            return False
+    return True
 
 
 # --------------------------------------------------------------------------- merging
@@ -447,6 +452,7 @@ def merge_files(
         for name, tensor in method.stream(base, members, context(method.name, seed)):
             writer.put(name, tensor)
             done += base.places[name].size
+            del tensor  # before the next one is made
             report(name, done)
         files = writer.commit()
     for path in stale:

@@ -19,7 +19,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import islice
 from typing import Any, ClassVar
 
 import numpy as np
@@ -136,19 +136,25 @@ def sweep(
     each keeps them busier than the pieces of a block. ``visit`` may write only to what is its span's.
     """
     source = iter(work)
-    first = next(source, None)
-    if first is None:
+    start = list(islice(source, 2))
+    if not start:
         return
-    device = device or first.base.device
-    second = next(source, None)
-    rest = chain([first] if second is None else [first, second], source)
-    threads = torch.get_num_threads() if device.type == "cpu" and second is not None else 1
+    device = device or start[0].base.device
+    threads = torch.get_num_threads() if device.type == "cpu" and len(start) > 1 else 1
+    rest = _drained(start, source)
     if threads == 1:
         workspace = Workspace(device)
         for span in rest:
             visit(span, workspace)
-        return
-    _sweep_threads(rest, visit, device, threads)
+    else:
+        _sweep_threads(rest, visit, device, threads)
+
+
+def _drained(start: list[Span], source: Iterator[Span]) -> Iterator[Span]:
+    """``start``, then ``source``; nothing is held on to, as spans keep tensors mapped from files."""
+    while start:
+        yield start.pop(0)
+    yield from source
 
 
 def _sweep_threads(
