@@ -63,8 +63,8 @@ CARDS = [
                 "type": "float",
                 "default": 30.0,
                 "min": 0.0,
-                "max": 100.0,
-                "doc": "per cent of the entries kept by magnitude (up to 1: a share)",
+                "max": 99.9,
+                "doc": "per cent of the entries kept by magnitude (up to 1: a share; FusionBench cannot keep all)",
             },
             "lamda": {
                 "type": "float",
@@ -248,8 +248,8 @@ CARDS = [
                 "type": "float",
                 "default": 20.0,
                 "min": 0.0,
-                "max": 100.0,
-                "doc": "per cent of the entries kept by trimming (up to 1: a share)",
+                "max": 99.9,
+                "doc": "per cent of the entries kept by trimming (up to 1: a share; FusionBench cannot keep all)",
             },
             "merge_func": {
                 "type": "choice",

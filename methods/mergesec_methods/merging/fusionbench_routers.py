@@ -72,11 +72,6 @@ CARDS = [
                 "max": 65536,
                 "doc": "experts a token is sent to; all where there are fewer",
             },
-            "routing_use_diff": {
-                "type": "bool",
-                "default": True,
-                "doc": "route by the task vectors' singular vectors, not by the experts' own",
-            },
             "average_experts": {
                 "type": "bool",
                 "default": False,
@@ -192,9 +187,9 @@ CARDS = [
 
 
 class RoutedLinear(nn.Module):
-    """SMILE's layer: y = W0 x + b0 + Σ_i p_i (U_i S_iV_iᵀ x + Δb_i), p from r_i = ‖V_iᵀ x‖ (Tang et al., eq. 10-12).
+    """SMILE's layer: y = W0 x + b0 + Σ_i p_i (U_i S_iV_iᵀ x + Δb_i), p from r_i = ‖V_iᵀ x‖ (Tang et al.).
 
-    ``gate`` ``[T·g, in]``, ``u`` ``[T, out, k]``, ``svh`` ``[T, k, in]``, ``bias`` ``[T, out]`` or None. The
+    ``gate`` ``[T·g, in]``, ``u`` ``[T, out, k]``, ``svh`` ``[T, k, in]``, ``offset`` ``[T, out]`` or None. The
     ``top_k`` experts with the largest softmax(r) share the weight 1; with one expert it is sent everything.
     """
 
