@@ -605,6 +605,17 @@ def test_regmean_plusplus_solves_the_regression_of_each_linear_map(world: World)
     same(found, {n: t for n, t in mean.items() if not n.startswith("blocks") or n.endswith("bias")})
 
 
+@pytest.mark.fusionbench
+def test_regmean_plusplus_is_what_the_catalogue_s_own_computes(world: World) -> None:
+    """On the same rows: all there are."""
+    backbone, base, members = world
+    entry = CATALOG.get("merging", "regmean_plusplus")
+    own = entry.create(entry.card.bind("test", {"num_examples": 64, "alpha": 0.95}))
+    wanted = own.merge(base, members, context(backbone)).shared
+    found = method("regmean_plusplus", num_regmean_examples=64).merge(base, members, context(backbone)).shared
+    same(found, dict(wanted), 1e-4)
+
+
 # --------------------------------------------------------------------------- networks with routers
 
 
