@@ -189,6 +189,8 @@ def test_singular_systems_stay_near_the_average_where_nothing_is_known() -> None
     mean = torch.stack(weights).mean(0)
     assert ridge > 0
     torch.testing.assert_close(found[:, 5], mean[:, 5])
+    # nothing tells the two equal features apart, so their difference is the average's
+    torch.testing.assert_close(found[:, 0] - found[:, 1], mean[:, 0] - mean[:, 1], rtol=0, atol=0.05)
     assert float(found.abs().max()) < 3 * float(torch.stack(weights).abs().max())
     best = squared_error(inputs, weights, least_squares(inputs, weights).float())
     assert squared_error(inputs, weights, found) < best + 0.01 * (squared_error(inputs, weights, mean) - best)
@@ -224,7 +226,7 @@ def test_regmean_of_one_linear_layer_is_least_squares_on_its_inputs() -> None:
 
 
 class Attending(nn.Module):
-    """Packed self-attention, then packed cross-attention of the features to the raw tokens."""
+    """Packed self-attention, then packed attention that takes its values from elsewhere."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -232,11 +234,12 @@ class Attending(nn.Module):
         self.cross = nn.MultiheadAttention(8, 2, batch_first=True)
         self.last = nn.Linear(8, 4)
         self.never = nn.Linear(8, 8)
+        self.register_buffer("scale", torch.ones(4))
 
     def forward(self, tokens: Tensor) -> Tensor:
         own, _ = self.own(tokens, tokens, tokens, need_weights=False)
-        cross, _ = self.cross(own, key=tokens, value=tokens)
-        out: Tensor = self.last(cross).mean(1)
+        cross, _ = self.cross(own, key=own, value=tokens)
+        out: Tensor = self.last(cross).mean(1) * self.scale
         return out
 
 
@@ -368,15 +371,34 @@ def test_certain_experts_have_no_fisher_information_and_are_averaged() -> None:
     torch.testing.assert_close(merged["0.bias"], torch.tensor([5e3, 5e3, 0, 0]))
 
 
-def test_a_certain_expert_keeps_its_floor_beside_an_uncertain_one() -> None:
+def test_buffers_and_unused_parameters_are_averaged_and_named() -> None:
+    """Beside tensors that are not: the norms of the two Fisher informations differ, so a floor would show."""
+    backbone = Plain(Attending)
+    base = backbone.base_weights()
+    inputs = {"a": draw(1, 12, 5, 8), "b": 3 * draw(2, 12, 5, 8)}
+    members = [
+        Expert(t, {n: w + 0.3 * draw(i, *w.shape) for n, w in base.items()}) for i, t in enumerate(inputs)
+    ]
+    merged = fisher().merge(base, members, plain_context(backbone, inputs))
+    assert merged.info["averaged"] == ["scale", "never.weight", "never.bias"]
+    for name, value in merged.shared.items():
+        mean = torch.stack([e.weights[name] for e in members]).mean(0)
+        assert torch.allclose(value, mean, atol=1e-6) == (name in merged.info["averaged"])
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_a_certain_expert_keeps_its_floor_beside_an_uncertain_one(normalise: bool) -> None:
     backbone = Plain(linear)
     base = {n: 0 * t for n, t in backbone.base_weights().items()}
     sure = {**base, "0.bias": torch.tensor([1e4, 0, 0, 0])}
     rows = draw(1, 20, 6)
     ctx = plain_context(backbone, {"a": rows, "b": rows})
-    merged = fisher(normalise=False, minimal=0.01).merge(base, [Expert("a", sure), Expert("b", base)], ctx)
+    method = fisher(normalise=normalise, minimal=0.01)
+    merged = method.merge(base, [Expert("a", sure), Expert("b", base)], ctx)
     known = 0.25 * 0.75  # p (1 − p) of the expert that finds all four classes equally likely
-    wanted = torch.tensor([1e4 * 0.01 / (0.02 + known), 0, 0, 0])
+    norm = 2 * known * float(1 + rows.square().mean(0).square().sum()) ** 0.5  # over four biases, four rows
+    floor, other = (1.0, (known + 0.01) / (norm + 0.01)) if normalise else (0.01, known + 0.01)
+    wanted = torch.tensor([1e4 * floor / (floor + other), 0, 0, 0])
     torch.testing.assert_close(merged.shared["0.bias"], wanted)
 
 
