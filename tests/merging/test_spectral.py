@@ -275,6 +275,25 @@ def test_tsv_m_leaves_matrices_smaller_than_the_number_of_tasks() -> None:
     assert not on_matrices(METHODS["tsv_m"](1.0), [randn(i, 2, 30) for i in range(3)]).any()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_identical_experts(shape: tuple[int, int]) -> None:
+    """Iso-C flattens T·τ; TSV-M gives τ's leading 1/T; WUDI's minimum is τ itself."""
+    tau = randn(4, *shape)
+    left, sigma, right = torch.linalg.svd(tau.double(), full_matrices=False)
+    kept = min(shape) // 3
+    close(on_matrices(METHODS["iso_c"](1.0), [tau] * 3), 3 * sigma.mean() * left @ right)
+    wanted = (left[:, :kept] * sigma[:kept]) @ right[:kept]
+    close(on_matrices(METHODS["tsv_m"](1.0), [tau] * 3), wanted, 5e-5)
+    close(on_matrices(METHODS["wudi_exact"](1.0), [tau] * 3), tau, 1e-4)
+
+
+def test_opposite_experts_cancel() -> None:
+    """The sum has no direction to share, and the tasks' own ones cancel as well."""
+    tau = randn(6, 20, 30)
+    for name in ("iso_c", "iso_cts", "tsv_m"):
+        assert float(on_matrices(METHODS[name](1.0), [tau, -tau]).abs().max()) < 1e-5
+
+
 # --------------------------------------------------------------------------- WUDI
 
 

@@ -46,7 +46,7 @@ CARD = {
 
 
 class IsoC(MatrixMerge):
-    """τ* = σ̄ UVᵀ for matrices, with Σ τ_i = U diag(σ) Vᵀ and σ̄ = Σσ / min(m, n) (section 4.1); else mean τ_i.
+    """τ* = σ̄ UVᵀ for matrices, with Σ τ_i = U diag(σ) Vᵀ and σ̄ = Σσ / min(m, n) (section 4); else mean τ_i.
 
     Null singular values of the sum stay null, where an SVD would fill in arbitrary directions.
     """

@@ -65,7 +65,7 @@ def share_out(size: int, tasks: int, fraction: float) -> tuple[int, int]:
 
 
 class IsoCTS(MatrixMerge):
-    """τ* = σ̄ U* V*ᵀ for matrices (section 4.2, algorithm 1); mean τ_i for the rest.
+    """τ* = σ̄ U* V*ᵀ for matrices (section 4 and the authors' code); mean τ_i for the rest.
 
     [U, U_1 … U_T] are the common left vectors (leading ones of Σ τ_i) beside each task's: the leading
     ones of τ_i with the common space projected out, (I − UUᵀ) τ_i. V alike. U* and V* are their polar

@@ -46,7 +46,7 @@ CARD = {
 
 
 class TsvM(MatrixMerge):
-    """τ* = P_U diag(s) P_Vᵀ for matrices (section 4.3, algorithm 1); mean τ_i for the rest.
+    """τ* = P_U diag(s) P_Vᵀ for matrices (TSV-Merge; the authors' code); mean τ_i for the rest.
 
     [U_1 … U_T], s and [V_1 … V_T] are the ⌊min(m, n) / T⌋ leading triplets of every τ_i; P_U and P_V are
     the polar factors, the nearest matrices with orthonormal columns. A matrix with fewer rows or

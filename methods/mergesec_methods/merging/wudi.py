@@ -62,9 +62,12 @@ CARD = {
     },
 }
 
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+"""Adam's usual ones. Written out: importing torch.optim costs more than merging a small network."""
+
 
 class Wudi(MatrixMerge):
-    """τ* starts at Σ τ_i and descends on Σ_i ‖(τ* − τ_i) τ_iᵀ‖² / ‖τ_i‖² (section 3.3), matrix by matrix.
+    """τ* starts at Σ τ_i and descends on Σ_i ‖(τ* − τ_i) τ_iᵀ‖² / ‖τ_i‖² (Frobenius), matrix by matrix.
 
     The objective is quadratic: with G = Σ τ_iᵀτ_i / ‖τ_i‖² and B = Σ τ_i τ_iᵀτ_i / ‖τ_i‖² its gradient is
     2 (τ* G − B), one product instead of 2T. Task matrices that are zero ask for nothing.
@@ -89,10 +92,11 @@ class Wudi(MatrixMerge):
         self.exclude = exclude
 
     def matrix(self, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
-        start, goal = torch.zeros_like(base), torch.zeros_like(base)
-        metric = base.new_zeros(base.shape[1], base.shape[1])
+        exact = self.solver == "exact"
+        start = torch.zeros_like(base, dtype=torch.float64 if exact else torch.float32)
+        goal, metric = torch.zeros_like(start), start.new_zeros(base.shape[1], base.shape[1])
         for expert in experts:
-            tau = expert - base
+            tau = (expert - base).to(start.dtype)
             energy = float(torch.linalg.vector_norm(tau, dtype=torch.float64)) ** 2
             if not math.isfinite(energy):
                 raise ArithmeticError(NOT_FINITE)
@@ -101,28 +105,29 @@ class Wudi(MatrixMerge):
                 own = gram(tau).div_(energy)
                 metric += own
                 goal.addmm_(tau, own)
-        solve = self._descend if self.solver == "adam" else self._minimum
-        return solve(start, metric, goal)
+        return (self._minimum if exact else self._descend)(start, metric, goal).float()
 
-    def _descend(self, start: Tensor, metric: Tensor, goal: Tensor) -> Tensor:
-        optimizer = torch.optim.Adam([start], lr=self.learning_rate, fused=True)
-        start.grad = torch.empty_like(start)
-        for _ in range(self.iterations):
-            torch.addmm(goal, start, metric, beta=-2.0, alpha=2.0, out=start.grad)
-            optimizer.step()
-        start.grad = None
-        return start
+    def _descend(self, point: Tensor, metric: Tensor, goal: Tensor) -> Tensor:
+        """Adam (Kingma & Ba 2015, algorithm 1) from ``point``, which is overwritten."""
+        gradient, scratch = torch.empty_like(point), torch.empty_like(point)
+        mean, square = torch.zeros_like(point), torch.zeros_like(point)
+        for step in range(1, self.iterations + 1):
+            torch.addmm(goal, point, metric, beta=-2.0, alpha=2.0, out=gradient)
+            mean.lerp_(gradient, 1.0 - BETA1)
+            square.mul_(BETA2).addcmul_(gradient, gradient, value=1.0 - BETA2)
+            torch.sqrt(square, out=scratch).div_((1.0 - BETA2**step) ** 0.5).add_(EPSILON)
+            point.addcdiv_(mean, scratch, value=-self.learning_rate / (1.0 - BETA1**step))
+        return point
 
     @staticmethod
     def _minimum(start: Tensor, metric: Tensor, goal: Tensor) -> Tensor:
         """start + (B − start·G) G⁺: the minimum nearest to the start (G is singular if the rows of all
         task matrices together do not span the space)."""
-        metric, point = metric.double(), start.double()
         values, vectors = eigh(metric, len(metric))
-        kept = values > NULL * values[-1]
+        kept = values > NULL**2 * values[-1]
         values, vectors = values[kept], vectors[:, kept]
-        error = goal.double() - point @ metric
-        return point.addmm_((error @ vectors) / values, vectors.T).float()
+        error = goal - start @ metric
+        return start.addmm_((error @ vectors) / values, vectors.T)
 
     def combine(self, piece: Piece, out: Tensor, facts: Any) -> None:
         if self.others == "base":
