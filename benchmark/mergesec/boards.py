@@ -133,9 +133,12 @@ def protection_boards(records: Sequence[Record], reader: Reader) -> list[Board]:
     rows: list[Row] = []
     merged: dict[int, Estimate] = {}
     recoveries: dict[int, Estimate] = {}
-    key = _group(records, lambda r: (r.defense, r.attack, r.merging, len(r.experts)))
-    for (defense, attack, merging, experts), group in key.items():
+    several = any(r.protected > 1 for r in records)
+    key = _group(records, lambda r: (r.defense, r.attack, r.merging, len(r.experts), r.protected, r.secrets))
+    for (defense, attack, merging, experts, protected, secrets), group in key.items():
         row: Row = {"defense": defense, "attack": attack, "method": merging, "experts": experts}
+        if several:
+            row |= {"protected": protected, "secrets": secrets if protected > 1 else "own"}
         done = _cells(row, group)
         part = {
             name: reader.rate(done, "acc", role, which)
@@ -145,6 +148,7 @@ def protection_boards(records: Sequence[Record], reader: Reader) -> list[Board]:
                 ("MMP+", "protected_merge", "subject"), ("MMP_attacked", "merge", "subject"),
                 ("free_rider-", "clean_merge", "others"), ("free_rider+", "protected_merge", "others"),
                 ("free_rider_attacked", "merge", "others"), ("base", "base", "subject"),
+                ("UMP+_bf16", "published_bf16", "subject"),
             )
         }  # fmt: skip
         # attack none is the protection as it stands: it recovers nothing by definition
@@ -163,7 +167,12 @@ def protection_boards(records: Sequence[Record], reader: Reader) -> list[Board]:
     measures = tuple(part)
     frame = pd.DataFrame(rows)
     detail = Board("protection_cells", "Protection: every defense × attack × method", frame, measures)
-    return [_protection_summary(rows, records, reader, merged, recoveries), detail]
+    boards = [_protection_summary(rows, records, reader, merged, recoveries), detail]
+    return [b for b in (*boards, _distances(records), ownership_board(records, reader)) if b is not None]
+
+
+STANDARD = "aga"
+"""The published attack every protection is held to, shown beside the best known one."""
 
 
 def _protection_summary(
@@ -171,7 +180,7 @@ def _protection_summary(
     merged: Mapping[int, Estimate], recoveries: Mapping[int, Estimate],
 ) -> Board:  # fmt: skip
     summary: list[Row] = []
-    worst_case: list[Estimate] = []
+    contest: list[Estimate] = []
     for (defense,), group in _group(records, lambda r: (r.defense,)).items():
         row: Row = {"defense": defense}
         done = _cells(row, group)
@@ -179,23 +188,99 @@ def _protection_summary(
         published = reader.rate(done, "acc", "published", "subject")
         _put(row, "stand_alone", published)
         _put(row, "stand_alone_loss", before - published)
+        _put(row, "stand_alone_loss_bf16", before - reader.rate(done, "acc", "published_bf16", "subject"))
         _put(row, "MMP-", reader.rate(done, "acc", "clean_merge", "subject"))
         _put(row, "MMP+", reader.rate(done, "acc", "protected_merge", "subject"))
         mine = [i for i, r in enumerate(rows) if r["defense"] == defense and r["cells_done"]]
-        worst, row["worst_by"] = _worst(mine, rows, merged)
-        _put(row, "worst_merged", worst)
+        standard, _ = _worst([i for i in mine if rows[i]["attack"] == STANDARD], rows, recoveries)
+        _put(row, f"recovery_{STANDARD}", standard)
         most, row["recovered_by"] = _worst(mine, rows, recoveries)
         _put(row, "worst_recovery", most)
+        worst, row["worst_by"] = _worst(mine, rows, merged)
+        _put(row, "worst_merged", worst)
         gaps = [r.values["max_abs_dlogit"] for r in done if "max_abs_dlogit" in r.values]
         row["max_abs_dlogit"] = max(gaps) if gaps else math.nan
-        worst_case.append(worst if defense != "none" else nothing())
+        contest.append(most if defense != "none" else nothing())
         summary.append(row)
-    for row, tier in zip(summary, tiers(worst_case, higher_is_better=False), strict=True):
+    for row, tier in zip(summary, tiers(contest, higher_is_better=False), strict=True):
         row["tier"] = tier
-    frame = _sorted(pd.DataFrame(summary), "worst_merged", ascending=True)
-    measures = ("stand_alone", "stand_alone_loss", "MMP-", "MMP+", "worst_merged", "worst_recovery")
-    note = "Sorted by the merged accuracy on the protected task under the strongest attack and method: lower protects better. MMP- and MMP+ are means over a row's own cells: compare rows that were run in the same settings."
+    frame = _sorted(pd.DataFrame(summary), "worst_recovery", ascending=True)
+    measures = (
+        "stand_alone", "stand_alone_loss", "stand_alone_loss_bf16", "MMP-", "MMP+", f"recovery_{STANDARD}",
+        "worst_recovery", "worst_merged",
+    )  # fmt: skip
+    note = (
+        f"Sorted by recovery under the strongest attack and method, lower protects better; recovery_{STANDARD} is the "
+        "standard attack. Recovery is a share of what protecting cost the merge (MMP- minus MMP+): a protection that "
+        "costs it little is weak whatever its recovery; no number where it cost less than one point. MMP- and MMP+ are "
+        "means over a row's own cells: compare rows that were run in the same settings."
+    )
     return Board("protection", "Protection: per defense, worst case", frame, measures, note)
+
+
+KINDS = ("query", "key", "value", "output", "up", "gate", "down", "other", "all")
+
+
+def _distances(records: Sequence[Record]) -> Board | None:
+    """Per defense and attack: how far the weights lie from the base and from the owner's expert, relative to
+    the norm of what they are compared with; condition numbers; largest differences of logits."""
+    rows: list[Row] = []
+    done = [r for r in records if r.status == "done" and r.defense != "none"]
+    for (defense, attack), group in _group(done, lambda r: (r.defense, r.attack)).items():
+        row: Row = {"defense": defense, "attack": attack}
+        suffix = "" if attack == "none" else "_recovered"
+        for which in ("to_expert", "to_base"):
+            for kind in KINDS:
+                found = [
+                    r.values[f"distance{suffix}/{which}/{kind}"]
+                    for r in group
+                    if f"distance{suffix}/{which}/{kind}" in r.values
+                ]
+                if found:
+                    row[f"{which}/{kind}"] = sum(found) / len(found)
+        gaps = [r.values[f"max_abs_dlogit{suffix}"] for r in group if f"max_abs_dlogit{suffix}" in r.values]
+        row["max_abs_dlogit"] = max(gaps) if gaps else math.nan
+        conditions = [float(c) for r in group if (c := _reported(r, "condition")) is not None]
+        row["condition"] = max(conditions) if conditions else math.nan
+        rows.append(row)
+    if not any(f"to_base/{kind}" in row for row in rows for kind in KINDS):
+        return None
+    note = "Attack none is the published expert, others what the attack made of it. to_x = ‖θ − x‖ / ‖x‖, means over cells; condition and max_abs_dlogit are maxima."
+    return Board("protection_distances", "Protection: distances", pd.DataFrame(rows), (), note)
+
+
+def _reported(record: Record, name: str) -> Any:
+    return record.facts.get("protection", {}).get(name)
+
+
+SUSPECTS = ("published", "recovered", "protected_merge", "merge", "clean_merge", "expert", "base")
+
+
+def ownership_board(records: Sequence[Record], reader: Reader) -> Board | None:
+    """Per mark × attack × method: share of queries or bits that answer, and share of cells that verify, on
+    each suspect. ``clean_merge``, ``expert`` and ``base`` were never marked: what verifies there is a false alarm."""
+    records = [r for r in records if any(name.startswith("mark/") for name in r.counts)]
+    if not records:
+        return None
+    rows: list[Row] = []
+    groups = _group(records, lambda r: (r.defense, r.attack, r.merging, len(r.experts)))
+    for (defense, attack, merging, experts), group in groups.items():
+        row: Row = {"defense": defense, "attack": attack, "method": merging, "experts": experts}
+        done = _cells(row, group)
+        for suspect in SUSPECTS:
+            found = [r.values[f"detected/{suspect}"] for r in done if f"detected/{suspect}" in r.values]
+            row[f"verified/{suspect}"] = sum(found) / len(found) if found else math.nan
+        for suspect in SUSPECTS:
+            _put(row, f"mark/{suspect}", reader.rate(done, "mark", suspect, "subject"))
+        _put(
+            row,
+            "stand_alone_loss",
+            reader.rate(done, "acc", "expert", "subject") - reader.rate(done, "acc", "published", "subject"),
+        )
+        rows.append(row)
+    measures = (*(f"mark/{s}" for s in SUSPECTS), "stand_alone_loss")
+    note = "verified = share of cells in which the owner's test says yes; merge is after the free-rider's attack. clean_merge, expert and base bear no mark."
+    return Board("ownership", "Ownership: marks after merging", pd.DataFrame(rows), measures, note)
 
 
 def _worst(mine: Sequence[int], rows: Sequence[Row], of: Mapping[int, Estimate]) -> tuple[Estimate, str]:
@@ -317,14 +402,19 @@ def make_boards(records: Sequence[Record]) -> list[Board]:
 
 
 _SHOWN: dict[str, tuple[str, ...]] = {
-    "protection": ("defense", "stand_alone_loss", "MMP-", "MMP+", "worst_merged", "worst_by",
-                   "worst_recovery", "recovered_by", "max_abs_dlogit"),
-    "protection_cells": ("defense", "attack", "method", "experts", "UMP-", "UMP+", "MMP-", "MMP+",
-                         "MMP_attacked", "free_rider+", "recovery"),
+    "protection": ("defense", "stand_alone_loss", "MMP-", "MMP+", f"recovery_{STANDARD}", "worst_recovery",
+                   "recovered_by", "worst_merged", "max_abs_dlogit"),
+    "protection_cells": ("defense", "attack", "method", "experts", "protected", "secrets", "UMP-", "UMP+",
+                         "UMP_attacked", "MMP-", "MMP+", "MMP_attacked", "free_rider+", "recovery"),
+    "protection_distances": ("defense", "attack", "to_expert/all", "to_base/all", "to_base/query",
+                             "to_base/value", "to_base/up", "condition", "max_abs_dlogit"),
+    "ownership": ("defense", "attack", "method", "experts", "verified/published", "verified/protected_merge",
+                  "verified/merge", "verified/clean_merge", "mark/published", "mark/protected_merge",
+                  "mark/merge", "mark/clean_merge", "stand_alone_loss"),
     "backdoor": ("attack", "method", "defense", "experts", "CA", "BA", "ASR_alone", "succession",
                  "succession_clean_merge", "succession_base", "transfer", "transfer_clean_merge"),
 }  # fmt: skip
-_PLAIN = ("max_abs_dlogit", "seconds", "peak_mb", "DER")
+_PLAIN = ("max_abs_dlogit", "seconds", "peak_mb", "DER", "condition")
 
 
 def display(board: Board) -> tuple[list[str], list[list[str]]]:
@@ -355,7 +445,7 @@ def _text(row: Any, column: str, measures: Sequence[str]) -> str:
         return value
     if value is None or pd.isna(value):
         return "–"
-    if column in _PLAIN:
+    if column in _PLAIN or column.startswith("to_"):
         return f"{value:.3g}"
     if column in measures:
         low, high = row[f"{column}_low"], row[f"{column}_high"]
