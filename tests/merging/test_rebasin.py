@@ -287,6 +287,30 @@ def units(count: int, seed: int, features: int = 150) -> torch.Tensor:
     return (rows + 0.5) * torch.linspace(0.1, 3.0, count, dtype=torch.float64)[:, None]
 
 
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("drift", [0.01, 1.0, 30.0])
+def test_eased_assignment_of_many_units_is_scipys(drift: float, maximize: bool) -> None:
+    anchor = units(FEW + 50, 0)
+    noise = torch.randn(anchor.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    scores = (anchor + drift * noise) @ anchor.T
+    wanted = assign(scores, maximize=maximize)
+    assert torch.equal(best_order(scores, maximize=maximize), wanted)
+
+
+def test_eased_assignment_copes_with_ties_and_refuses_nan() -> None:
+    size = FEW + 10
+    for scores in (torch.zeros(size, size), torch.eye(size), (torch.arange(size) % 7).expand(size, size)):
+        order = best_order(scores.double(), maximize=False)
+        assert sorted(order.tolist()) == list(range(size))
+        assert float(scores[order, torch.arange(size)].sum()) == float(
+            scores[assign(scores.double(), maximize=False), torch.arange(size)].sum()
+        )
+    broken = torch.randn(size, size, dtype=torch.float64)
+    broken[3, 4] = torch.nan
+    with pytest.raises(ValueError, match="invalid"):
+        best_order(broken, maximize=True)
+
+
 @pytest.mark.parametrize("drift", [0.0, 0.01, 0.1, 1.0, 3.0])
 @pytest.mark.parametrize("permuted", [False, True])
 def test_the_shortcut_gives_what_the_assignment_gives(drift: float, permuted: bool) -> None:
