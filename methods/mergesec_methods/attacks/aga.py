@@ -12,6 +12,7 @@ is an anchor for the unknown transform. In this order:
 
 Source: "On the Vulnerability of Parameter-Level Defenses to Model Merging", ECCV 2026; written from the
 formulas. One head at a time matters: on whole matrices least squares returns the base itself.
+``aga_anchored`` puts other weights in the base's place; that is this benchmark's variation.
 """
 
 from __future__ import annotations
@@ -23,49 +24,84 @@ from torch.nn.functional import normalize
 from mergesec.anatomy import Attention
 from mergesec.contracts import Attack, RecoverContext, Weights
 from mergesec.surgery import assign, change_heads, head_columns, head_rows, read, reorder_hidden
+from mergesec_methods.attacks._anchors import anchor_weights
 
-CARD = {
-    "name": "aga",
-    "kind": "attack",
-    "class": "Aga",
-    "version": "1",
-    "title": "AGA",
-    "paper": "On the Vulnerability of Parameter-Level Defenses to Model Merging, ECCV 2026",
-    "url": "https://arxiv.org/abs/2606.30360",
-    "summary": "anchored least squares per attention head and Hungarian matching of the MLP against the base",
-    "threat": "protection",
-    "hooks": ["recover"],
-    "knowledge": "the published expert and the public base",
-    "data": "none",
-    "modalities": ["image", "text"],
-    "seeded": False,
-    "parameters": {
-        "ridge": {
-            "type": "float",
-            "default": 1e-8,
-            "min": 1e-16,
-            "max": 1.0,
-            "doc": "ridge term ρ of the least squares",
+CARDS = [
+    {
+        "name": "aga",
+        "kind": "attack",
+        "class": "Aga",
+        "version": "1",
+        "title": "AGA",
+        "paper": "On the Vulnerability of Parameter-Level Defenses to Model Merging, ECCV 2026",
+        "url": "https://arxiv.org/abs/2606.30360",
+        "summary": "anchored least squares per attention head and Hungarian matching of the MLP against the base",
+        "threat": "protection",
+        "hooks": ["recover"],
+        "knowledge": "the published expert and the public base",
+        "data": "none",
+        "modalities": ["image", "text"],
+        "seeded": False,
+        "parameters": {
+            "ridge": {
+                "type": "float",
+                "default": 1e-8,
+                "min": 1e-16,
+                "max": 1.0,
+                "doc": "ridge term ρ of the least squares",
+            },
         },
     },
-}
+    {
+        "name": "aga_anchored",
+        "kind": "attack",
+        "class": "Aga",
+        "version": "1",
+        "title": "AGA to other experts",
+        "paper": "On the Vulnerability of Parameter-Level Defenses to Model Merging, ECCV 2026",
+        "url": "https://arxiv.org/abs/2606.30360",
+        "summary": "AGA against the free-rider's own experts instead of the base",
+        "threat": "protection",
+        "hooks": ["recover"],
+        "knowledge": "the published expert and the free-rider's own experts; the base is not used",
+        "data": "tuning",
+        "modalities": ["image", "text"],
+        "seeded": False,
+        "parameters": {
+            "ridge": {
+                "type": "float",
+                "default": 1e-8,
+                "min": 1e-16,
+                "max": 1.0,
+                "doc": "ridge term ρ of the least squares",
+            },
+            "anchor": {
+                "type": "choice",
+                "default": "merge",
+                "choices": ["own", "merge"],
+                "doc": "the free-rider's first expert, or the mean of all his experts",
+            },
+        },
+    },
+]
 
 
 class Aga(Attack):
-    """The attack of the card above."""
+    """The attack of the cards above."""
 
-    def __init__(self, ridge: float = 1e-8) -> None:
-        self.ridge = ridge
+    def __init__(self, ridge: float = 1e-8, anchor: str = "base") -> None:
+        self.ridge, self.anchor = ridge, anchor
 
     def recover(self, published: Weights, ctx: RecoverContext) -> dict[str, Tensor]:
-        """``published`` aligned to the base: attention first, MLP second."""
+        """``published`` aligned to the anchor: attention first, MLP second."""
+        reference = anchor_weights(self.anchor, ctx.base, ctx.own)
         recovered = dict(published)
         blocks = ctx.backbone.anatomy().blocks
         for block in blocks:
-            recovered = self._align_heads(recovered, ctx.base, block.attention)
+            recovered = self._align_heads(recovered, reference, block.attention)
         for block in blocks:
             rows = normalize(read(recovered, block.mlp.up)[0], dim=1)
-            anchors = normalize(read(ctx.base, block.mlp.up)[0], dim=1)
+            anchors = normalize(read(reference, block.mlp.up)[0], dim=1)
             order = assign(rows @ anchors.T, maximize=True)
             recovered = reorder_hidden(recovered, block.mlp, order)
         return recovered

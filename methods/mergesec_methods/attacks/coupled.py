@@ -10,25 +10,28 @@ so least squares, each term divided by its own scale (w = 1 / ‖target‖²), g
 
     (w_k K0 K0ᵀ) T + T (w_q Q' Q'ᵀ) = w_q Q0 Q'ᵀ + w_k K0 K'ᵀ,
 
-solved in float64; likewise S from V' and the columns of O'. The MLP is matched to the anchor by up row,
-up bias (gate row) and down column together (Hungarian). Whatever T, S and the order come out, the
-recovered network computes what the published one does, up to rounding.
+solved in float64; likewise S from V' and the columns of O'. The second wish is measured in published
+coordinates, so an ill-conditioned protection weighs it wrongly and T is off. The equation is therefore
+solved again from where the solution led (``passes``): there T is near I, both wishes are measured in the
+anchor's coordinates, and what comes out no longer depends on the protection. The MLP is matched to the
+anchor by up row, up bias (gate row) and down column together (Hungarian). Whatever T, S and the order
+come out, the recovered network computes what the published one does, up to rounding.
 
 This attack was first described in this benchmark; docs/coupled-realignment.md has derivation, experiment and limits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from mergesec.anatomy import Attention
-from mergesec.contracts import Attack, ContractError, Expert, RecoverContext, Weights
-from mergesec.surgery import assign, change_heads, head_columns, head_rows, hidden_units, reorder_hidden
-from mergesec.weights import mergeable
+from mergesec.contracts import Attack, RecoverContext, Weights
+from mergesec.surgery import assign, change_heads, hidden_units, per_group, reorder_hidden, rotary_matrix
+from mergesec_methods.attacks._anchors import anchor_weights, heads_as_rows
 
 CARDS = [
     {
@@ -37,13 +40,22 @@ CARDS = [
         "class": "Coupled",
         "version": "1",
         "title": "Coupled re-alignment",
-        "summary": "one Sylvester equation per head pair and joint Hungarian matching; keeps the function exactly",
+        "summary": "a Sylvester equation per head pair and joint Hungarian matching; keeps the function exactly",
         "threat": "protection",
         "hooks": ["recover"],
         "knowledge": "the published expert and the public base",
         "data": "none",
         "modalities": ["image", "text"],
         "seeded": False,
+        "parameters": {
+            "passes": {
+                "type": "int",
+                "default": 3,
+                "min": 1,
+                "max": 100,
+                "doc": "how often the equations are solved, each time from where the last solution led",
+            },
+        },
     },
     {
         "name": "coupled_anchored",
@@ -59,6 +71,13 @@ CARDS = [
         "modalities": ["image", "text"],
         "seeded": False,
         "parameters": {
+            "passes": {
+                "type": "int",
+                "default": 3,
+                "min": 1,
+                "max": 100,
+                "doc": "how often the equations are solved, each time from where the last solution led",
+            },
             "anchor": {
                 "type": "choice",
                 "default": "merge",
@@ -69,49 +88,38 @@ CARDS = [
     },
 ]
 
-
-def anchor_weights(anchor: str, base: Weights, own: Sequence[Expert]) -> Weights:
-    """The weights to match against. ContractError if the free-rider has no expert to anchor to."""
-    if anchor == "base":
-        return base
-    if not own:
-        raise ContractError(f"anchor {anchor!r} needs an expert of the free-rider's own")
-    if anchor == "own":
-        return own[0].weights
-    share = 1.0 / len(own)
-    return {
-        n: t + sum(share * (e.weights[n].float() - t.float()) for e in own) if mergeable(t) else t
-        for n, t in base.items()
-    }
+Solver = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Coupled(Attack):
-    """The attack of the card above."""
+    """The attack of the cards above."""
 
-    def __init__(self, anchor: str = "base") -> None:
-        self.anchor = anchor
+    def __init__(self, passes: int = 3, anchor: str = "base") -> None:
+        self.passes, self.anchor = passes, anchor
 
     def recover(self, published: Weights, ctx: RecoverContext) -> dict[str, Tensor]:
         """``published`` in the anchor's coordinates; the same function."""
         reference = anchor_weights(self.anchor, ctx.base, ctx.own)
         recovered = dict(published)
         for block in ctx.backbone.anatomy().blocks:
-            recovered = align_heads(recovered, reference, block.attention)
+            recovered = align_heads(recovered, reference, block.attention, self.passes)
             units = normalize(hidden_units(recovered, block.mlp), dim=1)
             anchors = normalize(hidden_units(reference, block.mlp), dim=1)
             recovered = reorder_hidden(recovered, block.mlp, assign(units @ anchors.T, maximize=True))
         return recovered
 
 
-def align_heads(weights: Weights, reference: Weights, attention: Attention) -> dict[str, Tensor]:
-    """Every head of ``weights`` in the coordinates of ``reference``, by one T and one S per head."""
-    query, key, value = (
-        [_with_bias(*head_rows(w, linear, attention)) for w in (weights, reference)]
-        for linear in (attention.query, attention.key, attention.value)
-    )
-    output = [head_columns(w, attention).mT for w in (weights, reference)]
-    mix_qk = torch.stack([coupled_map(*heads) for heads in zip(*query, *key, strict=True)])
-    mix_vo = torch.stack([coupled_map(*heads) for heads in zip(*value, *output, strict=True)])
+def align_heads(weights: Weights, reference: Weights, attention: Attention, passes: int) -> dict[str, Tensor]:
+    """Every head of ``weights`` in the coordinates of ``reference``, by a T and an S per head (per key and value
+    head where several query heads share one; under rotary positions T is one complex factor per pair)."""
+    heads, anchors = (_shared(heads_as_rows(w, attention), attention) for w in (weights, reference))
+
+    def solved(first: str, second: str, solve: Solver) -> Tensor:
+        pairs = zip(heads[first], anchors[first], heads[second], anchors[second], strict=True)
+        return torch.stack([repeated_map(*pair, passes, solve) for pair in pairs])
+
+    mix_qk = solved("query", "key", rotary_map if attention.rotary else coupled_map)
+    mix_vo = solved("value", "output", coupled_map)
     return change_heads(
         weights,
         attention,
@@ -120,6 +128,44 @@ def align_heads(weights: Weights, reference: Weights, attention: Attention) -> d
         value=mix_vo,
         output=torch.linalg.inv(mix_vo),
     )
+
+
+def _shared(rows: dict[str, Tensor], attention: Attention) -> dict[str, Tensor]:
+    """Rows of query heads that share a matrix side by side: all maps ``[kv_heads, head_dim, n]``."""
+    grouped = {name: per_group(rows[name], attention) for name in ("query", "output")}
+    return {**rows, **grouped}
+
+
+def repeated_map(
+    first: Tensor,
+    first_anchor: Tensor,
+    second: Tensor,
+    second_anchor: Tensor,
+    passes: int,
+    solve: Solver | None = None,
+) -> Tensor:
+    """The product of ``passes`` maps, each found where the ones before it led; shapes as in ``coupled_map``."""
+    total = torch.eye(len(first), dtype=first.dtype)
+    for _ in range(passes):
+        step = (solve or coupled_map)(first, first_anchor, second, second_anchor)
+        first, second = step @ first, torch.linalg.solve(step.mT, second)
+        total = step @ total
+    return total
+
+
+def rotary_map(first: Tensor, first_anchor: Tensor, second: Tensor, second_anchor: Tensor) -> Tensor:
+    """``coupled_map`` among the matrices that commute with rotary positions: one complex factor z per pair.
+
+    With the rows of a pair as one complex row, Tᵀ is z̄ and ``|z̄ b0 − b| = |z b̄0 − b̄|``, so
+    ``z = (w_a Σ a0 ā + w_b Σ b̄ b0) / (w_a Σ |a|² + w_b Σ |b0|²)``.
+    """
+    half = len(first) // 2
+    a, a0, b, b0 = (torch.complex(x[:half], x[half:]) for x in (first, first_anchor, second, second_anchor))
+    w_first = 1.0 / first_anchor.square().sum()
+    w_second = 1.0 / second.square().sum()
+    top = w_first * (a0 * a.conj()).sum(1) + w_second * (b.conj() * b0).sum(1)
+    bottom = w_first * a.abs().square().sum(1) + w_second * b0.abs().square().sum(1)
+    return rotary_matrix(top / bottom)
 
 
 def coupled_map(first: Tensor, first_anchor: Tensor, second: Tensor, second_anchor: Tensor) -> Tensor:
@@ -132,7 +178,3 @@ def coupled_map(first: Tensor, first_anchor: Tensor, second: Tensor, second_anch
     right = w_first * first @ first.T
     target = w_first * first_anchor @ first.T + w_second * second_anchor @ second.T
     return torch.from_numpy(solve_sylvester(left.numpy(), right.numpy(), target.numpy()))
-
-
-def _with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
-    return weight if bias is None else torch.cat([weight, bias[..., None]], dim=-1)
