@@ -5,9 +5,14 @@ model class. Torch-free: only names and sizes.
 
 A layout is listed here only if its blocks carry both symmetries: hidden units of the MLP can be
 reordered, and each attention head's query/key and value/output pairs can be changed by an
-invertible matrix. Rotary positions leave no tensor behind that would tell, so no rotary layout is
-listed; tensors inside an attention or MLP module that the row does not name (query/key norms,
-relative positions, head scales) break a symmetry and are refused.
+invertible matrix. Tensors inside an attention or MLP module that the row does not name (query/key
+norms, relative positions, head scales) break a symmetry and are refused.
+
+Two kinds of attention allow less. Where several query heads share one key and value head (grouped
+heads), they share its matrices. Where queries and keys are rotated by their positions, only what
+commutes with every rotation of the pairs (i, i + head_dim/2) is allowed on them: one complex factor
+per pair; value and output stay general. Rotary positions leave no tensor behind that would tell (nor
+would other pairings, or rotations of part of a head), so whoever asks for the anatomy has to say.
 """
 
 from __future__ import annotations
@@ -39,7 +44,8 @@ class Linear:
 class Attention:
     """One attention layer.
 
-    Head h owns rows ``h·head_dim … (h+1)·head_dim`` of q, k, v and those columns of o.
+    Head h owns rows ``h·head_dim … (h+1)·head_dim`` of q and those columns of o, and of k, v if there are as
+    many of them; else query head h uses key and value head ``h // (heads // kv_heads)``.
     """
 
     query: Linear
@@ -48,6 +54,18 @@ class Attention:
     output: Linear
     heads: int
     head_dim: int
+    kv_heads: int = 0
+    """Key and value heads; 0 becomes ``heads``."""
+    rotary: bool = False
+    """Whether queries and keys are rotated by position, in pairs (i, i + head_dim/2) over the whole head."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
+
+    @property
+    def group(self) -> int:
+        """Query heads per key and value head."""
+        return self.heads // self.kv_heads
 
 
 @dataclass(frozen=True)
@@ -100,13 +118,16 @@ class Layout:
     down: str
     gate: str = ""
     neutral: tuple[str, ...] = ()
+    rotary: bool = False
 
 
-def _row(name: str, layers: str, qkv: str, output: str, mlp: str, neutral: str = "") -> Layout:
+def _row(
+    name: str, layers: str, qkv: str, output: str, mlp: str, neutral: str = "", rotary: bool = False
+) -> Layout:
     """A row from space-separated names; ``mlp`` is ``up down`` or ``up down gate``."""
     query, key, value = qkv.split() if " " in qkv else (qkv, qkv, qkv)
     up, down, gate = [*mlp.split(), ""][:3]
-    return Layout(name, layers, query, key, value, output, up, down, gate, tuple(neutral.split()))
+    return Layout(name, layers, query, key, value, output, up, down, gate, tuple(neutral.split()), rotary)
 
 
 def _attention(prefix: str, names: str) -> str:
@@ -177,20 +198,34 @@ LAYOUTS: tuple[Layout, ...] = (
         "mlp.c_fc.weight mlp.c_proj.weight",
     ),
     _row("timm ViT", "blocks", "attn.qkv.weight", "attn.proj.weight", _FC),
+    _row(
+        "HF Llama, Mistral, Qwen2, Gemma",
+        "layers",
+        _attention("self_attn.", _PROJ),
+        "self_attn.o_proj.weight",
+        "mlp.up_proj.weight mlp.down_proj.weight mlp.gate_proj.weight",
+        neutral="self_attn.rotary_emb.inv_freq",
+        rotary=True,
+    ),
 )
 
 
-def describe(shapes: Shapes, heads: int | Mapping[str, int]) -> Anatomy:
+def describe(shapes: Shapes, heads: int | Mapping[str, int], rotary: bool = False) -> Anatomy:
     """The anatomy of the network whose state dict has these names and shapes.
 
     ``heads`` is the number of attention heads: one number for every block, or, for a network with
-    several towers, a number per name prefix (``{"vision_model.": 12}`` describes that tower only).
+    several towers, a number per name prefix (``{"vision_model.": 12}`` describes that tower only). The
+    number of key and value heads follows from their rows. ``rotary`` says that queries and keys are rotated
+    by position in pairs (i, i + head_dim/2), over whole heads, as Hugging Face's Llama does it; the rows of
+    the table that are rotary fit only then, and the others only without.
 
     Raises AnatomyError if no layout of the table fits, or sizes contradict it.
     """
     blocks: list[Block] = []
     used: list[str] = []
     for layout in LAYOUTS:
+        if layout.rotary != rotary:
+            continue
         for prefix, layers in _towers(shapes, layout).items():
             count = heads if isinstance(heads, int) else heads.get(prefix)
             if count is None:
@@ -199,7 +234,7 @@ def describe(shapes: Shapes, heads: int | Mapping[str, int]) -> Anatomy:
             for layer in layers:
                 blocks.append(_block(shapes, layout, layer, count, len(blocks)))
     if not blocks:
-        raise AnatomyError(_nothing_found(shapes, heads))
+        raise AnatomyError(_nothing_found(shapes, heads, rotary))
     return Anatomy(tuple(blocks), " + ".join(dict.fromkeys(used)))
 
 
@@ -229,14 +264,17 @@ def _attention_of(shapes: Shapes, layout: Layout, layer: str, heads: int) -> Att
     width = _rows(shapes, query)
     if heads < 1 or width % heads:
         raise AnatomyError(f"{layer}: {heads} heads do not divide the {width} rows of {query.weight}")
-    for other in (key, value):
-        if _rows(shapes, other) != width:
-            raise AnatomyError(
-                f"{layer}: {other.weight} has {_rows(shapes, other)} rows, {query.weight} has {width}"
-                " (grouped heads are not listed)"
-            )
+    head_dim = width // heads
+    kept = _rows(shapes, key)
+    if kept != _rows(shapes, value) or kept % head_dim or width % kept:
+        raise AnatomyError(
+            f"{layer}: {heads} heads of {head_dim} rows cannot share the {kept} rows of {key.weight} "
+            f"and the {_rows(shapes, value)} of {value.weight}"
+        )
+    if layout.rotary and head_dim % 2:
+        raise AnatomyError(f"{layer}: heads of {head_dim} rows cannot be rotated in pairs")
     _expect_columns(shapes, output, width)
-    return Attention(query, key, value, output, heads, width // heads)
+    return Attention(query, key, value, output, heads, head_dim, kept // head_dim, layout.rotary)
 
 
 def _mlp_of(shapes: Shapes, layout: Layout, layer: str) -> Mlp:
@@ -297,8 +335,12 @@ def _refuse_strangers(shapes: Shapes, layout: Layout, layer: str) -> None:
                 )
 
 
-def _nothing_found(shapes: Shapes, heads: int | Mapping[str, int]) -> str:
-    looked = "; ".join(f"{row.name}: {row.layers}.<i>.{row.query} and {row.up}" for row in LAYOUTS)
+def _nothing_found(shapes: Shapes, heads: int | Mapping[str, int], rotary: bool) -> str:
+    looked = "; ".join(
+        f"{row.name}{' (rotary)' * row.rotary}: {row.layers}.<i>.{row.query} and {row.up}" for row in LAYOUTS
+    )
     asked = "" if isinstance(heads, int) else f" under the prefixes {sorted(heads)}"
+    others = [row.name for row in LAYOUTS if row.rotary != rotary and _towers(shapes, row)]
+    hint = f". It would be {others[0]!r} with rotary={not rotary}" if others else ""
     sample = ", ".join(list(shapes)[:3]) or "nothing"
-    return f"unknown layout{asked}. Looked for {looked}. The names begin with {sample}"
+    return f"unknown layout{asked}{hint}. Looked for {looked}. The names begin with {sample}"

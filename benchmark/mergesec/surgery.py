@@ -114,16 +114,52 @@ def assign(scores: Tensor, *, maximize: bool) -> Tensor:
 
 
 def head_rows(weights: Weights, linear: Linear, attention: Attention) -> tuple[Tensor, Tensor | None]:
-    """A query, key or value map by head, float64: ``[heads, head_dim, in]``, bias ``[heads, head_dim]``."""
+    """A query, key or value map by head, float64: ``[heads, head_dim, in]``, bias ``[heads, head_dim]``.
+
+    Keys and values of grouped heads have ``kv_heads`` of them.
+    """
     weight, bias = read(weights, linear)
-    weight = weight.reshape(attention.heads, attention.head_dim, -1)
-    return weight, None if bias is None else bias.reshape(attention.heads, attention.head_dim)
+    weight = weight.reshape(-1, attention.head_dim, weight.shape[1])
+    return weight, None if bias is None else bias.reshape(-1, attention.head_dim)
 
 
 def head_columns(weights: Weights, attention: Attention) -> Tensor:
     """The output map by head, float64: ``[heads, out, head_dim]``."""
     weight, _ = read(weights, attention.output)
     return weight.reshape(len(weight), attention.heads, attention.head_dim).transpose(0, 1)
+
+
+def per_query_head(matrices: Tensor, attention: Attention) -> Tensor:
+    """``[kv_heads, ...]`` repeated for the query heads of each group; ``[heads, ...]`` as it is."""
+    return matrices if len(matrices) == attention.heads else matrices.repeat_interleave(attention.group, 0)
+
+
+def per_group(rows: Tensor, attention: Attention) -> Tensor:
+    """Query heads ``[heads, head_dim, n]`` side by side in their group: ``[kv_heads, head_dim, group · n]``.
+
+    What acts on a group from the left acts on each of its heads.
+    """
+    return rows.unflatten(0, (attention.kv_heads, attention.group)).transpose(1, 2).flatten(2)
+
+
+def rotary_factors(matrices: Tensor) -> Tensor:
+    """What of ``[..., head_dim, head_dim]`` commutes with rotary positions: complex ``[..., head_dim/2]``.
+
+    On each pair (i, i + head_dim/2) the nearest ``[[a, −b], [b, a]]``, which is the mean of the matrix over all
+    rotations, as the complex number ``a + ib``. Entries between pairs are left out.
+    """
+    half = matrices.shape[-1] // 2
+    (a, b), (c, d) = (
+        (rows[..., :half].diagonal(dim1=-2, dim2=-1), rows[..., half:].diagonal(dim1=-2, dim2=-1))
+        for rows in (matrices[..., :half, :], matrices[..., half:, :])
+    )
+    return torch.complex((a + d) / 2, (c - b) / 2)
+
+
+def rotary_matrix(factors: Tensor) -> Tensor:
+    """The matrices ``[..., head_dim, head_dim]`` that multiply each pair by its complex factor ``[..., head_dim/2]``."""
+    a, b = torch.diag_embed(factors.real), torch.diag_embed(factors.imag)
+    return torch.cat([torch.cat([a, -b], dim=-1), torch.cat([b, a], dim=-1)], dim=-2)
 
 
 def change_heads(
@@ -140,14 +176,23 @@ def change_heads(
     ``Q ← query·Q``, ``K ← key·K``, ``V ← value·V`` on rows with their biases, ``O ← O·output`` on
     columns; the output bias is added after the heads are joined and stays. The function is unchanged
     if ``queryᵀ·key`` and ``output·value`` are identities; the factor 1/√head_dim commutes with both.
+
+    Grouped heads: key and value matrices are ``[kv_heads, ...]``, query and output matrices too where a group
+    shares them, as it must to keep the function. Rotary attention: to keep the function, query and key
+    matrices have to commute with the rotations (``rotary_matrix``); this is not checked.
     """
     changed = dict(weights)
-    rows = ((attention.query, query), (attention.key, key), (attention.value, value))
+    rows = (
+        (attention.query, per_query_head(query, attention)),
+        (attention.key, key),
+        (attention.value, value),
+    )
     for linear, matrix in rows:
         weight, bias = head_rows(weights, linear, attention)
         mixed = None if bias is None else (matrix @ bias[..., None]).flatten()
         changed = write(changed, linear, (matrix @ weight).flatten(0, 1), mixed)
-    columns = (head_columns(weights, attention) @ output).transpose(0, 1).flatten(1)
+    mixed_columns = head_columns(weights, attention) @ per_query_head(output, attention)
+    columns = mixed_columns.transpose(0, 1).flatten(1)
     return write(changed, attention.output, columns, read(weights, attention.output)[1])
 
 

@@ -152,8 +152,67 @@ def test_two_towers_with_their_own_heads() -> None:
 
 def test_every_row_is_covered_here() -> None:
     packed = {"open_clip", "timm ViT", "HF DINOv2 SwiGLU (transformers 4)"}
-    assert {row.name for row in LAYOUTS} == set(SPLIT) | packed
+    rotary = {"HF Llama, Mistral, Qwen2, Gemma"}
+    assert {row.name for row in LAYOUTS} == set(SPLIT) | packed | rotary
+    assert {row.name for row in LAYOUTS if row.rotary} == rotary
     assert len({row.name for row in LAYOUTS}) == len(LAYOUTS)
+
+
+def llama_shapes(heads: int, kv_heads: int, head_dim: int = 4, prefix: str = "") -> dict:
+    """Llama's names, ``heads`` query heads on ``kv_heads`` key and value heads."""
+    shapes: dict[str, tuple[int, ...]] = {f"{prefix}embed_tokens.weight": (30, WIDTH)}
+    for layer in (f"{prefix}layers.{i}." for i in range(2)):
+        rows = {"q": heads, "k": kv_heads, "v": kv_heads}
+        for name, count in rows.items():
+            shapes |= linear(f"{layer}self_attn.{name}_proj.", count * head_dim, WIDTH, bias=False)
+        shapes |= linear(f"{layer}self_attn.o_proj.", WIDTH, heads * head_dim, bias=False)
+        for name in ("gate", "up"):
+            shapes |= linear(f"{layer}mlp.{name}_proj.", HIDDEN, WIDTH, bias=False)
+        shapes |= linear(f"{layer}mlp.down_proj.", WIDTH, HIDDEN, bias=False)
+        shapes |= {f"{layer}{n}_layernorm.weight": (WIDTH,) for n in ("input", "post_attention")}
+    return shapes
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(3, 3, 4), (6, 2, 4), (6, 1, 8)])
+def test_rotary_layouts(heads: int, kv_heads: int, head_dim: int, prefix: str) -> None:
+    shapes = llama_shapes(heads, kv_heads, head_dim, prefix)
+    anatomy = describe(shapes, heads, rotary=True)
+    assert [b.name for b in anatomy.blocks] == [f"{prefix}layers.{i}" for i in range(2)]
+    for block in anatomy.blocks:
+        a = block.attention
+        assert (a.heads, a.kv_heads, a.head_dim, a.rotary) == (heads, kv_heads, head_dim, True)
+        assert a.group == heads // kv_heads
+        assert block.mlp.gate == Linear(f"{block.name}.mlp.gate_proj.weight", None)
+        assert block.mlp.up == Linear(f"{block.name}.mlp.up_proj.weight", None)
+
+
+def test_rotation_has_to_be_said() -> None:
+    """No tensor tells whether queries and keys are rotated, so neither is taken for the other."""
+    with pytest.raises(AnatomyError, match=r"would be 'HF Llama.*' with rotary=True"):
+        describe(llama_shapes(3, 3), 3)
+    with pytest.raises(AnatomyError, match="would be 'mini ViT' with rotary=False"):
+        describe(split_shapes("mini ViT"), 3, rotary=True)
+    assert not any(b.attention.rotary for b in describe(split_shapes("mini ViT"), 3).blocks)
+
+
+def test_rotary_layouts_are_refused_where_they_would_be_wrong() -> None:
+    with pytest.raises(AnatomyError, match="heads of 3 rows cannot be rotated in pairs"):
+        describe(llama_shapes(4, 2, head_dim=3), 4, rotary=True)
+    with pytest.raises(AnatomyError, match="q_norm"):  # Qwen3, Gemma 3
+        describe(llama_shapes(4, 2) | {"layers.0.self_attn.q_norm.weight": (4,)}, 4, rotary=True)
+    shapes = llama_shapes(4, 2) | {"layers.0.self_attn.rotary_emb.inv_freq": (2,)}
+    assert len(describe(shapes, 4, rotary=True).blocks) == 2
+    with pytest.raises(AnatomyError, match="cannot share"):
+        describe(llama_shapes(4, 3), 4, rotary=True)
+
+
+def test_grouped_heads_without_rotation() -> None:
+    shapes = split_shapes("mini ViT")
+    for i in range(2):
+        for name in "kv":
+            shapes |= linear(f"blocks.{i}.attn.{name}.", 4, WIDTH)
+    assert {(b.attention.kv_heads, b.attention.group) for b in describe(shapes, 3).blocks} == {(1, 3)}
 
 
 # ------------------------------------------------------------------ refusals
@@ -182,7 +241,7 @@ def test_heads_divide_or_are_refused(heads: int) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"blocks.1.attn.k.weight": (6, WIDTH), "blocks.1.attn.k.bias": (6,)}, "grouped heads"),
+        ({"blocks.1.attn.k.weight": (6, WIDTH), "blocks.1.attn.k.bias": (6,)}, "cannot share the 6 rows"),
         ({"blocks.0.attn.o.weight": (WIDTH, 6)}, "blocks.0.attn.o.weight has shape .* expected 12 columns"),
         ({"blocks.0.mlp.down.weight": (WIDTH, 7)}, "expected 20 columns"),
         ({"blocks.0.mlp.up.bias": (7,)}, "blocks.0.mlp.up.bias has shape"),

@@ -113,6 +113,10 @@ def build(name: str) -> tuple[nn.Module, Callable[[nn.Module, Any], Tensor]]:
         text = {"vocab_size": 30, "max_position_embeddings": 16}
         config = hf.BertConfig(**sizes, **mlp, **text)
         return hf.BertModel(config, add_pooling_layer=False), hidden_state
+    if name in ROTARY:
+        grouped = {"num_attention_heads": ROTARY_HEADS, "num_key_value_heads": 2, "head_dim": 8, **mlp}
+        config = {"hf_llama": hf.LlamaConfig, "hf_qwen2": hf.Qwen2Config}[name]
+        return hf.AutoModel.from_config(config(**{**sizes, **grouped}, vocab_size=30)), hidden_state
     swiglu = name == "hf_dinov2_swiglu"
     return hf.Dinov2Model(hf.Dinov2Config(**image, mlp_ratio=2, use_swiglu_ffn=swiglu)), hidden_state
 
@@ -143,13 +147,17 @@ def make(name: str) -> Architecture:
         for n, w in base.items()
     }
     inputs = torch.randn(3, 3, 8, 8, generator=generator)
-    if name == "hf_bert":
+    if name == "hf_bert" or name in ROTARY:
         inputs = torch.randint(0, 30, (3, 7), generator=generator)
-    anatomy = describe({n: tuple(w.shape) for n, w in base.items()}, HEADS)
+    rotary = name in ROTARY
+    shapes = {n: tuple(w.shape) for n, w in base.items()}
+    anatomy = describe(shapes, ROTARY_HEADS if rotary else HEADS, rotary)
     return Architecture(name, network, call, inputs, anatomy, base, expert)
 
 
 NAMES = ("mini", "hf_clip", "hf_vit", "hf_dinov2", "hf_dinov2_swiglu", "hf_bert", "open_clip")
+ROTARY, ROTARY_HEADS = ("hf_llama", "hf_qwen2"), 6
+"""Six query heads on two key and value heads, rotary positions, gated MLP; Qwen2 has biases on q, k, v."""
 
 
 @pytest.fixture(params=NAMES)
@@ -160,6 +168,11 @@ def architecture(request: pytest.FixtureRequest) -> Architecture:
 @pytest.fixture
 def mini() -> Architecture:
     return make("mini")
+
+
+@pytest.fixture(params=ROTARY)
+def rotary(request: pytest.FixtureRequest) -> Architecture:
+    return make(request.param)
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ Two modules; both keep the function, and neither needs training.
    paper maximises ``‖(P − I)Q‖² + ‖(P − I)K‖²``; its optimum ``P = −I`` shows the weights up to a sign, so only the
    top eigen-directions U of ``QQᵀ + KKᵀ`` (biases as one more column) are flipped: ``P = I − 2UUᵀ``.
    A merge at coefficient λ of an expert near its base then multiplies the flipped part of every score by
-   ``(1 − 2λ)²``, and leaves the rest.
+   ``(1 − 2λ)²``, and leaves the rest. Grouped heads share P; under rotary positions, with which a general P does
+   not commute, whole frequency pairs are flipped, strongest first.
 2. MLP. The paper replaces the activation by its Taylor expansion and publishes polynomial coefficients in place of
    the weights; names and shapes no longer fit the base, so whoever merges by name and shape keeps the base's MLP.
    The truncated expansion costs the paper up to 1.1 % of the accuracy. **Reconstruction, exact instead:** of GELU
@@ -44,7 +45,7 @@ from mergesec.contracts import (
     Weights,
     load_network,
 )
-from mergesec.surgery import change_heads, head_rows, read
+from mergesec.surgery import change_heads, head_rows, per_group, read
 
 CARD = {
     "name": "mergebarrier",
@@ -162,16 +163,26 @@ class MergeBarrier(Defense):
 
 
 def flips(weights: Weights, attention: Attention, share: float) -> Tensor:
-    """``P = I − 2UUᵀ`` per head, float64 ``[heads, head_dim, head_dim]``; U spans the strongest directions."""
-    gram = sum(_rows(weights, m, attention) @ _rows(weights, m, attention).mT for m in _pair(attention))
-    assert isinstance(gram, Tensor)
-    top = torch.linalg.eigh(gram).eigenvectors[..., attention.head_dim - round(share * attention.head_dim) :]
-    matrix: Tensor = torch.eye(attention.head_dim, dtype=torch.float64) - 2 * top @ top.mT
+    """``P = I − 2UUᵀ``, float64 ``[kv_heads, head_dim, head_dim]``; U spans the strongest directions.
+
+    Grouped heads share it. Under rotary positions only whole pairs (i, i + head_dim/2) can be flipped.
+    """
+    rows, size = _together(weights, attention), attention.head_dim
+    gram = rows @ rows.mT
+    if attention.rotary:
+        strength = gram.diagonal(dim1=1, dim2=2).unflatten(1, (2, size // 2)).sum(1)
+        ranks = strength.argsort(dim=1, descending=True).argsort(dim=1)
+        signs = 1.0 - 2.0 * (ranks < round(share * (size // 2))).double()
+        return torch.diag_embed(signs.repeat(1, 2))
+    top = torch.linalg.eigh(gram).eigenvectors[..., size - round(share * size) :]
+    matrix: Tensor = torch.eye(size, dtype=torch.float64) - 2 * top @ top.mT
     return matrix
 
 
-def _pair(attention: Attention) -> tuple[Linear, Linear]:
-    return attention.query, attention.key
+def _together(weights: Weights, attention: Attention) -> Tensor:
+    """Query and key rows side by side, float64 ``[kv_heads, head_dim, n]``."""
+    query, key = (_rows(weights, m, attention) for m in (attention.query, attention.key))
+    return torch.cat([per_group(query, attention), key], dim=-1)
 
 
 def _rows(weights: Weights, linear: Linear, attention: Attention) -> Tensor:
@@ -182,7 +193,7 @@ def _rows(weights: Weights, linear: Linear, attention: Attention) -> Tensor:
 
 def _displacement(weights: Weights, attention: Attention, matrix: Tensor) -> float:
     """``‖(P − I)[Q K]‖ / ‖[Q K]‖`` of a layer; 2 where everything is flipped."""
-    rows = torch.cat([_rows(weights, m, attention) for m in _pair(attention)], dim=-1)
+    rows = _together(weights, attention)
     return float((matrix @ rows - rows).norm() / rows.norm())
 
 
