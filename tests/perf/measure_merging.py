@@ -98,7 +98,8 @@ def merge_tasks(options: argparse.Namespace) -> Iterator[Task]:
                 }  # fmt: skip
                 yield {**shared, "library": "own"}
                 if options.peers and device == "cpu" and method in subjects.FUSION_BENCH:
-                    yield {**shared, "library": "fusionbench"}
+                    # fresh networks for every run take longer than the run
+                    yield {**shared, "library": "fusionbench", "repeat": min(2, options.repeat)}
                 if options.mergekit and device == "cpu" and method in subjects.MERGEKIT:
                     yield {**shared, "library": "mergekit", "path": [options.mergekit]}
 
