@@ -168,9 +168,8 @@ def _values(entry: Entry, name: str, value: Any) -> list[Any]:
     parameter = entry.card.parameters.get(name)
     if not isinstance(value, list):
         return [value]
-    single = (
-        parameter is not None and parameter.type == "list" and not any(isinstance(v, list) for v in value)
-    )
+    takes_lists = parameter is not None and parameter.type in ("list", "attacks")
+    single = takes_lists and not any(isinstance(v, list) for v in value)
     return [value] if single else value
 
 

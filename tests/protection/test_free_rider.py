@@ -404,7 +404,30 @@ def test_defaults_are_every_attack_without_training() -> None:
     assert set(adaptive.parameters["attacks"].default) == {c.name for c in cards} - {"adaptive", "distill"}
 
 
-def test_read_of_output_bias_is_kept(mini) -> None:
+def test_a_grid_names_what_adaptive_tries() -> None:
+    """A list is what one adaptive attacker tries; a list of lists is an axis."""
+    from mergesec.catalog import load_catalog
+    from mergesec.conformance.battery import MICRO
+    from mergesec.grid import resolve
+    from mergesec.gridspec import parse_grid
+
+    def attacks(tried: list) -> list:
+        axes = {
+            "merging": ["task_arithmetic"],
+            "attacks": [{"name": "adaptive", "attacks": tried}],
+            "defenses": ["params"],
+        }
+        suite = {"name": "micro", "backbone": "micro/vit", "tasks": ["micro/bars", "micro/blobs"]}
+        grid = parse_grid({"name": "g", "suite": suite, "axes": axes, "threats": ["protection"]}, "g")
+        return [[ref.label for ref in a.inner] for a in resolve(grid, load_catalog([MICRO])).attacks]
+
+    several = ["aga", {"name": "dropout_pruning", "drop": [0.1, 0.9]}]
+    labels = ["aga", "dropout_pruning(drop=0.1)", "dropout_pruning(drop=0.9)"]
+    assert attacks(several) == [labels]
+    assert attacks([several, ["coupled"]]) == [labels, ["coupled"]]
+
+
+def test_output_biases_stay(mini) -> None:
     """The output bias is added after the heads are joined: no attack on heads may change it."""
     published = scaled_heads(mini, mini.expert, "svd")
     for attack in (Unscale("row"), Unscale("block"), Unscale("svd"), Coupled()):
