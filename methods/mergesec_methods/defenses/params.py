@@ -29,23 +29,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mergesec.anatomy import Attention, Mlp
-from mergesec.contracts import ContractError, Defense, ProtectContext, Protected, Weights
-from mergesec.surgery import (
-    change_heads,
-    drop_task_vector,
-    head_columns,
-    head_rows,
-    hidden_units,
-    reorder_hidden,
-)
+from mergesec.contracts import Defense, ProtectContext, Protected, Weights
+from mergesec.surgery import drop_task_vector, hidden_units, reorder_hidden
 from mergesec_methods._matching import best_order
+from mergesec_methods.defenses._heads import HeadMatrices, apply, summary
 
 CARD = {
     "name": "params",
@@ -117,27 +110,6 @@ PUBLISHED = {
 """Range and distribution of each variant: command-line defaults of the released code."""
 
 
-LOGIT_TOLERANCE = 1e-4
-"""Largest |Δlogit| allowed at condition numbers up to WELL_CONDITIONED."""
-WELL_CONDITIONED = 400.0
-"""Largest condition number of the published range 0.05 to 20."""
-
-
-@dataclass(frozen=True)
-class HeadMatrices:
-    """The four factors of ``change_heads``, each float64 ``[heads, head_dim, head_dim]``."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    output: Tensor
-
-    def condition(self) -> float:
-        """Largest 2-norm condition number; those of key and output equal those of query and value."""
-        both = torch.cat([self.query, self.value])
-        return float(torch.linalg.cond(both).max())
-
-
 class Params(Defense):
     """The defense of the card above. ``protect`` keeps keys, shapes and dtypes."""
 
@@ -178,23 +150,11 @@ class Params(Defense):
                 published, moved = rearrange(published, ctx.base, block.mlp)
                 facts.update(moved)
             if self.scaling != "none":
-                _require_precision(published, block.attention)
-                matrices = self.draw(block.attention, scale)
-                before = published
-                published = scale_heads(before, block.attention, matrices)
-                facts["condition"] = matrices.condition()
-                facts["effective_error"] = effective_error(before, published, block.attention, matrices)
+                published, scaled = apply(published, block.attention, self.draw(block.attention, scale))
+                facts.update(scaled)
             blocks.append(facts)
-        return Protected(published, {**self._summary(blocks), "blocks": blocks})
-
-    def _summary(self, blocks: list[dict[str, Any]]) -> dict[str, Any]:
-        condition = max((b.get("condition", 1.0) for b in blocks), default=1.0)
-        amplified = condition if self.scaling in ("symmetric", "nonsymmetric") else 1.0
-        return {
-            "condition": condition,
-            "logit_bound": LOGIT_TOLERANCE * max(1.0, amplified / WELL_CONDITIONED),
-            "effective_error": max((b.get("effective_error", 0.0) for b in blocks), default=0.0),
-        }
+        mixed = self.scaling in ("symmetric", "nonsymmetric")
+        return Protected(published, {**summary(blocks, amplifies=mixed), "blocks": blocks})
 
     def draw(self, attention: Attention, generator: torch.Generator) -> HeadMatrices:
         """Fresh matrices for one attention layer."""
@@ -245,40 +205,3 @@ def rearrange(weights: Weights, base: Weights, mlp: Mlp) -> tuple[dict[str, Tens
         "similarity_after": float(scores[order, places].sum()),
     }
     return reorder_hidden(weights, mlp, order), facts
-
-
-def scale_heads(weights: Weights, attention: Attention, matrices: HeadMatrices) -> dict[str, Tensor]:
-    """The attention layer with every head in new coordinates (module 3)."""
-    return change_heads(
-        weights,
-        attention,
-        query=matrices.query,
-        key=matrices.key,
-        value=matrices.value,
-        output=matrices.output,
-    )
-
-
-def effective_error(before: Weights, after: Weights, attention: Attention, matrices: HeadMatrices) -> float:
-    """Largest ``‖W_eff − W‖_F / ‖W‖_F`` over heads and maps; at most u·κ (see the module's docstring)."""
-    worst = 0.0
-    back = ((attention.query, matrices.key.mT), (attention.key, matrices.query.mT))
-    for linear, matrix in (*back, (attention.value, matrices.output)):
-        old, new = head_rows(before, linear, attention)[0], head_rows(after, linear, attention)[0]
-        worst = max(worst, _relative(matrix @ new, old))
-    old, new = head_columns(before, attention), head_columns(after, attention)
-    return max(worst, _relative(new @ matrices.value, old))
-
-
-def _relative(value: Tensor, reference: Tensor) -> float:
-    norm = torch.linalg.matrix_norm(reference).clamp_min(1e-300)
-    return float((torch.linalg.matrix_norm(value - reference) / norm).max())
-
-
-def _require_precision(weights: Weights, attention: Attention) -> None:
-    for linear in (attention.query, attention.key, attention.value, attention.output):
-        dtype = weights[linear.weight].dtype
-        if torch.finfo(dtype).eps > torch.finfo(torch.float32).eps:
-            raise ContractError(
-                f"{linear.weight} is {dtype}: scaling needs at least float32 to keep the function"
-            )
