@@ -139,7 +139,8 @@ def per_group(rows: Tensor, attention: Attention) -> Tensor:
 
     What acts on a group from the left acts on each of its heads.
     """
-    return rows.unflatten(0, (attention.kv_heads, attention.group)).transpose(1, 2).flatten(2)
+    grouped = rows.reshape(attention.kv_heads, attention.group, *rows.shape[1:])
+    return grouped.transpose(1, 2).flatten(2)
 
 
 def rotary_factors(matrices: Tensor) -> Tensor:

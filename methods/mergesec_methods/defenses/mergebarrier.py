@@ -170,7 +170,7 @@ def flips(weights: Weights, attention: Attention, share: float) -> Tensor:
     rows, size = _together(weights, attention), attention.head_dim
     gram = rows @ rows.mT
     if attention.rotary:
-        strength = gram.diagonal(dim1=1, dim2=2).unflatten(1, (2, size // 2)).sum(1)
+        strength = gram.diagonal(dim1=1, dim2=2).reshape(len(gram), 2, size // 2).sum(1)
         ranks = strength.argsort(dim=1, descending=True).argsort(dim=1)
         signs = 1.0 - 2.0 * (ranks < round(share * (size // 2))).double()
         return torch.diag_embed(signs.repeat(1, 2))
