@@ -12,6 +12,7 @@ import typing
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -126,7 +127,9 @@ class Tiny(Backbone):
         return network.state_dict()
 
     def anatomy(self) -> Anatomy:
-        return describe({k: tuple(v.shape) for k, v in self.base_weights().items()}, 1)
+        """Blocks without a name: it is optional."""
+        found = describe({k: tuple(v.shape) for k, v in self.base_weights().items()}, 1)
+        return Anatomy(tuple(replace(block, name="") for block in found.blocks))
 
     def features(self, network: nn.Module, inputs: Any) -> Tensor:
         features: Tensor = network((inputs - 0.5) / 0.5)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mergesec.contracts import ContractError, Expert, MergeContext, Model, Weights
 from mergesec_methods.merging._adaptation import Stream
+from mergesec_methods.merging._blocks import Call, block_paths
 from mergesec_methods.merging._fusionbench import FusionBenchMerge, configuration, execute, find, place, pool
 
 CARDS = [
@@ -97,10 +98,6 @@ CARDS = [
 ]
 
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword arguments a block is called with; the hidden states come first."""
-
-
 class RegMeanPlusPlus(FusionBenchMerge):
     """Nguyen et al., with FusionBench's loop over the blocks; what lies outside them is averaged.
 
@@ -125,7 +122,7 @@ class RegMeanPlusPlus(FusionBenchMerge):
 
     def _loop(self, ctx: MergeContext) -> Any:
         """FusionBench's loop with what it leaves to subclasses: where the blocks are and how they run."""
-        blocks = [block.name for block in ctx.backbone.anatomy().blocks]
+        blocks = block_paths(ctx.backbone.anatomy())
         inside = tuple(f"{name}." for name in blocks)
 
         class Loop(find("method.regmean_plusplus.regmean_plusplus:RegMeanAlgorithmPlusPlus")):  # type: ignore[misc]

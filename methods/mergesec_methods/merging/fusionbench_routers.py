@@ -23,6 +23,7 @@ from mergesec.contracts import (
     load_network,
 )
 from mergesec_methods.merging._adaptation import Stream
+from mergesec_methods.merging._blocks import block_paths
 from mergesec_methods.merging._fusionbench import (
     FusionBenchMerge,
     configuration,
@@ -423,12 +424,13 @@ class EWeMoe(WeMoe):
 def mlps(backbone: Backbone, base: Weights) -> dict[str, int]:
     """``{module path of each block's MLP: width of what it is handed}``; ContractError if it is no module."""
     found: dict[str, int] = {}
-    for block in backbone.anatomy().blocks:
+    anatomy = backbone.anatomy()
+    for block, inside in zip(anatomy.blocks, block_paths(anatomy), strict=True):
         names = [linear.weight.split(".") for linear in (block.mlp.up, block.mlp.down)]
         path = ".".join(
             a for a, b in itertools.takewhile(lambda ab: ab[0] == ab[1], zip(*names, strict=False))
         )
-        if path == block.name:
-            raise ContractError(f"block '{block.name}': its MLP is not a module of its own")
+        if path == inside:
+            raise ContractError(f"block '{inside}': its MLP is not a module of its own")
         found[path] = base[block.mlp.up.weight].shape[1]
     return found
