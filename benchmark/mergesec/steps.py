@@ -444,7 +444,10 @@ def distances(backbone: Any, weights: Weights, reference: Weights) -> dict[str, 
             for kind in (kinds.get(name, "other"), "all"):
                 sums.setdefault(kind, [0.0, 0.0])[0] += moved
                 sums[kind][1] += size
-    return {kind: (moved / size) ** 0.5 if size else 0.0 for kind, (moved, size) in sums.items()}
+    # ten digits: the last ones of a sum depend on where in memory its terms lie
+    return {
+        kind: float(f"{(moved / size) ** 0.5:.10g}") if size else 0.0 for kind, (moved, size) in sums.items()
+    }
 
 
 KINDS: dict[str, Callable[[Work], Result]] = {
