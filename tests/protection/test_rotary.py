@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from mergesec.contracts import Expert
 from mergesec.surgery import (
     change_heads,
     head_columns,
@@ -25,6 +26,7 @@ from mergesec_methods.defenses.mergelock import MergeLock
 from mergesec_methods.defenses.params import Params
 from mergesec_methods.defenses.random_permutation import RandomPermutation
 from mergesec_methods.defenses.sign_flips import SignFlips
+from mergesec_methods.merging.git_rebasin import GitRebasin, Heads, HiddenUnits
 
 SCALINGS = ["v1", "diagonal", "symmetric", "nonsymmetric"]
 DEFENSES = {
@@ -210,3 +212,23 @@ def test_coupled_factor_is_the_least_squares_optimum() -> None:
     at = torch.stack([factors.real, factors.imag]).requires_grad_()
     (gradient,) = torch.autograd.grad(objective(at), [at])
     assert gradient.abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_rebasin_brings_groups_and_units_home(rotary, inner: bool) -> None:
+    """Groups of heads move whole; inside a head value and output coordinates do, rotated ones do not."""
+    generator = torch.Generator().manual_seed(0)
+    method = GitRebasin("task_arithmetic", "base", "inner" if inner else "heads")
+    moved: Any = rotary.expert
+    for block in rotary.anatomy().blocks:
+        group, still = Heads(block.attention, inner), torch.arange(8).expand(2, 8)
+        within = torch.rand(2, 8, generator=generator).argsort(dim=1) if inner else still
+        orders = group._rows(torch.tensor([1, 0]), [still, within])
+        moved = group.write(moved, orders)
+        units = torch.randperm(block.mlp.hidden, generator=generator)
+        moved = HiddenUnits(block.mlp).write(moved, (units,))
+    assert difference(rotary, rotary.expert, moved) < 1e-5
+    assert distance(moved, rotary.expert) > 10 * distance(rotary.expert, rotary.base)
+    (found,), count = method.align(rotary.base, [Expert("t", moved)], rotary.anatomy())
+    assert all(torch.equal(found.weights[n], t) for n, t in rotary.expert.items())
+    assert count["t"] > 0

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from mergesec.anatomy import Anatomy, Attention, Mlp
 from mergesec.contracts import ContractError, Expert, MergeContext, Merged, MergeMethod, Weights
-from mergesec.surgery import head_columns, head_rows, hidden_units, read, reorder_hidden, write
+from mergesec.surgery import head_columns, head_rows, hidden_units, per_group, read, reorder_hidden, write
 from mergesec.tensorwise import check_experts
 from mergesec_methods._matching import Anchors, matched_order
 
@@ -132,30 +132,44 @@ class Heads(Group):
     """The heads of one attention layer; with ``inner`` also the coordinates within them.
 
     Coordinates: query and key rows with biases, then value rows with biases and output columns, both
-    head after head, ``[heads · head_dim, f]``.
+    head after head, ``[kv_heads · head_dim, f]``. Query heads that share a key and value head count as one and
+    keep their order in it. Under rotary positions query/key coordinates keep theirs.
     """
 
     attention: Attention
     inner: bool
 
     def read(self, weights: Weights) -> Coordinates:
+        attention = self.attention
         columns: list[Tensor] = []
-        for linear in (self.attention.query, self.attention.key, self.attention.value):
-            weight, bias = head_rows(weights, linear, self.attention)
+        for linear in (attention.query, attention.key, attention.value):
+            weight, bias = head_rows(weights, linear, attention)
             rows = weight if bias is None else torch.cat([weight, bias[..., None]], dim=2)
-            columns.append(rows.flatten(0, 1))
-        output = head_columns(weights, self.attention).mT.flatten(0, 1)
+            together = per_group(rows, attention) if linear is attention.query else rows
+            columns.append(together.flatten(0, 1))
+        output = per_group(head_columns(weights, attention).mT, attention).flatten(0, 1)
         return torch.cat(columns[:2], dim=1), torch.cat([columns[2], output], dim=1)
 
     def write(self, weights: Weights, orders: Orders) -> Weights:
         attention, (query_key, value_output) = self.attention, orders
         changed = dict(weights)
-        rows = ((attention.query, query_key), (attention.key, query_key), (attention.value, value_output))
+        rows = (
+            (attention.query, self._of_queries(query_key)),
+            (attention.key, query_key),
+            (attention.value, value_output),
+        )
         for linear, order in rows:
             weight, bias = read(weights, linear)
             changed = write(changed, linear, weight[order], None if bias is None else bias[order])
         weight, bias = read(weights, attention.output)
-        return write(changed, attention.output, weight[:, value_output], bias)
+        return write(changed, attention.output, weight[:, self._of_queries(value_output)], bias)
+
+    def _of_queries(self, order: Tensor) -> Tensor:
+        """The order of query rows (and output columns) that goes with one of key (value) rows."""
+        size, group = self.attention.head_dim, self.attention.group
+        source = order.view(-1, 1, size)
+        members = torch.arange(group)[:, None]
+        return ((source // size * group + members) * size + source % size).flatten()
 
     def matcher(self, reference: Coordinates) -> Matcher:
         if self.inner:
@@ -165,7 +179,7 @@ class Heads(Group):
 
     def _whole(self, coordinates: Coordinates) -> Tensor:
         """One row per head ``[heads, head_dim · f]``."""
-        return torch.cat([rows.view(self.attention.heads, -1) for rows in coordinates], dim=1)
+        return torch.cat([rows.view(self.attention.kv_heads, -1) for rows in coordinates], dim=1)
 
     def _rows(self, heads: Tensor, inner: Sequence[Tensor] | None = None) -> Orders:
         """Orders of rows from one of heads ``[heads]`` and, per entry, one inside ``[heads, head_dim]``."""
@@ -175,16 +189,21 @@ class Heads(Group):
 
     def _match_inner(self, own: Coordinates, reference: Coordinates) -> Orders:
         """Heads and their inner orders at once."""
-        heads, size = self.attention.heads, self.attention.head_dim
+        heads, size = self.attention.kv_heads, self.attention.head_dim
         total = torch.zeros(heads, heads, dtype=torch.float64)
         best = []
-        for mine, theirs in zip(own, reference, strict=True):
+        for mine, theirs, fixed in zip(own, reference, (self.attention.rotary, False), strict=True):
             scores = (mine @ theirs.T).view(heads, size, heads, size).transpose(1, 2)
-            orders = torch.stack([torch.stack([matched_order(pair) for pair in row]) for row in scores])
+            match = _as_they_are if fixed else matched_order
+            orders = torch.stack([torch.stack([match(pair) for pair in row]) for row in scores])
             total += scores.gather(2, orders[:, :, None]).sum(dim=(2, 3))
             best.append(orders)
         order = matched_order(total)
         return self._rows(order, [orders[order, torch.arange(heads)] for orders in best])
+
+
+def _as_they_are(scores: Tensor) -> Tensor:
+    return torch.arange(len(scores))
 
 
 # --------------------------------------------------------------------------- one group, all experts
