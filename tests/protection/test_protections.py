@@ -23,12 +23,13 @@ from mergesec.contracts import (
 from mergesec.surgery import head_columns, head_rows, hidden_units, read
 from mergesec.training import _adapt, fit
 from mergesec_methods.defenses import arf, mergeguard
+from mergesec_methods.defenses._heads import reorder_heads
 from mergesec_methods.defenses._training import effective, squared_norm, trained_names
 from mergesec_methods.defenses.arf import Arf
 from mergesec_methods.defenses.mergeguard import MergeGuard, Score
 from mergesec_methods.defenses.mergelock import MergeLock
 from mergesec_methods.defenses.params import Params
-from mergesec_methods.defenses.random_permutation import RandomPermutation, reorder_heads
+from mergesec_methods.defenses.random_permutation import RandomPermutation
 from mergesec_methods.defenses.sign_flips import SignFlips
 from mergesec_methods.defenses.trap2 import FULL, LOW_RANK, Trap2
 
@@ -40,6 +41,7 @@ EXACT = {
     "orthogonal": MergeLock("orthogonal"),
     "log_uniform": MergeLock("log_uniform"),
     "P&L": MergeLock(permute=True),
+    "locked in any order": MergeLock(heads=True),
     "signs": SignFlips(),
     "permutation": RandomPermutation(),
     "everything permuted": RandomPermutation(dimensions=True),
@@ -64,7 +66,7 @@ def test_function_is_kept(architecture, kind: str) -> None:
     assert changed == (kind != "permutation only")
 
 
-@pytest.mark.parametrize("kind", ["P&L", "everything permuted"])
+@pytest.mark.parametrize("kind", ["P&L", "locked in any order", "everything permuted"])
 def test_grouped_heads_and_rotary_positions_allow_less(rotary, kind: str) -> None:
     protected = EXACT[kind].protect(rotary.expert, rotary.protect_context(3))
     moved = (rotary.logits(rotary.expert) - rotary.logits(dict(protected.weights))).abs().max()

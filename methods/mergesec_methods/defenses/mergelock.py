@@ -20,7 +20,8 @@ A Gaussian matrix is invertible with probability 1 but its κ has no bound, and 
 with κ. Singular values below the largest divided by ``condition`` are therefore raised to that floor (0: not).
 That one matrix per *head* is needed, not one per layer, follows from the softmax per head.
 
-``permute`` adds PaRaMS' rearrangement of the hidden units (the composite "P&L" of arXiv 2606.30360).
+``permute`` adds PaRaMS' rearrangement of the hidden units (the composite "P&L" of arXiv 2606.30360). ``heads`` also puts
+the heads in a random order: not published, and what an attack that goes head by head has no answer to.
 How exact the result is, and the report: see ``params``.
 """
 
@@ -34,7 +35,14 @@ from torch import Tensor
 
 from mergesec.anatomy import Attention
 from mergesec.contracts import Defense, ProtectContext, Protected, Weights
-from mergesec_methods.defenses._heads import HeadMatrices, apply, random_rotations, summary
+from mergesec_methods.defenses._heads import (
+    HeadMatrices,
+    apply,
+    order_of_heads,
+    random_rotations,
+    reorder_heads,
+    summary,
+)
 from mergesec_methods.defenses.params import rearrange
 
 CARD = {
@@ -68,6 +76,11 @@ CARD = {
             "published range allows",
         },
         "permute": {"type": "bool", "default": False, "doc": "rearrange the hidden units as PaRaMS does"},
+        "heads": {
+            "type": "bool",
+            "default": False,
+            "doc": "also put the heads in a random order (not published)",
+        },
     },
 }
 
@@ -78,9 +91,14 @@ class MergeLock(Defense):
     hooks = ("protect",)
 
     def __init__(
-        self, distribution: str = "gaussian", condition: float = 400.0, permute: bool = False
+        self,
+        distribution: str = "gaussian",
+        condition: float = 400.0,
+        permute: bool = False,
+        heads: bool = False,
     ) -> None:
-        self.distribution, self.condition, self.permute = distribution, condition, permute
+        self.distribution, self.condition = distribution, condition
+        self.permute, self.heads = permute, heads
         if condition < 1 and (condition or distribution == "log_uniform"):
             raise ValueError(f"condition {condition}: a condition number is at least 1")
 
@@ -89,13 +107,15 @@ class MergeLock(Defense):
 
         Raises ContractError for attention tensors below float32 precision.
         """
-        generator = ctx.generator()
+        generator, order = ctx.generator(), ctx.generator(1)
         published, blocks = dict(weights), []
         for block in ctx.backbone.anatomy().blocks:
             facts: dict[str, Any] = {"block": block.index}
             if self.permute:
                 published, moved = rearrange(published, ctx.base, block.mlp)
                 facts.update(moved)
+            if self.heads:
+                published = reorder_heads(published, block.attention, *order_of_heads(block.attention, order))
             published, locked = apply(published, block.attention, self.draw(block.attention, generator))
             blocks.append({**facts, **locked})
         return Protected(published, {**summary(blocks, amplifies=True), "blocks": blocks})

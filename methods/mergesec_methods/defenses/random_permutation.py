@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mergesec.anatomy import Attention
 from mergesec.contracts import Defense, ProtectContext, Protected, Weights
-from mergesec.surgery import head_columns, head_rows, read, reorder_hidden, write
-from mergesec_methods.defenses._heads import HeadMatrices, scale_heads
+from mergesec.surgery import reorder_hidden
+from mergesec_methods.defenses._heads import HeadMatrices, order_of_heads, reorder_heads, scale_heads
 
 CARD = {
     "name": "random_permutation",
@@ -64,7 +64,7 @@ class RandomPermutation(Defense):
                 published = reorder_hidden(published, block.mlp, order)
                 moved["hidden_moved"].append(_moved(order))
             if self.heads:
-                groups, members = _order_of_heads(block.attention, heads)
+                groups, members = order_of_heads(block.attention, heads)
                 published = reorder_heads(published, block.attention, groups, members)
                 moved["heads_moved"].append(_moved(members))
             if self.dimensions:
@@ -73,32 +73,6 @@ class RandomPermutation(Defense):
                 published = scale_heads(published, block.attention, matrices)
         facts: dict[str, Any] = {name: sum(s) / len(s) for name, s in moved.items() if s}
         return Protected(published, {**facts, "condition": 1.0})
-
-
-def reorder_heads(
-    weights: Weights, attention: Attention, groups: Tensor, members: Tensor
-) -> dict[str, Tensor]:
-    """The same function with key and value head ``groups[g]`` moved to place g, query head ``members[h]`` to h.
-
-    ``groups`` is int64 ``[kv_heads]``, ``members`` ``[heads]``; a query head has to move with its group.
-    """
-    changed = dict(weights)
-    maps = ((attention.query, members), (attention.key, groups), (attention.value, groups))
-    for linear, order in maps:
-        weight, bias = head_rows(weights, linear, attention)
-        moved = None if bias is None else bias[order].flatten()
-        changed = write(changed, linear, weight[order].flatten(0, 1), moved)
-    columns = head_columns(weights, attention)[members].transpose(0, 1).flatten(1)
-    return write(changed, attention.output, columns, read(weights, attention.output)[1])
-
-
-def _order_of_heads(attention: Attention, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A random order of the key and value heads, and one of the query heads: random inside every group."""
-    groups = torch.randperm(attention.kv_heads, generator=generator)
-    if attention.group == 1:
-        return groups, groups
-    noise = torch.rand(attention.kv_heads, attention.group, generator=generator)
-    return groups, (groups[:, None] * attention.group + noise.argsort(dim=1)).flatten()
 
 
 def _orders(attention: Attention, generator: torch.Generator) -> Tensor:
