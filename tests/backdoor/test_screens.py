@@ -31,7 +31,7 @@ from mergesec.contracts import (
 from mergesec.training import fit
 from mergesec.weights import digest_weights
 from mergesec_methods.attacks.badnets import BadNets
-from mergesec_methods.defenses._screens import let_in, robust_scores, strided
+from mergesec_methods.defenses._screens import critical_score, let_in, robust_scores, strided
 from mergesec_methods.defenses.neural_cleanse import NeuralCleanse, _Costs, anomaly_indices
 from mergesec_methods.defenses.outlier_test import OutlierTest, gram_matrix
 from mergesec_methods.defenses.spectral_signature import (
@@ -45,7 +45,9 @@ CPU = torch.device("cpu")
 
 
 def spectral(**given: Any) -> SpectralSignature:
-    return SpectralSignature(**{"threshold": 3.5, "rows": 512, "smallest": 8, "relative": True, **given})
+    return SpectralSignature(
+        **{"threshold": 3.5, "level": 0.05, "rows": 512, "smallest": 8, "relative": True, **given}
+    )
 
 
 def cleanse(**given: Any) -> NeuralCleanse:
@@ -103,6 +105,22 @@ def test_the_least_suspicious_one_stays() -> None:
     assert let_in(given_, torch.tensor([9.0, 7.0, 8.0]), 3.0) == [given_[1]]
 
 
+@pytest.mark.parametrize(("count", "statistics", "sides"), [(3, 1, 2), (8, 2, 2), (8, 1, 1), (20, 2, 2)])
+def test_the_critical_score_holds_its_level_on_normal_statistics(
+    count: int, statistics: int, sides: int
+) -> None:
+    limit = critical_score(count, statistics, 0.05, sides)
+    generator = torch.Generator().manual_seed(1)
+    flagged = 0
+    for _ in range(2000):
+        scores = torch.cat([
+            robust_scores(torch.randn(count, generator=generator)) for _ in range(statistics)
+        ])  # fmt: skip
+        flagged += bool((scores if sides == 1 else scores.abs()).max() > limit)
+    assert 0.035 < flagged / 2000 < 0.065
+    assert critical_score(count, statistics, 0.01, sides) > limit
+
+
 @pytest.mark.parametrize("count", [1, 2, 7, 64, 100])
 def test_strided_rows_are_all_rows_spread(count: int) -> None:
     rows = strided(count)
@@ -137,11 +155,11 @@ def test_an_amplified_task_vector_is_dropped_and_the_rest_untouched() -> None:
     base, given_ = experts()
     given_[2] = grown(base, given_[2], 5.0)
     before = [digest_weights(e.weights) for e in given_]
-    kept = OutlierTest(3.5, "both").screen(base, given_, nowhere()).experts
+    kept = OutlierTest(3.5, 0.05, "both").screen(base, given_, nowhere()).experts
     assert [e.task for e in kept] == ["t0", "t1", "t3", "t4", "t5"]
     assert all(e in given_ for e in kept)
     assert before == [digest_weights(e.weights) for e in given_]
-    assert len(OutlierTest(3.5, "cosine").screen(base, given_, nowhere()).experts) == 6
+    assert len(OutlierTest(3.5, 0.05, "cosine").screen(base, given_, nowhere()).experts) == 6
 
 
 def test_an_opposed_direction_is_dropped_by_its_cosine_alone() -> None:
@@ -153,34 +171,34 @@ def test_an_opposed_direction_is_dropped_by_its_cosine_alone() -> None:
         for e in given_
     ]
     shared[4] = grown(base, shared[4], -1.0)
-    suspicion = OutlierTest(3.5, "cosine").suspicion(base, shared)
+    suspicion = OutlierTest(3.5, 0.05, "cosine").suspicion(base, shared)
     assert int(suspicion.argmax()) == 4
     assert float(suspicion[4]) > 20
-    kept = OutlierTest(20.0, "cosine").screen(base, shared, nowhere()).experts
+    kept = OutlierTest(20.0, 0.05, "cosine").screen(base, shared, nowhere()).experts
     assert [e.task for e in kept] == [f"t{n}" for n in range(9) if n != 4]
-    assert shared[4] in OutlierTest(3.5, "norm").screen(base, shared, nowhere()).experts
+    assert shared[4] in OutlierTest(3.5, 0.05, "norm").screen(base, shared, nowhere()).experts
 
 
 def test_order_does_not_matter_and_two_cannot_be_told_apart() -> None:
     base, given_ = experts()
     given_[2] = grown(base, given_[2], 5.0)
-    forward = OutlierTest(3.5, "both").suspicion(base, given_)
-    backward = OutlierTest(3.5, "both").suspicion(base, given_[::-1])
+    forward = OutlierTest(3.5, 0.05, "both").suspicion(base, given_)
+    backward = OutlierTest(3.5, 0.05, "both").suspicion(base, given_[::-1])
     torch.testing.assert_close(forward, backward.flip(0))
-    assert OutlierTest(0.0, "both").screen(base, given_[1:3], nowhere()) == Screened(given_[1:3])
-    assert OutlierTest(0.0, "both").screen(base, given_, nowhere()).experts
+    assert OutlierTest(0.0, 0.05, "both").screen(base, given_[1:3], nowhere()) == Screened(given_[1:3])
+    assert OutlierTest(0.0, 0.05, "both").screen(base, given_, nowhere()).experts
 
 
 def test_an_expert_equal_to_the_base_is_no_division_by_zero() -> None:
     base, given_ = experts()
     given_[1] = Expert("t1", base)
-    assert bool(torch.isfinite(OutlierTest(3.5, "both").suspicion(base, given_)).all())
+    assert bool(torch.isfinite(OutlierTest(3.5, 0.05, "both").suspicion(base, given_)).all())
 
 
 def test_the_report_tells_norms_cosines_and_their_scores() -> None:
     base, given_ = experts()
     given_[2] = grown(base, given_[2], 5.0)
-    report = json.loads(json.dumps(OutlierTest(3.5, "both").screen(base, given_, nowhere()).report))
+    report = json.loads(json.dumps(OutlierTest(3.5, 0.05, "both").screen(base, given_, nowhere()).report))
     assert report.keys() == {"norm", "norm_z", "cosine", "cosine_z", "threshold"}
     flat = [torch.cat([(e.weights[n] - base[n]).flatten() for n in "ab"]).double() for e in given_]
     assert report["norm"] == pytest.approx(
@@ -191,7 +209,7 @@ def test_the_report_tells_norms_cosines_and_their_scores() -> None:
     z = robust_scores(torch.tensor(list(report["norm"].values()))).tolist()
     assert list(report["norm_z"].values()) == pytest.approx(z, rel=1e-4)
     assert report["norm_z"]["t2"] > report["threshold"] == 3.5
-    assert OutlierTest(3.5, "norm").screen(base, given_, nowhere()).report.keys() == {
+    assert OutlierTest(3.5, 0.05, "norm").screen(base, given_, nowhere()).report.keys() == {
         "norm", "norm_z", "threshold"
     }  # fmt: skip
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from mergesec.contracts import Defense, Expert, MergeContext, Screened, Weights
 from mergesec.weights import mergeable, owners
-from mergesec_methods.defenses._screens import let_in, robust_scores, rounded
+from mergesec_methods.defenses._screens import critical_score, let_in, robust_scores, rounded
 
 CARD = {
     "name": "outlier_test",
     "kind": "defense",
     "class": "OutlierTest",
-    "version": "1",
+    "version": "2",
     "title": "Task-vector outlier test",
     "paper": "this benchmark's; robust z-scores after Iglewicz and Hoaglin, How to detect and handle outliers, 1993",
     "summary": "drop experts whose task vector's norm or mean cosine to the others is an outlier; their task stays, served by the merge of the rest",
@@ -29,10 +29,17 @@ CARD = {
     "parameters": {
         "threshold": {
             "type": "float",
-            "default": 3.5,
+            "default": 0.0,
             "min": 0.0,
             "max": 1000.0,
-            "doc": "largest |robust z-score| that is let in",
+            "doc": "largest |robust z-score| that is let in; 0 = as level says",
+        },
+        "level": {
+            "type": "float",
+            "default": 0.05,
+            "min": 0.0001,
+            "max": 0.5,
+            "doc": "chance that an innocent merge loses an expert if statistics are normal: sets the threshold for the number of experts",
         },
         "statistics": {
             "type": "choice",
@@ -62,8 +69,9 @@ def gram_matrix(base: Weights, experts: Sequence[Expert]) -> Tensor:
 class OutlierTest(Defense):
     """s_i = max(|z(‖τ_i‖)|, |z(mean_{j ≠ i} cos(τ_i, τ_j))|); kept if s_i ≤ threshold."""
 
-    def __init__(self, threshold: float, statistics: str) -> None:
+    def __init__(self, threshold: float, level: float, statistics: str) -> None:
         self.threshold = threshold
+        self.level = level
         self.statistics = statistics
 
     def measured(self, base: Weights, experts: Sequence[Expert]) -> dict[str, Tensor]:
@@ -88,8 +96,8 @@ class OutlierTest(Defense):
         values = self.measured(base, experts)
         scores = {f"{n}_z": robust_scores(v) for n, v in values.items()}
         report: dict[str, Any] = {n: rounded(experts, v) for n, v in {**values, **scores}.items()}
-        kept = let_in(experts, _largest(scores), self.threshold)
-        return Screened(kept, report | {"threshold": self.threshold})
+        limit = self.threshold or critical_score(len(experts), len(values), self.level, 2)
+        return Screened(let_in(experts, _largest(scores), limit), report | {"threshold": limit})
 
 
 def _largest(scores: Mapping[str, Tensor]) -> Tensor:

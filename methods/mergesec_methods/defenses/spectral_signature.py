@@ -17,13 +17,13 @@ from mergesec.contracts import (
     Weights,
     load_network,
 )
-from mergesec_methods.defenses._screens import let_in, robust_scores, rounded, strided
+from mergesec_methods.defenses._screens import critical_score, let_in, robust_scores, rounded, strided
 
 CARD = {
     "name": "spectral_signature",
     "kind": "defense",
     "class": "SpectralSignature",
-    "version": "1",
+    "version": "2",
     "title": "Spectral signature (of experts)",
     "paper": "Tran et al., Spectral signatures in backdoor attacks, NeurIPS 2018 (rows of a training set; here: experts)",
     "url": "https://arxiv.org/abs/1811.00636",
@@ -37,10 +37,17 @@ CARD = {
     "parameters": {
         "threshold": {
             "type": "float",
-            "default": 3.5,
+            "default": 0.0,
             "min": 0.0,
             "max": 1000.0,
-            "doc": "largest robust z-score that is let in",
+            "doc": "largest robust z-score that is let in; 0 = as level says",
+        },
+        "level": {
+            "type": "float",
+            "default": 0.05,
+            "min": 0.0001,
+            "max": 0.5,
+            "doc": "chance that an innocent merge loses an expert if statistics are normal: sets the threshold for the number of experts",
         },
         "rows": {
             "type": "int",
@@ -99,8 +106,9 @@ def signature(features: Tensor) -> float:
 class SpectralSignature(Defense):
     """The largest ``signature`` over predicted classes, per expert; kept unless it sticks out upwards."""
 
-    def __init__(self, threshold: float, rows: int, smallest: int, relative: bool) -> None:
+    def __init__(self, threshold: float, level: float, rows: int, smallest: int, relative: bool) -> None:
         self.threshold = threshold
+        self.level = level
         self.rows = rows
         self.smallest = smallest
         self.relative = relative
@@ -145,7 +153,9 @@ class SpectralSignature(Defense):
         values = torch.tensor([self.statistic(plain, e, ctx) for e in experts], dtype=torch.float64)
         known = torch.isfinite(values)
         suspicion = torch.zeros_like(values)
-        if int(known.sum()) >= FEWEST:
+        told = int(known.sum())
+        if told >= FEWEST:
             suspicion[known] = robust_scores(values[known])
+        limit = self.threshold or critical_score(max(told, FEWEST), 1, self.level, 1)
         report = {"statistic": rounded(experts, values), "z": rounded(experts, suspicion)}
-        return Screened(let_in(experts, suspicion, self.threshold), {**report, "threshold": self.threshold})
+        return Screened(let_in(experts, suspicion, limit), {**report, "threshold": limit})
