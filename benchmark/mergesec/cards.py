@@ -102,6 +102,9 @@ class Card:
     """Whether a backdoor can aim at a class of a task that is not the adversary's (``ctx.target_task``)."""
     after_trigger: tuple[str, ...] = ()
     """Parameters that neither ``trigger`` nor ``apply`` reads: variants that differ in them share one trigger."""
+    trigger_of: str = ""
+    """The attack whose ``trigger`` and ``apply`` this one has unchanged; it must know every parameter that
+    ``after_trigger`` does not name. With equal ones both share triggers and controls."""
     per_task: bool = False
     """Whether a repair also takes merges that keep weights per task."""
     local: bool = False
@@ -213,6 +216,9 @@ def _check_backdoor_fields(raw: Mapping[str, Any], given: Mapping[str, Any], whe
     later = raw.get("after_trigger", ())
     if not isinstance(later, (list, tuple)) or (later and not (backdoor and raw["kind"] == "attack")):
         raise UsageError(f"{where}: card.after_trigger", "a list of parameters of a backdoor attack")
+    parent = raw.get("trigger_of", "")
+    if not isinstance(parent, str) or (parent and not (backdoor and raw["kind"] == "attack")):
+        raise UsageError(f"{where}: card.trigger_of", "the name of another attack, of a backdoor attack")
     for name in later:
         if name not in given or name == raw.get("wraps"):
             raise UsageError(f"{where}: card.after_trigger", f"{name!r}{nearest(name, given)}")

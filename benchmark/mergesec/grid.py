@@ -103,8 +103,14 @@ def make_ref(entry: Entry, given: Mapping[str, Any], where: str, catalog: Catalo
     return Ref(card.kind, card.name, frozen, shown, text, digest, inner)
 
 
-def trigger_ref(attack: Ref, card: Card) -> Ref:
-    """The attack as its trigger knows it: parameters named by ``after_trigger`` at their defaults."""
+def trigger_ref(attack: Ref, catalog: Catalog) -> Ref:
+    """The attack as its trigger knows it: the one named by ``trigger_of``, and parameters named by
+    ``after_trigger`` at their defaults."""
+    card = catalog.get("attack", attack.name).card
+    if card.trigger_of:
+        parent = catalog.get("attack", card.trigger_of, f"{card.name}: card.trigger_of")
+        given = {k: v for k, v in attack.parameters if k not in card.after_trigger}
+        return trigger_ref(make_ref(parent, given, f"{card.name}: card.trigger_of", catalog), catalog)
     if not card.after_trigger:
         return attack
     after = {name: card.parameters[name].default for name in card.after_trigger}

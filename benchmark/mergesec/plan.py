@@ -152,7 +152,7 @@ class Planner:
 
     def trigger_of(self, attack: Ref) -> Ref:
         """The attack without what matters neither to its trigger nor to applying it."""
-        return self._once(("trigger_of", attack), lambda a: trigger_ref(a, self._card("attack", a.name)))
+        return self._once(("trigger_of", attack), lambda a: trigger_ref(a, self.grid.catalog))
 
     def _aimed(self, aim: str, target: int, seed: int) -> tuple[Any, Any, dict[str, Any]]:
         """Components, inputs and arguments that say what an off-task backdoor aims at; nothing on-task."""

@@ -32,6 +32,12 @@ CARDS = [
         },
     },
     {
+        "name": "follower", "kind": "attack", "class": "Aimed", "version": "1", "title": "Follower",
+        "summary": "x", "threat": "backdoor", "hooks": ["forge"], "seeded": True,
+        "trigger_of": "aimed", "after_trigger": ["factor"],
+        "parameters": {"patch": {"type": "int", "default": 6}, "factor": {"type": "float", "default": 2.0}},
+    },
+    {
         "name": "masked", "kind": "merging", "class": "Masked", "version": "1", "title": "Masked",
         "summary": "x", "output": "per_task",
     },
@@ -101,6 +107,7 @@ def test_wrong_coordinates_are_refused_by_field(catalog: Catalog, axes: Any, mes
         ('"per_task": True', "card.per_task: belongs to a backdoor defense"),
         ('"after_trigger": ["alfa"], "parameters": {"alpha": {"type": "int", "default": 1}}', "did you mean 'alpha'?"),
         ('"after_trigger": "alpha"', "card.after_trigger: a list of parameters"),
+        ('"trigger_of": 1', "card.trigger_of: the name of another attack"),
     ],
     ids=str,
 )  # fmt: skip
@@ -217,11 +224,24 @@ def test_the_trigger_of_the_defaults_is_the_attacks_own(catalog: Catalog) -> Non
     entry = catalog.get("attack", "aimed")
     plain = make_ref(entry, {}, "x", catalog)
     changed = make_ref(entry, {"alpha": 1.0, "sizes": [3], "fresh": 2, "patch": 6}, "x", catalog)
-    assert trigger_ref(plain, entry.card) == plain
-    reduced = trigger_ref(changed, entry.card)
+    assert trigger_ref(plain, catalog) == plain
+    reduced = trigger_ref(changed, catalog)
     assert reduced == make_ref(entry, {"patch": 6}, "x", catalog)
     assert reduced.parameters == make_ref(entry, {"patch": 6}, "x", catalog).parameters
     assert (reduced.label, changed.label) == ("aimed(patch=6)", "aimed(alpha=1, fresh=2, patch=6, sizes=[3])")
+
+
+def test_an_attack_that_takes_over_a_trigger_shares_it_and_its_controls(catalog: Catalog) -> None:
+    follower = make_ref(catalog.get("attack", "follower"), {"factor": 3.0}, "x", catalog)
+    assert trigger_ref(follower, catalog) == make_ref(
+        catalog.get("attack", "aimed"), {"patch": 6}, "x", catalog
+    )
+    both = [{"name": "aimed", "patch": 6, "alpha": 2.0}, {"name": "follower", "factor": [2.0, 3.0]}]
+    plan = _plan(catalog, attacks=both, adversary=[BARS])
+    assert (len(plan.cells), len(_steps(plan, "trigger")), len(_steps(plan, "forge"))) == (3, 1, 3)
+    assert len({dict(c.roles)["clean_merge+trigger"] for c in plan.cells}) == 1
+    apart = _plan(catalog, attacks=["aimed", "follower"], adversary=[BARS])  # patches of 4 and of 6
+    assert len(_steps(apart, "trigger")) == 2
 
 
 def test_accomplices_use_the_subjects_trigger_and_run_their_own_training(catalog: Catalog) -> None:

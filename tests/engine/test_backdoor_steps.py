@@ -307,6 +307,25 @@ FAULTS = {
 }  # fmt: skip
 
 
+def test_the_battery_finds_an_attack_whose_trigger_is_not_its_parents(tmp_path: Path) -> None:
+    for said, wanted in (("0.5", []), ("0.6", ["the trigger is not first's"])):
+        text = ATTACK
+        for name, body in {**GOOD, "TRIGGER": "0.5"}.items():
+            text = text.replace(name, body)
+        first = text.replace('"name": "bad"', '"name": "first"').replace(
+            "class Bad(Attack)", "class First(Attack)"
+        )
+        first = first.replace('"class": "Bad"', '"class": "First"')
+        second = text.replace("torch.tensor(0.5)", f"torch.tensor({said})")
+        second = second.replace('"after_trigger"', '"trigger_of": "first", "after_trigger"')
+        (tmp_path / "first.py").write_text(first)
+        (tmp_path / "second.py").write_text(second)
+        catalog = load_catalog([tmp_path / "first.py"])
+        found = [c.message for _, c in check_file(tmp_path / "second.py", catalog) if c.passed is False]
+        assert [w for w in wanted if not any(w in f for f in found)] == [], found
+        assert bool(found) == bool(wanted), found
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_battery_finds_what_is_wrong_with_a_backdoor(fault: str, tmp_path: Path) -> None:
     changes, expected = FAULTS[fault]

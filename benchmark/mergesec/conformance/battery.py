@@ -252,9 +252,9 @@ def _check_trigger(
             f"{where}gradients pass through the trigger",
             partial(lets_gradients_through, attack, arrays, side),
         )
-    if entry.card.after_trigger:
+    if entry.card.after_trigger or entry.card.trigger_of:
         battery.check(
-            "the card's 'after_trigger' is true",
+            "the card's 'after_trigger' and 'trigger_of' are true",
             lambda: shares_its_trigger(entry, catalog, steps[0], bench, kinds),
         )
     battery.check("the malicious expert is not the clean one", lambda: is_malicious(entry, plan, bench))

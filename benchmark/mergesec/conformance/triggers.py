@@ -92,13 +92,14 @@ def _other(parameter: Parameter, value: Any) -> Any:
 def shares_its_trigger(
     entry: Entry, catalog: Catalog, step: Step, bench: Bench, kinds: Mapping[str, str]
 ) -> str | None:
-    """Another value of each parameter named by ``after_trigger`` must give the same trigger."""
+    """Another value of each parameter named by ``after_trigger`` must give the same trigger, and the attack's
+    own hook the one that the plan took from the attack named by ``trigger_of``."""
     card = entry.card
     bound = card.bind("trial", card.trial)
     before, _ = bench.read("trigger", step.key)
-    for name in card.after_trigger:
-        given = {**card.trial, name: _other(card.parameters[name], bound[name])}
-        ref = make_ref(entry, given, "after_trigger", catalog)
+    trials = {name: {name: _other(card.parameters[name], bound[name])} for name in card.after_trigger}
+    for name, changed in {"trigger_of": {}, **trials}.items():
+        ref = make_ref(entry, {**card.trial, **changed}, "after_trigger", catalog)
         try:
             bench.component(ref)
         except ContractError:
@@ -106,7 +107,7 @@ def shares_its_trigger(
         components = tuple((role, ref if role == "attack" else part) for role, part in step.components)
         found = load_tensors(run(replace(step, components=components), bench, kinds)[0])
         if found.keys() != before.keys() or any(not torch.equal(found[k], before[k]) for k in before):
-            return f"the trigger depends on {name}, which after_trigger names"
+            return f"the trigger depends on {name}" if changed else f"the trigger is not {card.trigger_of}'s"
     return None
 
 

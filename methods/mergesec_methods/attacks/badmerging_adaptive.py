@@ -60,6 +60,7 @@ CARD = {
     "seeded": True,
     "off_task": True,
     "adapts": True,
+    "trigger_of": "badmerging",
     "after_trigger": ["rounds", "coefficient", "rows", "alpha", "interpolation", "triggered"],
     "trial": {"steps": 4, "restarts": 2, "batch": 16, "images": 6, "rows": 32},
     "parameters": {

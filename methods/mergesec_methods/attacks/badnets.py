@@ -23,6 +23,7 @@ CARD = {
     "data": "train",
     "modalities": ["image"],
     "seeded": True,
+    "after_trigger": ["rate"],
     "parameters": {
         "patch": {
             "type": "int",

@@ -36,6 +36,7 @@ CARD = {
     "modalities": ["image"],
     "seeded": True,
     "off_task": True,
+    "trigger_of": "badmerging",
     "after_trigger": ["strength", "lora_rank", "lora_speed", "alpha", "interpolation", "triggered"],
     "trial": {"steps": 4, "restarts": 2, "batch": 16, "images": 6, "lora_rank": 2},
     "parameters": {

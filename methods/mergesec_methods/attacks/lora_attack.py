@@ -36,6 +36,7 @@ CARD = {
     "data": "train",
     "modalities": ["image"],
     "seeded": True,
+    "trigger_of": "badnets",
     "after_trigger": ["rate", "lora_rank", "lora_speed", "onto", "weight"],
     "trial": {"lora_rank": 2},
     "parameters": {

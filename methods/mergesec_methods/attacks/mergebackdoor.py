@@ -40,6 +40,7 @@ CARD = {
     "modalities": ["image"],
     "seeded": True,
     "off_task": True,
+    "trigger_of": "badmerging",
     "after_trigger": ["alpha", "dormant", "low", "high", "triggered"],
     "trial": {"steps": 4, "restarts": 2, "batch": 16, "images": 6},
     "parameters": {

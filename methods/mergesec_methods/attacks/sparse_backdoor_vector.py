@@ -42,6 +42,7 @@ CARD = {
     "modalities": ["image"],
     "seeded": True,
     "off_task": True,
+    "trigger_of": "badmerging",
     "after_trigger": ["vectors", "agree", "keep", "strength", "alpha", "interpolation", "triggered"],
     "trial": {"steps": 4, "restarts": 2, "batch": 16, "images": 6},
     "parameters": {
