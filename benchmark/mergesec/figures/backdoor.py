@@ -153,27 +153,33 @@ def _scatter_panel(ax: Axes, rows: Sequence[Row], plain: Sequence[Row], methods:
 
 
 def _heat_maps(rows: Sequence[Row], caption: Caption) -> Iterator[Picture]:
-    """ASR and its excess over the control: attack × defense per setting, or setting × defense per attack."""
+    """ASR and its excess over the control, attack × defense × setting: one table per value of the shortest axis."""
     attacks, defenses = _distinct([r["attack"] for r in rows]), _distinct([r["defense"] for r in rows])
     settings = _distinct([(r["method"], _place(r)) for r in rows])
     if len(attacks) * len(defenses) * len(settings) < 2:
         return
     found = {(r["attack"], r["defense"], (r["method"], _place(r))): r for r in rows}
-    names = {s: f"{s[0]}, {_told(s[1])}" for s in settings}
+    axes: list[list[Any]] = [attacks, defenses, settings]
+    # tables per setting unless another axis is shorter; the more numerous of attack and setting goes down
+    parted = min((2, 1, 0), key=lambda axis: len(axes[axis]))
+    down, across = {2: (0, 1), 1: (0, 2), 0: (2, 1)}[parted]
     lines = []
-    if len(settings) <= len(attacks):
-        for s in settings:
-            there = [a for a in attacks if any((a, d, s) in found for d in defenses)]
-            table = [[found.get((a, d, s), {}) for d in defenses] for a in there]
-            lines.append(side_by_side(names[s], there, defenses, table, _MEASURES, ("attack", "defense")))
-    else:
-        for a in attacks:
-            there = [s for s in settings if any((a, d, s) in found for d in defenses)]
-            table = [[found.get((a, d, s), {}) for d in defenses] for s in there]
-            shown = [names[s] for s in there]
-            lines.append(side_by_side(a, shown, defenses, table, _MEASURES, ("", "defense")))
+    for value in axes[parted]:
+        cells = {(k[down], k[across]): row for k, row in found.items() if k[parted] == value}
+        there = [v for v in axes[down] if any((v, w) in cells for w in axes[across])]
+        beside = [w for w in axes[across] if any((v, w) in cells for v in there)]
+        table = [[cells.get((v, w), {}) for w in beside] for v in there]
+        title = f"defense {value}" if parted == 1 else _shown(value)
+        titles = ("attack", "defense", "")[down], ("attack", "defense", "")[across]
+        shown = [_shown(v) for v in there], [_shown(w) for w in beside]
+        lines.append(side_by_side(title, *shown, table, _MEASURES, titles))
     note = "ASR on non-target samples of the adversary's task; excess: minus the same trigger on the merge of clean experts."
     yield from heat_sheets("backdoor-heat", "Backdoors against defenses", lines, caption, note)
+
+
+def _shown(value: Any) -> str:
+    """An attack or a defense by its label, a setting as its method and what is merged."""
+    return value if isinstance(value, str) else f"{value[0]}, {_told(value[1])}"
 
 
 _MEASURES = (("ASR", "succession", SHARE), ("excess over the control", "backdoor", EXCESS))
