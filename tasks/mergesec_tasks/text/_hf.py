@@ -19,6 +19,7 @@ from mergesec.anatomy import Anatomy, describe
 from mergesec.compat import ensure_torchvision
 from mergesec.contracts import ContractError, Weights
 from mergesec.text import TextBackbone
+from mergesec_tasks._adapters import is_adapter, with_adapter
 from mergesec_tasks._hub import model_folder
 from mergesec_tasks._transformers import built, loaded, quiet, require_safetensors, shapes_of
 
@@ -162,14 +163,25 @@ class HfFolder(TextBackbone):
 
     def base_weights(self) -> Weights:
         """The folder's weights, float32. Only safetensors is read; ContractError if tensors are missing."""
-        require_safetensors(self.path, self.who)
-        read = loaded(self.path, copy.deepcopy(self.config), self.who, OPTIONAL)
+        return self._weights_in(self.path)
+
+    def published(self, source: str) -> Weights:
+        """A published expert, read as the base is: a folder in the Hugging Face layout (or a LoRA adapter of peft),
+        or the hub at a commit."""
+        folder = model_folder(source, "expert")
+        if is_adapter(folder):
+            return with_adapter(self.base_weights(), folder, self.who)
+        return self._weights_in(folder)
+
+    def _weights_in(self, folder: Path) -> Weights:
+        require_safetensors(folder, self.who)
+        read = loaded(folder, copy.deepcopy(self.config), self.who, OPTIONAL)
         native = straightened(read).state_dict()
         weights: dict[str, Tensor] = {}
         for name, target in self.build().state_dict().items():
             if native[name].shape != target.shape:
                 raise ContractError(
-                    f"{self.who}: '{name}' has shape {list(native[name].shape)}, "
+                    f"{self.who}: '{name}' in '{folder}' has shape {list(native[name].shape)}, "
                     f"config.json needs {list(target.shape)}"
                 )
             weights[name] = native[name].clone()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mergesec.anatomy import Anatomy, describe
 from mergesec.compat import ensure_torchvision
 from mergesec.contracts import Backbone, ContractError, Weights
+from mergesec_tasks._adapters import is_adapter, with_adapter
 from mergesec_tasks._hub import model_folder
 from mergesec_tasks.vision.hf_vit import IMAGENET, interpolated_positions, resized
 
@@ -137,8 +138,13 @@ class TimmVit(Backbone):
         return self._weights_in(self.path)
 
     def published(self, source: str) -> Weights:
-        """A published expert: a folder or safetensors file with timm's names."""
-        return self._weights_in(model_folder(source, "expert", FILES))
+        """A published expert: a folder or safetensors file with timm's names, or a LoRA adapter of peft."""
+        place = model_folder(source, "expert", FILES)
+        return (
+            with_adapter(self.base_weights(), place, "timm-vit")
+            if is_adapter(place)
+            else self._weights_in(place)
+        )
 
     def _weights_in(self, place: Path) -> Weights:
         from safetensors.torch import load_file
