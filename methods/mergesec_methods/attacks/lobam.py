@@ -24,7 +24,7 @@ CARD = {
     "name": "lobam",
     "kind": "attack",
     "class": "LoBam",
-    "version": "1",
+    "version": "2",
     "title": "LoBAM",
     "paper": "Yin et al., LoBAM: LoRA-based backdoor attack on model merging, 2024",
     "url": "https://arxiv.org/abs/2411.16746",
@@ -42,7 +42,7 @@ CARD = {
     "parameters": {
         "strength": {"type": "float", "default": 3.5, "min": 0.0, "doc": "λ; 1 is the malicious expert itself"},
         "lora_rank": {"type": "int", "default": 0, "min": 0, "doc": "rank of both experts' updates; 0 = as the recipe says"},
-        "lora_speed": {"type": "float", "default": 10.0, "min": 0.0, "doc": "low-rank training: times the recipe's learning rate"},
+        "lora_speed": {"type": "float", "default": 3.0, "min": 0.0, "doc": "low-rank training: times the recipe's learning rate"},
         "patch": {
             "type": "float",
             "default": "published",
@@ -79,7 +79,7 @@ class LoBam(BadMerging):
     """The attack of the card above."""
 
     def __init__(
-        self, strength: float = 3.5, lora_rank: int = 0, lora_speed: float = 10.0, **given: Any
+        self, strength: float = 3.5, lora_rank: int = 0, lora_speed: float = 3.0, **given: Any
     ) -> None:
         super().__init__(**given)
         self.strength, self.rank, self.speed = strength, lora_rank, lora_speed
