@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from mergesec.contracts import ContractError, Weights
+from mergesec_tasks._hub import MODEL_FILES, model_folder
 
 CONFIG, FACTORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -18,9 +19,14 @@ BEYOND = frozenset({"pooler", "classifier", "score", "lm_head", "visual_projecti
 """Parts of a published network that features do not pass through here."""
 
 
-def is_adapter(place: Path) -> bool:
-    """Whether a folder holds an adapter and not a network."""
-    return (place / CONFIG).is_file()
+def expert_weights(
+    source: str, who: str, base: Callable[[], Weights], read: Callable[[Path], Weights],
+    patterns: Sequence[str] = MODEL_FILES,
+) -> Weights:  # fmt: skip
+    """A published expert: what ``read`` finds in ``source`` (a local place, or the hub at a commit), or ``base`` with
+    the adapter that lies there."""
+    place = model_folder(source, "expert", patterns)
+    return with_adapter(base(), place, who) if (place / CONFIG).is_file() else read(place)
 
 
 def with_adapter(base: Weights, folder: Path, who: str) -> Weights:

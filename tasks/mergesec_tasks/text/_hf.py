@@ -19,7 +19,7 @@ from mergesec.anatomy import Anatomy, describe
 from mergesec.compat import ensure_torchvision
 from mergesec.contracts import ContractError, Weights
 from mergesec.text import TextBackbone
-from mergesec_tasks._adapters import is_adapter, with_adapter
+from mergesec_tasks._adapters import expert_weights
 from mergesec_tasks._hub import model_folder
 from mergesec_tasks._transformers import built, loaded, quiet, require_safetensors, shapes_of
 
@@ -166,12 +166,8 @@ class HfFolder(TextBackbone):
         return self._weights_in(self.path)
 
     def published(self, source: str) -> Weights:
-        """A published expert, read as the base is: a folder in the Hugging Face layout (or a LoRA adapter of peft),
-        or the hub at a commit."""
-        folder = model_folder(source, "expert")
-        if is_adapter(folder):
-            return with_adapter(self.base_weights(), folder, self.who)
-        return self._weights_in(folder)
+        """A published expert in the Hugging Face layout, or a LoRA adapter of peft: a folder, or the hub at a commit."""
+        return expert_weights(source, self.who, self.base_weights, self._weights_in)
 
     def _weights_in(self, folder: Path) -> Weights:
         require_safetensors(folder, self.who)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mergesec.anatomy import Anatomy, describe
 from mergesec.compat import ensure_torchvision
 from mergesec.contracts import Backbone, ContractError, Weights
-from mergesec_tasks._adapters import is_adapter, with_adapter
+from mergesec_tasks._adapters import expert_weights
 from mergesec_tasks._hub import model_folder
 from mergesec_tasks.vision.hf_vit import IMAGENET, interpolated_positions, resized
 
@@ -139,12 +139,7 @@ class TimmVit(Backbone):
 
     def published(self, source: str) -> Weights:
         """A published expert: a folder or safetensors file with timm's names, or a LoRA adapter of peft."""
-        place = model_folder(source, "expert", FILES)
-        return (
-            with_adapter(self.base_weights(), place, "timm-vit")
-            if is_adapter(place)
-            else self._weights_in(place)
-        )
+        return expert_weights(source, "timm-vit", self.base_weights, self._weights_in, FILES)
 
     def _weights_in(self, place: Path) -> Weights:
         from safetensors.torch import load_file
