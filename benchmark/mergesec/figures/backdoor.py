@@ -27,6 +27,7 @@ from mergesec.figures.canvas import (
     rows_of,
     sheet,
     side_by_side,
+    wrapped,
 )
 from mergesec.figures.sweeps import LEAST, Defaults, Sweep, axis_title, find_sweeps
 from mergesec.records import Record
@@ -34,6 +35,8 @@ from mergesec.records import Record
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+KEY_LETTERS = 62
+"""What fits under a panel of the scatter."""
 Place = tuple[int, int, str]
 """Experts merged, how many of them are malicious, the task the target belongs to."""
 
@@ -85,7 +88,7 @@ def _scatter(fronts: Sequence[Row], rows: Sequence[Row], caption: Caption) -> It
     measured = {r["method"] for g in groups.values() for r in g}
     methods = [m for m in _distinct([r["method"] for r in rows]) if m in measured]
     lines = [list(groups.items())[i : i + 2] for i in range(0, len(groups), 2)]
-    heights = {id(line): 3.0 + 0.15 * max(len(_best(g)) for _, g in line) for line in lines}
+    heights = {id(line): 3.0 + 0.15 * max(len(_front_key(_best(g))) for _, g in line) for line in lines}
     pages = part(lines, lambda line: heights[id(line)])
     for page, chunk in enumerate(pages):
         most = max(map(len, chunk))
@@ -111,6 +114,12 @@ def _scatter(fronts: Sequence[Row], rows: Sequence[Row], caption: Caption) -> It
 def _best(rows: Sequence[Row]) -> list[Row]:
     """The front, by falling accuracy."""
     return sorted((r for r in rows if r["front"] == "yes"), key=lambda r: (-r["BA"], r["succession"]))
+
+
+def _front_key(best: Sequence[Row]) -> list[str]:
+    """Lines under a panel that say what the numbers on its front are."""
+    named = (f"{n} {r['method']} + {r['defense']}" for n, r in enumerate(best, 1))
+    return [line for text in named for line in wrapped(text, KEY_LETTERS)]
 
 
 def _method_handles(methods: Sequence[str]) -> list[Any]:
@@ -143,7 +152,7 @@ def _scatter_panel(ax: Axes, rows: Sequence[Row], plain: Sequence[Row], methods:
             str(number), corner, (4, 4), textcoords="offset points", fontsize=6.5,
             bbox={"boxstyle": "circle,pad=0.12", "facecolor": "white", "edgecolor": "#000000", "linewidth": 0.6},
         )  # fmt: skip
-    key = [f"{n} {r['method']} + {r['defense']}" for n, r in enumerate(best, 1)]
+    key = _front_key(best)
     ax.set(ylabel="ASR after merging, %", ylim=(-4, 104))
     ax.set_xlabel("\n".join(["accuracy after merging, mean over tasks, %", *key]), loc="left")
     ax.margins(x=0.1)
