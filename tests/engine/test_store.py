@@ -55,6 +55,13 @@ def test_every_type_survives_bit_by_bit(tmp_path: Path, dtype: torch.dtype) -> N
     assert found["empty"].shape == (0, 3)
 
 
+def test_files_are_readable_by_whom_the_umask_allows(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "board.csv", b"a")
+    (tmp_path / "plain").write_bytes(b"a")
+    assert (tmp_path / "board.csv").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["board.csv", "plain"]
+
+
 @pytest.mark.parametrize("end", ["json", "safetensors"])
 def test_any_flipped_byte_is_found_or_harmless(tmp_path: Path, end: str) -> None:
     store = _stored(tmp_path)
