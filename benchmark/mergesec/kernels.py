@@ -76,13 +76,14 @@ def _operation(signature: Any, emit: Callable[..., Any]) -> Any:
         found = emit(builder, *arguments)
         return context.get_dummy_value() if found is None else found
 
-    def operation(*_: Any) -> Any:
+    def typed(*_: Any) -> Any:
         return signature, generate
 
+    operation: Any = typed
     # numba counts the arguments by name
     names = ("context", *(f"a{i}" for i in range(len(signature.args))))
     plain = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
-    operation.__signature__ = inspect.Signature(plain)  # type: ignore[attr-defined]
+    operation.__signature__ = inspect.Signature(plain)
     return intrinsic(operation)
 
 
