@@ -97,15 +97,31 @@ def test_by_hand(tmp_path: Path) -> None:
     assert torch.equal(BASE["block.map.weight"], torch.zeros(4, 6))
 
 
+def test_a_whole_clips_text_tower_is_left_out_where_there_is_none(tmp_path: Path) -> None:
+    """Its maps are called like those of the vision tower."""
+    vision = {n.replace("model.block", "model.vision_model.block"): f for n, f in FACTORS.items()}
+    text = {n.replace("model.block", "model.text_model.block"): 9 * f for n, f in FACTORS.items()}
+    found = with_adapter(BASE, adapter(tmp_path, {**text, **vision}), "x")
+    assert torch.equal(found["block.map.weight"], torch.full((4, 6), 6.0))
+
+
+def test_a_config_that_is_no_json_is_said(tmp_path: Path) -> None:
+    (adapter(tmp_path, FACTORS) / "adapter_config.json").write_text("{")
+    with pytest.raises(ContractError, match="is no JSON"):
+        with_adapter(BASE, tmp_path, "x")
+
+
 @pytest.mark.parametrize(
     ("tensors", "config", "message"),
     [
         (FACTORS, {"peft_type": "IA3"}, "of type 'IA3'"),
+        (FACTORS, {"lora_alpha": None}, "no number lora_alpha"),
         (FACTORS, {"use_dora": True}, "LoRA with use_dora"),
-        ({n.replace("map", "mop"): t for n, t in FACTORS.items()}, {}, "no map for 'block.mop.lora_A"),
-        (dict(list(FACTORS.items())[:1]), {}, "its other factor is missing"),
-        ({**FACTORS, next(iter(FACTORS)): torch.ones(2, 5)}, {}, r"update \[4, 5\] of 'block.map.weight' \[4, 6\]"),
-        ({"base_model.model.word.lora_embedding_A": torch.ones(2, 6)}, {}, "not a factor of a linear map"),
+        ({n.replace("map", "mop"): t for n, t in FACTORS.items()}, {}, r"no tensor \[4, 6\] for 'block.mop.lora_A"),
+        (dict(list(FACTORS.items())[:1]), {}, "not one of two factors"),
+        ({**FACTORS, next(iter(FACTORS)): torch.ones(2, 5)}, {}, r"no tensor \[4, 5\] for 'block.map.lora_A"),
+        ({**FACTORS, **{n.replace("model.block", "model.tower.block"): t.clone() for n, t in FACTORS.items()}}, {}, "two parts"),
+        ({"base_model.model.word.lora_embedding_A": torch.ones(2, 6)}, {}, "not one of two factors"),
     ],
 )  # fmt: skip
 def test_what_is_not_plain_lora_is_refused(
