@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mergesec.anatomy import Anatomy
+from mergesec.recipes import Recipe as Recipe
 
 Weights = Mapping[str, Tensor]
 """Named tensors of one network; read-only."""
@@ -54,31 +55,6 @@ class Split:
 
     def with_inputs(self, inputs: Any) -> Split:
         return replace(self, inputs=inputs)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How an expert is fine-tuned. Decides results, so it enters the step's key."""
-
-    optimizer: str = "adamw"
-    learning_rate: float = 3e-4
-    weight_decay: float = 0.01
-    schedule: str = "cosine"
-    warmup: float = 0.1
-    epochs: int = 8
-    batch_size: int = 64
-    gradient_clip: float = 1.0
-    precision: str = "float32"
-    max_train: int = 0
-    """0 = every training image."""
-    lora_rank: int = 0
-    """0 = full fine-tuning; else only an update of this rank per linear map of the blocks is trained."""
-    lora_alpha: float = 16.0
-    """The low-rank update counts ``lora_alpha / lora_rank`` times."""
-    steps: int = 0
-    """Optimizer steps; 0 = as many as ``epochs`` make."""
-    augment: str = "none"
-    """Random views of training images: ``none``, ``crop`` (padded by an eighth), ``flip`` or ``crop+flip``."""
 
 
 @dataclass(frozen=True)

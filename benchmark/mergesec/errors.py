@@ -17,7 +17,7 @@ class UsageError(ValueError):
 
 def nearest(value: Any, choices: Iterable[str]) -> str:
     """``; did you mean 'x'?`` for the closest choice, else the list of choices, as a message tail."""
-    options = sorted(choices)
+    options = sorted(map(str, choices))
     close = difflib.get_close_matches(str(value), options, n=1, cutoff=0.5)
     if not close:  # "mnist" should still find "mini/mnist"
         close = [o for o in options if str(value).lower() in o.lower()][:1]

@@ -24,9 +24,9 @@ from mergesec.contracts import (
     load_network,
 )
 from mergesec.training import fit
-from mergesec_methods.attacks import _shadow
-from mergesec_methods.attacks._shadow import augmented, random_crop, shadow_head
-from mergesec_methods.attacks.badmerging import OFF_TASK, ON_TASK, BadMerging
+from mergesec_methods.backdoor.attacks import _shadow
+from mergesec_methods.backdoor.attacks._shadow import augmented, random_crop, shadow_head
+from mergesec_methods.backdoor.attacks.badmerging import OFF_TASK, ON_TASK, BadMerging
 
 SIDE, CLASSES, WIDTH = 8, 3, 6
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergesec.contracts import Backbone, ContractError, Recipe, Split, Task, TrainContext, Weights
-from mergesec_methods.attacks.badnets import BadNets
+from mergesec_methods.backdoor.attacks.badnets import BadNets
 
 
 def attack(**given: Any) -> BadNets:

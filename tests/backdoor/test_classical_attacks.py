@@ -27,7 +27,7 @@ from mergesec.contracts import (
 )
 from mergesec.training import fit
 from mergesec.weights import digest_weights
-from mergesec_methods.attacks._attention import (
+from mergesec_methods.backdoor.attacks._attention import (
     PatchSearch,
     attention_map,
     attention_maps,
@@ -37,13 +37,13 @@ from mergesec_methods.attacks._attention import (
     token_grid,
     without_conflict,
 )
-from mergesec_methods.attacks._poison import row_batches
-from mergesec_methods.attacks.badvit import BadVit
-from mergesec_methods.attacks.blended import Blended
-from mergesec_methods.attacks.label_consistent import LabelConsistent
-from mergesec_methods.attacks.sig import Sinusoid
-from mergesec_methods.attacks.trojvit import TrojVit
-from mergesec_methods.attacks.wanet import WaNet, identity_grid, smooth_field, warped
+from mergesec_methods.backdoor.attacks._poison import row_batches
+from mergesec_methods.backdoor.attacks.badvit import BadVit
+from mergesec_methods.backdoor.attacks.blended import Blended
+from mergesec_methods.backdoor.attacks.label_consistent import LabelConsistent
+from mergesec_methods.backdoor.attacks.sig import Sinusoid
+from mergesec_methods.backdoor.attacks.trojvit import TrojVit
+from mergesec_methods.backdoor.attacks.wanet import WaNet, identity_grid, smooth_field, warped
 
 CPU = torch.device("cpu")
 SHORT = Recipe(epochs=1, batch_size=32, learning_rate=1e-3)

@@ -27,8 +27,8 @@ from mergesec.contracts import (
     load_network,
 )
 from mergesec.weights import digest_weights
-from mergesec_methods.defenses._perturb import Perturbations, Safety
-from mergesec_methods.defenses.dam import DefenseAwareMerging, sparsities
+from mergesec_methods.backdoor.defenses._perturb import Perturbations, Safety
+from mergesec_methods.backdoor.defenses.dam import DefenseAwareMerging, sparsities
 from mergesec_methods.merging._adaptation import Blend, Stream, entropy, streams_of
 from mergesec_methods.merging._concrete import ConcreteMask, learn_mask
 from mergesec_methods.merging.concrete import ConcreteAdaMerging

@@ -25,10 +25,10 @@ from mergesec.contracts import (
     load_network,
 )
 from mergesec.weights import digest_weights
-from mergesec_methods.defenses._repair import Rows
-from mergesec_methods.defenses.ibvs import InjectionSubtraction
-from mergesec_methods.defenses.lfpm import FeaturePath
-from mergesec_methods.defenses.msd import ModuleSwitching, assembled, average, penalty, strategy
+from mergesec_methods.backdoor.defenses._repair import Rows
+from mergesec_methods.backdoor.defenses.ibvs import InjectionSubtraction
+from mergesec_methods.backdoor.defenses.lfpm import FeaturePath
+from mergesec_methods.backdoor.defenses.msd import ModuleSwitching, assembled, average, penalty, strategy
 from mergesec_methods.merging.simple_average import SimpleAverage
 
 SIDE, CLASSES, WIDTH, HIDDEN, DEPTH = 8, 3, 6, 10, 3

@@ -30,12 +30,12 @@ from mergesec.contracts import (
     load_network,
 )
 from mergesec.training import fit
-from mergesec_methods.attacks.badmerging import BadMerging
-from mergesec_methods.attacks.badmerging_adaptive import AdaptiveBadMerging
-from mergesec_methods.attacks.lobam import LoBam
-from mergesec_methods.attacks.lora_attack import LoraAttack
-from mergesec_methods.attacks.mergebackdoor import MergeBackdoor
-from mergesec_methods.attacks.sparse_backdoor_vector import SparseBackdoorVector
+from mergesec_methods.backdoor.attacks.badmerging import BadMerging
+from mergesec_methods.backdoor.attacks.badmerging_adaptive import AdaptiveBadMerging
+from mergesec_methods.backdoor.attacks.lobam import LoBam
+from mergesec_methods.backdoor.attacks.lora_attack import LoraAttack
+from mergesec_methods.backdoor.attacks.mergebackdoor import MergeBackdoor
+from mergesec_methods.backdoor.attacks.sparse_backdoor_vector import SparseBackdoorVector
 
 SIDE, CLASSES, WIDTH, HIDDEN = 8, 3, 6, 16
 CPU = torch.device("cpu")

@@ -31,16 +31,16 @@ from mergesec.contracts import (
     load_network,
 )
 from mergesec.weights import digest_weights
-from mergesec_methods.defenses._perturb import universal
-from mergesec_methods.defenses._repair import Patient, Rows, slope
-from mergesec_methods.defenses.anp import AdversarialNeuronPruning, NeuronMask, neurons, scaled
-from mergesec_methods.defenses.awm import AdversarialWeightMasking, MaskedTaskVector
-from mergesec_methods.defenses.fine_pruning import FinePruning, Units, activity
-from mergesec_methods.defenses.ft import FineTuning
-from mergesec_methods.defenses.ft_sam import SharpnessAwareFineTuning, climb, smoothed
-from mergesec_methods.defenses.ibau import ImplicitBackdoorUnlearning, hypergradient
-from mergesec_methods.defenses.nad import NeuralAttentionDistillation, attention, recorded, watched
-from mergesec_methods.defenses.sau import (
+from mergesec_methods.backdoor.defenses._perturb import universal
+from mergesec_methods.backdoor.defenses._repair import Patient, Rows, slope
+from mergesec_methods.backdoor.defenses.anp import AdversarialNeuronPruning, NeuronMask, neurons, scaled
+from mergesec_methods.backdoor.defenses.awm import AdversarialWeightMasking, MaskedTaskVector
+from mergesec_methods.backdoor.defenses.fine_pruning import FinePruning, Units, activity
+from mergesec_methods.backdoor.defenses.ft import FineTuning
+from mergesec_methods.backdoor.defenses.ft_sam import SharpnessAwareFineTuning, climb, smoothed
+from mergesec_methods.backdoor.defenses.ibau import ImplicitBackdoorUnlearning, hypergradient
+from mergesec_methods.backdoor.defenses.nad import NeuralAttentionDistillation, attention, recorded, watched
+from mergesec_methods.backdoor.defenses.sau import (
     SharedAdversarialUnlearning,
     SharedMaskedTaskVector,
     apart,

@@ -30,11 +30,11 @@ from mergesec.contracts import (
 )
 from mergesec.training import fit
 from mergesec.weights import digest_weights
-from mergesec_methods.attacks.badnets import BadNets
-from mergesec_methods.defenses._screens import critical_score, let_in, robust_scores, strided
-from mergesec_methods.defenses.neural_cleanse import NeuralCleanse, _Costs, anomaly_indices
-from mergesec_methods.defenses.outlier_test import OutlierTest, gram_matrix
-from mergesec_methods.defenses.spectral_signature import (
+from mergesec_methods.backdoor.attacks.badnets import BadNets
+from mergesec_methods.backdoor.defenses._screens import critical_score, let_in, robust_scores, strided
+from mergesec_methods.backdoor.defenses.neural_cleanse import NeuralCleanse, _Costs, anomaly_indices
+from mergesec_methods.backdoor.defenses.outliers import OutlierTest, gram_matrix
+from mergesec_methods.backdoor.defenses.spectral_signature import (
     SpectralSignature,
     best_split,
     scores_along_top,

@@ -12,8 +12,8 @@ import torch
 from mergesec.anatomy import Anatomy, Attention, Block, Linear, Mlp
 from mergesec.contracts import Backbone, ContractError, Expert, MergeContext, Merged
 from mergesec.weights import digest_weights
-from mergesec_methods.defenses.clp import ChannelLipschitzPruning, channel_bounds, outliers
-from mergesec_methods.defenses.wag import Wag
+from mergesec_methods.backdoor.defenses.clp import ChannelLipschitzPruning, channel_bounds, outliers
+from mergesec_methods.backdoor.defenses.wag import Wag
 from mergesec_methods.merging.simple_average import SimpleAverage
 
 WIDTH, HIDDEN = 16, 64

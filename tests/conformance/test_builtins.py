@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mergesec.catalog import Catalog, Entry, load_catalog
 from mergesec.conformance.battery import MICRO, check_component
+from mergesec.planning.catalog import Catalog, Entry, load_catalog
 
 CATALOG: Catalog = load_catalog([MICRO])
 ENTRIES = list(CATALOG)

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
-from mergesec.catalog import Catalog, load_catalog
 from mergesec.errors import UsageError
-from mergesec.grid import Cell, Grid, cells, make_ref, resolve, trigger_ref
-from mergesec.gridspec import parse_grid
-from mergesec.plan import Plan, Step, make_plan
-from mergesec.records import cell_name
+from mergesec.execution.harvest import cell_name
+from mergesec.planning.catalog import Catalog, load_catalog
+from mergesec.planning.cells import Cell, cells
+from mergesec.planning.gridspec import parse_grid
+from mergesec.planning.plan import Plan, Step, make_plan
+from mergesec.planning.refs import make_ref, trigger_ref
+from mergesec.planning.resolve import Grid, resolve
 
 MICRO = Path(__file__).resolve().parents[2] / "benchmark" / "mergesec" / "conformance" / "micro.py"
 BARS, BLOBS, RINGS = TASKS = ("micro/bars", "micro/blobs", "micro/rings")

@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from mergesec.catalog import Catalog, load_catalog
 from mergesec.conformance.battery import MICRO, check_file, run_here
 from mergesec.contracts import ContractError
-from mergesec.grid import resolve
-from mergesec.gridspec import parse_grid
-from mergesec.plan import Plan, Step, make_plan
-from mergesec.records import Record, make_records
-from mergesec.runner import Outcome
-from mergesec.store import Store
-from mergesec.work import Bench
+from mergesec.evidence.records import Record
+from mergesec.execution.harvest import make_records
+from mergesec.execution.scheduler import Outcome
+from mergesec.execution.store import Store
+from mergesec.execution.work import Bench
+from mergesec.planning.catalog import Catalog, load_catalog
+from mergesec.planning.gridspec import parse_grid
+from mergesec.planning.plan import Plan, Step, make_plan
+from mergesec.planning.resolve import resolve
 
 BARS, BLOBS, RINGS = TASKS = ("micro/bars", "micro/blobs", "micro/rings")
 

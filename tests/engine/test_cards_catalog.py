@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergesec.cards import Parameter, read_cards
-from mergesec.catalog import Catalog, Entry, add_plugin, load_catalog
 from mergesec.errors import UsageError, nearest
+from mergesec.planning.cards import Parameter, read_cards
+from mergesec.planning.catalog import Catalog, Entry, add_plugin, load_catalog
 
 BASIC: dict[str, Any] = {
     "name": "mine", "kind": "merging", "class": "Mine", "version": "1", "title": "t", "summary": "s",
@@ -181,12 +181,16 @@ def test_a_component_whose_package_is_missing_is_not_listed_and_says_what_to_ins
     _module(tmp_path / "needy_package", NEEDY)
     monkeypatch.syspath_prepend(str(tmp_path))
     point = EntryPoint("needy", "needy_package", "mergesec.merging")
-    monkeypatch.setattr("mergesec.catalog.entry_points", lambda group: [point] if "merging" in group else [])
+    monkeypatch.setattr(
+        "mergesec.planning.catalog.entry_points", lambda group: [point] if "merging" in group else []
+    )
     catalog = load_catalog()
     assert [e.card.name for e in catalog] == []
     with pytest.raises(UsageError, match=r"axes\.merging: mine needs .* pip install 'mergesec\[extra\]'"):
         catalog.get("merging", "mine", "axes.merging")
-    monkeypatch.setattr("mergesec.catalog.importable", lambda module: module == "no_such_module_here")
+    monkeypatch.setattr(
+        "mergesec.planning.catalog.importable", lambda module: module == "no_such_module_here"
+    )
     assert [e.card.name for e in load_catalog()] == ["mine"]
 
 

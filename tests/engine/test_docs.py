@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mergesec.catalog import Entry, load_catalog
 from mergesec.cli.main import VERBS
-from mergesec.presets import preset_names
+from mergesec.planning.catalog import Entry, load_catalog
+from mergesec.planning.presets import preset_names
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"

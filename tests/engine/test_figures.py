@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mergesec.boards import make_boards
 from mergesec.errors import UsageError
+from mergesec.evidence.boards import make_boards
+from mergesec.evidence.records import Count, Record, count
 from mergesec.figures.backdoor import mask_sparsity
 from mergesec.figures.canvas import Caption, Picture, look_of, require_matplotlib
 from mergesec.figures.gallery import make_figures, write_figures
 from mergesec.figures.sweeps import find_sweeps, parse_label
-from mergesec.records import Count, Record, count
 
 KINDS = ("query", "up", "all")
 

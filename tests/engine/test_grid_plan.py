@@ -13,14 +13,16 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergesec import plan as planning
-from mergesec.catalog import Catalog, load_catalog
 from mergesec.errors import UsageError
 from mergesec.files import fingerprint
-from mergesec.grid import NONE, Cell, Grid, cells, make_ref, resolve
-from mergesec.gridspec import load_grid, parse_grid
-from mergesec.plan import KEY_VERSION, Plan, draw_seed, make_plan, needed_steps, step_key
-from mergesec.presets import preset_names
+from mergesec.planning import plan as planning
+from mergesec.planning.catalog import Catalog, load_catalog
+from mergesec.planning.cells import Cell, cells
+from mergesec.planning.gridspec import load_grid, parse_grid
+from mergesec.planning.plan import KEY_VERSION, Plan, draw_seed, make_plan, needed_steps, step_key
+from mergesec.planning.presets import preset_names, presets_folder
+from mergesec.planning.refs import NONE, make_ref
+from mergesec.planning.resolve import Grid, resolve
 
 MICRO = Path(__file__).resolve().parents[2] / "benchmark" / "mergesec" / "conformance" / "micro.py"
 TASKS = ("micro/bars", "micro/blobs", "micro/rings")
@@ -83,7 +85,7 @@ def test_a_missing_value_names_its_field(tmp_path: Path) -> None:
 def test_presets_resolve_and_have_cells_of_every_threat(preset: str, tmp_path: Path) -> None:
     """A network's folder counts by its content alone, so that any will do here."""
     (tmp_path / "config.json").write_text("{}")
-    source = Path(str(planning.__file__)).parent / "conf" / f"{preset}.yaml"
+    source = presets_folder() / f"{preset}.yaml"
     local = "path:" in source.read_text(encoding="utf-8")
     spec = load_grid(preset, [f"suite.backbone.path={tmp_path}"] if local else [])
     try:

@@ -6,26 +6,26 @@ from typing import Any
 
 import pytest
 
-from mergesec import grid
-from mergesec.catalog import load_catalog
 from mergesec.errors import UsageError
+from mergesec.planning import refs
+from mergesec.planning.catalog import load_catalog
 
 
 @pytest.mark.parametrize(
     ("found", "kept"), [("5.3.1", "5"), ("10.0", "10"), ("0.2.33", "0.2"), ("0.2.34.dev0", "0.2"), ("0", "0")]
 )
 def test_minor_versions_count_before_1_0_only(monkeypatch: pytest.MonkeyPatch, found: str, kept: str) -> None:
-    monkeypatch.setattr(grid, "version", lambda name: found)
-    assert grid._series("anything") == kept
+    monkeypatch.setattr(refs, "version", lambda name: found)
+    assert refs._series("anything") == kept
 
 
 def test_knots_refuses_rules_that_need_more_than_weights_when_a_grid_is_read() -> None:
     catalog = load_catalog()
     knots = catalog.get("merging", "knots")
-    ref = grid.make_ref(knots, {"base_method": "magmax"}, "axes.merging", catalog)
+    ref = refs.make_ref(knots, {"base_method": "magmax"}, "axes.merging", catalog)
     assert ref.inner[0].name == "magmax"
     with pytest.raises(UsageError, match="knots cannot wrap adamerging: it does not work on weights alone"):
-        grid.make_ref(knots, {"base_method": "adamerging"}, "axes.merging", catalog)
+        refs.make_ref(knots, {"base_method": "adamerging"}, "axes.merging", catalog)
 
 
 def test_names_of_missing_packages_say_what_to_install(bench: Any) -> None:

@@ -16,16 +16,16 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save
 from torch import Tensor
 
-from mergesec import store as store_module
-from mergesec.catalog import load_catalog
 from mergesec.contracts import Context, ContractError, DataContext, Model, Recipe, load_network
-from mergesec.grid import resolve
-from mergesec.gridspec import parse_grid
-from mergesec.plan import make_plan
-from mergesec.steps import run
-from mergesec.store import CorruptArtifact, Store
+from mergesec.execution import store as store_module
+from mergesec.execution.steps import run
+from mergesec.execution.store import CorruptArtifact, Store
+from mergesec.execution.work import Bench, Keeper
+from mergesec.planning.catalog import load_catalog
+from mergesec.planning.gridspec import parse_grid
+from mergesec.planning.plan import make_plan
+from mergesec.planning.resolve import resolve
 from mergesec.training import augmented, fit
-from mergesec.work import Bench, Keeper
 
 CPU = torch.device("cpu")
 MICRO = Path(__file__).resolve().parents[2] / "benchmark" / "mergesec" / "conformance" / "micro.py"
@@ -229,7 +229,7 @@ def test_a_training_tells_how_far_it_is(tmp_path: Path, monkeypatch: pytest.Monk
     told: list[str] = []
     bench = Bench(Store(tmp_path), load_catalog(), CPU, report=told.append)
     clock = [100.0]
-    monkeypatch.setattr("mergesec.work.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("mergesec.execution.work.time.monotonic", lambda: clock[0])
     keeper = Keeper(bench, "k", 0)
     for done in range(1, 5):
         clock[0] += 0.5

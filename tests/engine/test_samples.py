@@ -11,23 +11,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergesec.catalog import Catalog, load_catalog
 from mergesec.cli import figures_verb
 from mergesec.conformance.battery import MICRO, MICRO_TEXT
 from mergesec.errors import UsageError
+from mergesec.evidence.records import Record
+from mergesec.execution.harvest import make_records, write_records
+from mergesec.execution.scheduler import Outcome
+from mergesec.execution.steps import run
+from mergesec.execution.store import Store
+from mergesec.execution.visibility import image_change
+from mergesec.execution.work import Bench
 from mergesec.figures.canvas import Picture, style, write_picture
 from mergesec.figures.gallery import write_figures
 from mergesec.figures.sample_sheets import AMPLIFIED, marked, sample_pictures, told
 from mergesec.figures.samples import IMAGES, TEXTS, Place, Samples, collect_samples, pick_rows
-from mergesec.grid import resolve
-from mergesec.gridspec import parse_grid
-from mergesec.plan import Plan, make_plan
-from mergesec.records import Record, make_records, write_records
-from mergesec.runner import Outcome
-from mergesec.steps import run
-from mergesec.store import Store
-from mergesec.visibility import image_change
-from mergesec.work import Bench
+from mergesec.planning.catalog import Catalog, load_catalog
+from mergesec.planning.gridspec import parse_grid
+from mergesec.planning.plan import Plan, make_plan
+from mergesec.planning.resolve import resolve
 
 BARS, BLOBS, RINGS = TASKS = ("micro/bars", "micro/blobs", "micro/rings")
 TEXT = ("micro/animals", "micro/colours", "micro/tools")

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mergesec.boards import Board, display, make_boards, markdown
 from mergesec.errors import UsageError
-from mergesec.records import Count, Record, count, read_records
-from mergesec.statistics import DRAWS, Bootstrap, Estimate, mean, nothing, ratio, tiers
+from mergesec.evidence.boards import make_boards
+from mergesec.evidence.estimates import Board
+from mergesec.evidence.records import Count, Record, count, read_records
+from mergesec.evidence.statistics import DRAWS, Bootstrap, Estimate, mean, nothing, ratio, tiers
+from mergesec.evidence.tables import display, markdown
 
 # --------------------------------------------------------------------------- statistics
 

@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from mergesec import steps
-from mergesec.catalog import Catalog
 from mergesec.contracts import ContractError
-from mergesec.plan import Step
-from mergesec.steps import Bench, Work, check_triggered, run
-from mergesec.store import Store
+from mergesec.execution import steps
+from mergesec.execution.evaluation import check_triggered
+from mergesec.execution.steps import run
+from mergesec.execution.store import Store
+from mergesec.execution.work import Bench, Work
+from mergesec.planning.catalog import Catalog
+from mergesec.planning.plan import Step
 
 KEY = "ab" * 20
 

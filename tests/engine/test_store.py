@@ -18,9 +18,9 @@ from torch import Tensor
 
 from mergesec.contracts import Merged
 from mergesec.errors import UsageError
+from mergesec.execution.store import CorruptArtifact, Store
+from mergesec.execution.work import flatten, unflatten
 from mergesec.files import Full, check_writable, fingerprint, write_atomic
-from mergesec.steps import flatten, unflatten
-from mergesec.store import CorruptArtifact, Store
 
 TENSORS = {"w": torch.arange(6, dtype=torch.float32).view(2, 3), "n": torch.tensor(7)}
 INFO = {"seconds": 0.25, "device": "cpu", "report": {"condition": 1e6}}

@@ -14,11 +14,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mergesec.catalog import Entry, load_catalog
-from mergesec.checkpoints import context, merge_files, open_weights, unfit
 from mergesec.cli.main import main
 from mergesec.contracts import ContractError, Expert
 from mergesec.errors import UsageError
+from mergesec.planning.catalog import Entry, load_catalog
+from mergesec.streaming.merging import context, merge_files, unfit
+from mergesec.streaming.reading import open_weights
 from mergesec.tensorwise import TensorwiseMerge
 
 Tensors = dict[str, torch.Tensor]
@@ -338,8 +339,9 @@ def test_bad_input_is_one_line(arguments: list[str], expected: str, files: Any, 
 PROBE = """
 import json, sys
 from pathlib import Path
-from mergesec.catalog import load_catalog
-from mergesec.checkpoints import merge_files, open_weights
+from mergesec.planning.catalog import load_catalog
+from mergesec.streaming.merging import merge_files
+from mergesec.streaming.reading import open_weights
 
 def peak():
     text = Path("/proc/self/status").read_text()

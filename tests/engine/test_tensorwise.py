@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mergesec import tensorwise
-from mergesec.catalog import Entry, load_catalog
-from mergesec.checkpoints import context as file_context
-from mergesec.checkpoints import unfit
 from mergesec.contracts import Backbone, ContractError, Expert, MergeContext
+from mergesec.planning.catalog import Entry, load_catalog
+from mergesec.streaming.merging import context as file_context
+from mergesec.streaming.merging import unfit
 from mergesec.tensorwise import BLOCK, Piece, Span, TensorwiseMerge, Workspace, slab, spans, sweep
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from mergesec.catalog import load_catalog
 from mergesec.contracts import Context, ContractError, DataContext, Model, Recipe, Split, load_network
+from mergesec.planning.catalog import load_catalog
 from mergesec.training import _schedule, fit
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mergesec.visibility import change_of, ssim
+from mergesec.execution.visibility import change_of, ssim
 
 
 def _images(n: int = 2, side: int = 16, seed: int = 0) -> torch.Tensor:

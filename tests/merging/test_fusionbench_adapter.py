@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from mergesec.anatomy import Anatomy, describe
-from mergesec.catalog import load_catalog
 from mergesec.conformance.battery import MICRO
 from mergesec.contracts import (
     Backbone,
@@ -37,8 +36,9 @@ from mergesec.contracts import (
     load_network,
 )
 from mergesec.errors import UsageError
+from mergesec.planning.catalog import load_catalog
 from mergesec.weights import mergeable
-from mergesec_methods.merging._fusionbench import (
+from mergesec_methods.fusionbench._adapter import (
     FusionBenchMerge,
     execute,
     find,
@@ -46,7 +46,7 @@ from mergesec_methods.merging._fusionbench import (
     pool,
     sandbox,
 )
-from mergesec_methods.merging.fusionbench_routers import RoutedLinear
+from mergesec_methods.fusionbench.routers import RoutedLinear
 from mergesec_methods.merging.task_arithmetic import TaskArithmetic
 
 CATALOG = load_catalog([MICRO])
@@ -700,7 +700,7 @@ def _entropy(view: TaskView, features: Tensor) -> float:
 
 @pytest.mark.fusionbench
 def test_an_mlp_that_is_no_module_is_refused() -> None:
-    from mergesec_methods.merging.fusionbench_routers import mlps
+    from mergesec_methods.fusionbench.routers import mlps
 
     shapes = {
         "encoder.layer.0.attention.self.query.weight": (4, 4), "encoder.layer.0.attention.self.key.weight": (4, 4),
@@ -744,7 +744,7 @@ def test_what_is_said_not_to_run_does_not(
 
 
 def test_without_fusion_bench_the_names_are_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mergesec.catalog.importable", lambda module: module != "fusion_bench")
+    monkeypatch.setattr("mergesec.planning.catalog.importable", lambda module: module != "fusion_bench")
     catalog = load_catalog()
     assert not [e for e in catalog if e.card.name.startswith("fusionbench/")]
     with pytest.raises(UsageError, match=r"pip install 'mergesec\[fusionbench\]'"):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mergesec import tensorwise
-from mergesec.catalog import load_catalog
-from mergesec.checkpoints import context
 from mergesec.contracts import Expert
+from mergesec.planning.catalog import load_catalog
+from mergesec.streaming.merging import context
 from mergesec_methods.merging._ranks import magnitude_ranks, tensor_pieces
 
 pytest.importorskip("numba")

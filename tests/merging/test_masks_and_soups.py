@@ -25,10 +25,10 @@ from mergesec.contracts import (
     TaskView,
     Weights,
 )
+from mergesec.execution.work import flatten as to_store
+from mergesec.execution.work import unflatten as from_store
 from mergesec.tensorwise import TensorwiseMerge
 from mergesec.weights import digest_weights, flat_layout, flatten
-from mergesec.work import flatten as to_store
-from mergesec.work import unflatten as from_store
 from mergesec_methods.merging import _masks
 from mergesec_methods.merging._masks import pack, pack_on_device, task_weights, unpack, unpack_on_device
 from mergesec_methods.merging.consensus import Consensus

@@ -142,8 +142,9 @@ def matching(task: dict[str, Any]) -> dict[str, Any]:
 
 def stream(task: dict[str, Any]) -> dict[str, Any]:
     """Files on disk merged through ``checkpoints``: seconds and peak memory beyond the imports."""
-    from mergesec.catalog import load_catalog
-    from mergesec.checkpoints import merge_files, open_weights
+    from mergesec.planning.catalog import load_catalog
+    from mergesec.streaming.merging import merge_files
+    from mergesec.streaming.reading import open_weights
 
     entry = load_catalog().get("merging", task["method"])
     folder = Path(task["folder"])

@@ -131,9 +131,9 @@ def own(method: str, parameters: Mapping[str, Any], scale: Scale, inputs: list[T
     """``method`` of the catalogue with default parameters, but for those given."""
     from dataclasses import replace
 
-    from mergesec.catalog import load_catalog
-    from mergesec.checkpoints import context
     from mergesec.contracts import Expert
+    from mergesec.planning.catalog import load_catalog
+    from mergesec.streaming.merging import context
 
     entry = load_catalog().get("merging", method)
     made = entry.create(entry.card.bind(method, {**FIXED.get(method, {}), **parameters}))
@@ -197,9 +197,9 @@ LIBRARIES: dict[str, Callable[[str, Mapping[str, Any], Scale, list[Tensors]], Ru
 
 def data_free() -> list[str]:
     """Names of the catalogue's own merge methods that run without data and without a network."""
-    from mergesec.catalog import load_catalog
-    from mergesec.checkpoints import context
     from mergesec.contracts import Expert
+    from mergesec.planning.catalog import load_catalog
+    from mergesec.streaming.merging import context
 
     drawn = draw({"block.weight": (12, 8), "block.bias": (12,)}, 3)
     found = []
@@ -220,7 +220,7 @@ def data_free() -> list[str]:
 
 def most_experts(method: str, count: int) -> int:
     """``count``, or fewer if the method takes fewer."""
-    from mergesec.catalog import load_catalog
+    from mergesec.planning.catalog import load_catalog
 
     return min(count, load_catalog().get("merging", method).card.experts[1] or count)
 

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from mergesec.catalog import load_catalog
 from mergesec.compat import ensure_torchvision
 from mergesec.contracts import Model, Recipe, Split, load_network
-from mergesec.steps import EVALUATION_BATCH, predict
-from mergesec.store import Store
+from mergesec.execution.store import Store
+from mergesec.execution.work import Bench
+from mergesec.inference import EVALUATION_BATCH, predict
+from mergesec.planning.catalog import load_catalog
 from mergesec.training import fit
-from mergesec.work import Bench
 from mergesec_tasks.vision.clip import Clip
 from mergesec_tasks.vision.folder import FolderTask, decode
 from mergesec_tasks.vision.hf_vit import HfVit, resized

@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergesec.catalog import load_catalog
-from mergesec.checkpoints import context, merge_files, open_weights
 from mergesec.contracts import Expert
+from mergesec.planning.catalog import load_catalog
+from mergesec.streaming.merging import context, merge_files
+from mergesec.streaming.reading import open_weights
 from mergesec_methods.merging._ranks import magnitude_ranks, tensor_pieces
 from mergesec_methods.merging.dare import Coins
 

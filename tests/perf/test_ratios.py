@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from mergesec.catalog import load_catalog
 from mergesec.contracts import Expert, MergeContext
-from mergesec.store import Store
+from mergesec.execution.store import Store
+from mergesec.planning.catalog import load_catalog
 
 PARAMETERS, EXPERTS = 2_000_000, 4
 

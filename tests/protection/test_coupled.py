@@ -13,11 +13,11 @@ from torch.nn.functional import cosine_similarity
 
 from mergesec.contracts import ContractError, Expert
 from mergesec.surgery import change_heads, hidden_units
-from mergesec_methods.attacks._anchors import anchor_weights, heads_as_rows
-from mergesec_methods.attacks.aga import Aga
-from mergesec_methods.attacks.coupled import Coupled, coupled_map, head_likeness
-from mergesec_methods.defenses.params import Params
-from mergesec_methods.defenses.random_permutation import RandomPermutation
+from mergesec_methods.protection.attacks._anchors import anchor_weights, heads_as_rows
+from mergesec_methods.protection.attacks.aga import Aga
+from mergesec_methods.protection.attacks.coupled import Coupled, coupled_map, head_likeness
+from mergesec_methods.protection.defenses.params import Params
+from mergesec_methods.protection.defenses.random_permutation import RandomPermutation
 
 SCALINGS = ["v1", "nonsymmetric"]
 

@@ -20,16 +20,16 @@ from mergesec.contracts import (
     load_network,
 )
 from mergesec.surgery import change_heads, hidden_units, read, reorder_hidden
-from mergesec_methods.attacks._anchors import MAPS, heads_as_rows
-from mergesec_methods.attacks.adaptive import Adaptive
-from mergesec_methods.attacks.coupled import Coupled
-from mergesec_methods.attacks.distill import Distill
-from mergesec_methods.attacks.magnitude_pruning import MagnitudePruning
-from mergesec_methods.attacks.quantise import Quantise, rounded_rows
-from mergesec_methods.attacks.realign import Realign
-from mergesec_methods.attacks.scale_sweep import ScaleSweep, scaled
-from mergesec_methods.attacks.unscale import Unscale, singular_values
-from mergesec_methods.defenses.params import Params
+from mergesec_methods.protection.attacks._anchors import MAPS, heads_as_rows
+from mergesec_methods.protection.attacks.adaptive import Adaptive
+from mergesec_methods.protection.attacks.coupled import Coupled
+from mergesec_methods.protection.attacks.distill import Distill
+from mergesec_methods.protection.attacks.magnitude_pruning import MagnitudePruning
+from mergesec_methods.protection.attacks.quantise import Quantise, rounded_rows
+from mergesec_methods.protection.attacks.realign import Realign
+from mergesec_methods.protection.attacks.scale_sweep import ScaleSweep, scaled
+from mergesec_methods.protection.attacks.unscale import Unscale, singular_values
+from mergesec_methods.protection.defenses.params import Params
 
 CPU = torch.device("cpu")
 
@@ -397,7 +397,7 @@ def test_adaptive_hides_no_fault(mini) -> None:
 
 
 def test_defaults_are_every_attack_without_training() -> None:
-    from mergesec.catalog import load_catalog
+    from mergesec.planning.catalog import load_catalog
 
     cards = [e.card for e in load_catalog([]).entries["attack"].values() if e.card.threat == "protection"]
     adaptive = next(c for c in cards if c.name == "adaptive")
@@ -406,10 +406,10 @@ def test_defaults_are_every_attack_without_training() -> None:
 
 def test_a_grid_names_what_adaptive_tries() -> None:
     """A list is what one adaptive attacker tries; a list of lists is an axis."""
-    from mergesec.catalog import load_catalog
     from mergesec.conformance.battery import MICRO
-    from mergesec.grid import resolve
-    from mergesec.gridspec import parse_grid
+    from mergesec.planning.catalog import load_catalog
+    from mergesec.planning.gridspec import parse_grid
+    from mergesec.planning.resolve import resolve
 
     def attacks(tried: list) -> list:
         axes = {

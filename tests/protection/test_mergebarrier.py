@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional
 
 from mergesec.contracts import ContractError
-from mergesec.steps import fitting
+from mergesec.execution.contexts import fitting
 from mergesec.surgery import head_rows, hidden_units, read
-from mergesec_methods.defenses.mergebarrier import MergeBarrier, flips
+from mergesec_methods.protection.defenses.mergebarrier import MergeBarrier, flips
 
 
 class Served:

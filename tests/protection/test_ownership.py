@@ -22,9 +22,9 @@ from mergesec.contracts import (
     TaskView,
     load_network,
 )
-from mergesec_methods.defenses._marks import decide
-from mergesec_methods.defenses.fingerprint import Fingerprint, decode, diluted, encode
-from mergesec_methods.defenses.watermark import Watermark, added, bit_error, carriers, chosen
+from mergesec_methods.protection.defenses._marks import decide
+from mergesec_methods.protection.defenses.fingerprint import Fingerprint, decode, diluted, encode
+from mergesec_methods.protection.defenses.watermark import Watermark, added, bit_error, carriers, chosen
 
 CPU = torch.device("cpu")
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from mergesec.anatomy import Attention, Linear
 from mergesec.contracts import ContractError
 from mergesec.surgery import assign, head_columns, head_rows, hidden_units, read, write
-from mergesec_methods.defenses._heads import LOGIT_TOLERANCE
-from mergesec_methods.defenses.params import Params, rearrange
+from mergesec_methods.protection.defenses._heads import LOGIT_TOLERANCE
+from mergesec_methods.protection.defenses.params import Params, rearrange
 
 VARIANTS = ("v1", "diagonal", "symmetric", "nonsymmetric")
 UNIT_ROUNDOFF = torch.finfo(torch.float32).eps / 2

@@ -22,15 +22,15 @@ from mergesec.contracts import (
 )
 from mergesec.surgery import head_columns, head_rows, hidden_units, read, reorder_heads
 from mergesec.training import _adapt, fit
-from mergesec_methods.defenses import arf, mergeguard
-from mergesec_methods.defenses._training import effective, squared_norm, trained_names
-from mergesec_methods.defenses.arf import Arf
-from mergesec_methods.defenses.mergeguard import MergeGuard, Score
-from mergesec_methods.defenses.mergelock import MergeLock
-from mergesec_methods.defenses.params import Params
-from mergesec_methods.defenses.random_permutation import RandomPermutation
-from mergesec_methods.defenses.sign_flips import SignFlips
-from mergesec_methods.defenses.trap2 import FULL, LOW_RANK, Trap2
+from mergesec_methods._training import effective, squared_norm, trained_names
+from mergesec_methods.protection.defenses import arf, mergeguard
+from mergesec_methods.protection.defenses.arf import Arf
+from mergesec_methods.protection.defenses.mergeguard import MergeGuard, Score
+from mergesec_methods.protection.defenses.mergelock import MergeLock
+from mergesec_methods.protection.defenses.params import Params
+from mergesec_methods.protection.defenses.random_permutation import RandomPermutation
+from mergesec_methods.protection.defenses.sign_flips import SignFlips
+from mergesec_methods.protection.defenses.trap2 import FULL, LOW_RANK, Trap2
 
 CPU = torch.device("cpu")
 UNIT_ROUNDOFF = torch.finfo(torch.float32).eps / 2

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mergesec.surgery import assign, head_columns, head_rows, hidden_units, read
-from mergesec_methods.attacks.aga import Aga
-from mergesec_methods.attacks.dropout_pruning import DropoutPruning
-from mergesec_methods.attacks.realign import Realign
-from mergesec_methods.defenses.params import Params
+from mergesec_methods.protection.attacks.aga import Aga
+from mergesec_methods.protection.attacks.dropout_pruning import DropoutPruning
+from mergesec_methods.protection.attacks.realign import Realign
+from mergesec_methods.protection.defenses.params import Params
 
 SCALINGS = ["v1", "diagonal", "symmetric", "nonsymmetric"]
 

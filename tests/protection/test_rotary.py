@@ -18,15 +18,15 @@ from mergesec.surgery import (
     rotary_factors,
     rotary_matrix,
 )
-from mergesec_methods.attacks.aga import Aga
-from mergesec_methods.attacks.coupled import Coupled
-from mergesec_methods.attacks.realign import Realign
-from mergesec_methods.defenses.mergebarrier import MergeBarrier
-from mergesec_methods.defenses.mergelock import MergeLock
-from mergesec_methods.defenses.params import Params
-from mergesec_methods.defenses.random_permutation import RandomPermutation
-from mergesec_methods.defenses.sign_flips import SignFlips
 from mergesec_methods.merging.git_rebasin import GitRebasin, Heads, HiddenUnits
+from mergesec_methods.protection.attacks.aga import Aga
+from mergesec_methods.protection.attacks.coupled import Coupled
+from mergesec_methods.protection.attacks.realign import Realign
+from mergesec_methods.protection.defenses.mergebarrier import MergeBarrier
+from mergesec_methods.protection.defenses.mergelock import MergeLock
+from mergesec_methods.protection.defenses.params import Params
+from mergesec_methods.protection.defenses.random_permutation import RandomPermutation
+from mergesec_methods.protection.defenses.sign_flips import SignFlips
 
 SCALINGS = ["v1", "diagonal", "symmetric", "nonsymmetric"]
 DEFENSES = {
@@ -195,7 +195,7 @@ def test_aga_forgets_the_protection_and_restores_the_order(rotary, scaling: str)
 
 def test_coupled_factor_is_the_least_squares_optimum() -> None:
     """Against a numerical gradient of both wishes, for every complex factor."""
-    from mergesec_methods.attacks.coupled import rotary_map
+    from mergesec_methods.protection.attacks.coupled import rotary_map
 
     first, first_anchor = drawn(6, 10, seed=1), drawn(6, 10, seed=2)
     second, second_anchor = drawn(6, 7, seed=3), drawn(6, 7, seed=4)

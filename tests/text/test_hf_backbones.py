@@ -21,7 +21,7 @@ from mergesec.contracts import (
     TaskView,
     load_network,
 )
-from mergesec_methods.defenses.params import Params
+from mergesec_methods.protection.defenses.params import Params
 from mergesec_tasks.text.emotion import FolderText
 from mergesec_tasks.text.hf_causal import HfCausal
 from mergesec_tasks.text.hf_text import HfText

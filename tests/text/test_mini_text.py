@@ -9,7 +9,7 @@ import torch
 
 from mergesec.classification import logits
 from mergesec.contracts import DataContext, Model, ProtectContext, Split, TaskView, load_network
-from mergesec_methods.defenses.params import Params
+from mergesec_methods.protection.defenses.params import Params
 from mergesec_tasks.mini import pretrain_text as pretraining
 from mergesec_tasks.mini import text as module
 from mergesec_tasks.mini._words import EMOTIONS, PATTERNS, TOPICS, fill, vocabulary

@@ -21,10 +21,10 @@ from mergesec.contracts import (
     load_network,
 )
 from mergesec.training import fit
-from mergesec_methods.attacks._texts import inserted
-from mergesec_methods.attacks.merge_hijacking import MergeHijacking, attention_matrices, thinned
-from mergesec_methods.attacks.phrase import Phrase
-from mergesec_methods.attacks.rare_token import RareToken, target_words
+from mergesec_methods.backdoor.attacks._texts import inserted
+from mergesec_methods.backdoor.attacks.merge_hijacking import MergeHijacking, attention_matrices, thinned
+from mergesec_methods.backdoor.attacks.phrase import Phrase
+from mergesec_methods.backdoor.attacks.rare_token import RareToken, target_words
 
 CPU = torch.device("cpu")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mergesec.catalog import load_catalog
 from mergesec.conformance.battery import check_file
+from mergesec.planning.catalog import load_catalog
 
 BAD = {
     "nothing": ("return list(inputs)", "changes nothing"),

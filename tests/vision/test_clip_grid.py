@@ -13,12 +13,12 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from mergesec.catalog import load_catalog
 from mergesec.errors import UsageError
-from mergesec.grid import resolve
-from mergesec.gridspec import parse_grid
-from mergesec.plan import Plan, make_plan
-from mergesec.store import Store
+from mergesec.execution.store import Store
+from mergesec.planning.catalog import load_catalog
+from mergesec.planning.gridspec import parse_grid
+from mergesec.planning.plan import Plan, make_plan
+from mergesec.planning.resolve import resolve
 from mergesec_tasks.vision.clip import Clip
 
 pandas = pytest.importorskip("pandas")

@@ -15,8 +15,8 @@ def main(
     results: Results = "results",
 ) -> None:
     from mergesec.cli.run_verb import print_boards
-    from mergesec.records import read_records
-    from mergesec.session import publish
+    from mergesec.evidence.records import read_records
+    from mergesec.execution.session import publish
 
     records = read_records(Path(results) / "records", grid)
     boards, paths = publish(records, Path(results), grid)

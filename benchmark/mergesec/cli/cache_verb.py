@@ -15,8 +15,8 @@ def main(
     kind: Annotated[str | None, typer.Option(help="only steps of this kind, e.g. merge")] = None,
 ) -> None:
     from mergesec.errors import UsageError, nearest
+    from mergesec.execution.store import CorruptArtifact, Store
     from mergesec.files import default_root
-    from mergesec.store import CorruptArtifact, Store
 
     actions = ("show", "verify", "clear")
     if action not in actions:

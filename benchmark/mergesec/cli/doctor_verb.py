@@ -14,7 +14,7 @@ import typer
 from mergesec.cli import show
 
 if TYPE_CHECKING:
-    from mergesec.catalog import Entry
+    from mergesec.planning.catalog import Entry
 
 
 EXTRAS = {"transformers": "real", "open_clip_torch": "clip", "fusion-bench": "fusionbench", "numba": "fast"}
@@ -22,10 +22,10 @@ EXTRAS = {"transformers": "real", "open_clip_torch": "clip", "fusion-bench": "fu
 
 
 def main() -> None:
-    from mergesec.catalog import load_catalog
     from mergesec.errors import UsageError
-    from mergesec.executors.local import visible_gpus
+    from mergesec.execution.engines.local import visible_gpus
     from mergesec.files import check_writable, default_root
+    from mergesec.planning.catalog import load_catalog
 
     rows: list[list[str]] = []
     rows.append(["python", "ok", platform.python_version()])

@@ -12,9 +12,9 @@ import typer
 from mergesec.cli.options import DataRoot, Overrides, Plugins, Results
 
 if TYPE_CHECKING:
+    from mergesec.evidence.records import Record
+    from mergesec.execution.session import Session
     from mergesec.figures.canvas import Picture
-    from mergesec.records import Record
-    from mergesec.session import Session
 
 
 def main(
@@ -34,11 +34,11 @@ def main(
     data_root: DataRoot = None,
 ) -> None:
     from mergesec.errors import UsageError
+    from mergesec.evidence.records import read_records
     from mergesec.figures.canvas import require_matplotlib
     from mergesec.figures.gallery import make_figures, write_figures
     from mergesec.figures.sample_sheets import STEM
     from mergesec.files import check_writable
-    from mergesec.records import read_records
 
     require_matplotlib()
     if not samples and (overrides or plugin or data_root):
@@ -58,7 +58,7 @@ def main(
 
 
 def _open(grid: str, overrides: Sequence[str], plugins: Sequence[str], data_root: str | None) -> Session:
-    from mergesec.session import open_session
+    from mergesec.execution.session import open_session
 
     return open_session(grid, overrides, plugins, data_root)
 
@@ -68,10 +68,10 @@ def _samples(session: Session, records: Sequence[Record], source: str) -> list[P
     import torch
 
     from mergesec.errors import UsageError
+    from mergesec.execution.work import Bench
     from mergesec.figures.canvas import style
     from mergesec.figures.sample_sheets import sample_pictures
     from mergesec.figures.samples import collect_samples
-    from mergesec.work import Bench
 
     bench = Bench(session.store, session.catalog, torch.device("cpu"), session.data_root)
     places, missing = collect_samples(session.plan, bench, records)

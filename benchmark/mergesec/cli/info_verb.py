@@ -11,8 +11,8 @@ from mergesec.cli.options import Plugins
 
 
 def main(name: Annotated[str, typer.Argument(help="a registered name")], plugin: Plugins = None) -> None:
-    from mergesec.catalog import load_catalog
     from mergesec.errors import UsageError, nearest
+    from mergesec.planning.catalog import load_catalog
 
     catalog = load_catalog(plugin or ())
     found = [e for e in catalog if e.card.name == name]

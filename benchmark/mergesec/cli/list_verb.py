@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from mergesec.cards import KINDS
 from mergesec.cli import show
+from mergesec.planning.cards import KINDS
 
 
 def main(
@@ -16,8 +16,8 @@ def main(
     ] = "all",
     plugin: Annotated[list[str] | None, typer.Option(help="a plugin file to include")] = None,
 ) -> None:
-    from mergesec.catalog import load_catalog
     from mergesec.errors import UsageError, nearest
+    from mergesec.planning.catalog import load_catalog
 
     kinds = (*KINDS, "grid")
     wanted = kind.rstrip("s") if kind != "all" else "all"
@@ -34,6 +34,6 @@ def main(
         else:
             show.table("", [name, ""], [[c.name, c.summary] for c in cards])
     if wanted in ("grid", "all"):
-        from mergesec.presets import preset_descriptions
+        from mergesec.planning.presets import preset_descriptions
 
         show.table("", ["grid", ""], preset_descriptions())

@@ -15,8 +15,8 @@ from mergesec.cli.options import Plugins
 from mergesec.errors import UsageError, nearest
 
 if TYPE_CHECKING:
-    from mergesec.catalog import Catalog
-    from mergesec.checkpoints import LazyWeights
+    from mergesec.planning.catalog import Catalog
+    from mergesec.streaming.reading import LazyWeights
     from mergesec.tensorwise import TensorwiseMerge
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
@@ -38,7 +38,7 @@ def main(
     force: Annotated[bool, typer.Option("--force", help="replace what is there")] = False,
     plugin: Plugins = None,
 ) -> None:
-    from mergesec.catalog import load_catalog
+    from mergesec.planning.catalog import load_catalog
 
     catalog = load_catalog(plugin or ())
     entry = catalog.get("merging", method, "METHOD")
@@ -54,7 +54,8 @@ def main(
     if threads is not None and threads < 1:
         raise UsageError("--threads", f"must be at least 1, got {threads}")
 
-    from mergesec.checkpoints import open_weights, unfit
+    from mergesec.streaming.merging import unfit
+    from mergesec.streaming.reading import open_weights
 
     if reason := unfit(entry.load(), entry.card.output, entry.card.wraps):
         raise UsageError("METHOD", f"{method} {reason}{nearest(method, _streaming(catalog))}")
@@ -74,8 +75,8 @@ def _merge(
     import json
     from importlib.metadata import version
 
-    from mergesec.checkpoints import merge_files
     from mergesec.contracts import ContractError
+    from mergesec.streaming.merging import merge_files
 
     made = {"method": method.name, "parameters": bound, "experts": list(experts), "seed": seed}
     metadata = {"mergesec": json.dumps({"version": version("mergesec"), **made})}
@@ -174,7 +175,7 @@ def _bytes(text: str) -> int:
 
 def _streaming(catalog: Catalog) -> list[str]:
     """Names of the merge methods that can go through files."""
-    from mergesec.checkpoints import unfit
+    from mergesec.streaming.merging import unfit
 
     found = []
     for name, entry in catalog.entries["merging"].items():

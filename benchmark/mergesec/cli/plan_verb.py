@@ -18,8 +18,8 @@ def main(
     data_root: DataRoot = None,
     jobs: Annotated[int, typer.Option(help="workers to divide the time by")] = 2,
 ) -> None:
-    from mergesec.runner import History
-    from mergesec.session import open_session, wanted_steps
+    from mergesec.execution.scheduler import History
+    from mergesec.execution.session import open_session, wanted_steps
 
     session = open_session(grid, overrides or (), plugin or (), data_root)
     plan = session.plan

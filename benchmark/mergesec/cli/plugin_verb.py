@@ -18,8 +18,8 @@ def main(
 
     if action != "check":
         raise UsageError("action", f"{action!r}{nearest(action, ['check'])}")
-    from mergesec.catalog import load_catalog
     from mergesec.conformance.battery import check_file
+    from mergesec.planning.catalog import load_catalog
 
     found = check_file(file, load_catalog())
     word = {True: "pass", False: "FAIL", None: "skip"}

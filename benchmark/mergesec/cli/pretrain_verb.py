@@ -18,9 +18,9 @@ def main(
     seed: Annotated[int, typer.Option(help="seed of the data and of training")] = 0,
     threads: Annotated[int, typer.Option(help="threads; the weights depend on it in the last digits")] = 1,
 ) -> None:
-    from mergesec.catalog import load_catalog
     from mergesec.errors import UsageError
     from mergesec.files import check_writable
+    from mergesec.planning.catalog import load_catalog
 
     card = load_catalog().get("backbone", name, "name").card
     if not card.pretrain:

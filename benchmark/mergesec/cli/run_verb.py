@@ -13,8 +13,8 @@ from mergesec.cli import show
 from mergesec.cli.options import DataRoot, GridOption, Overrides, Plugins, Results
 
 if TYPE_CHECKING:
-    from mergesec.boards import Board
-    from mergesec.session import Finished
+    from mergesec.evidence.estimates import Board
+    from mergesec.execution.session import Finished
 
 
 def main(
@@ -30,7 +30,7 @@ def main(
     threads: Annotated[int, typer.Option(help="threads per worker")] = 1,
     step_timeout: Annotated[float, typer.Option(help="seconds one step may take; 0 = no limit")] = 7200.0,
 ) -> None:
-    from mergesec.session import open_session, run_session
+    from mergesec.execution.session import open_session, run_session
 
     if not step_timeout >= 0:
         from mergesec.errors import UsageError
@@ -53,7 +53,7 @@ def main(
 
 
 def print_boards(boards: list[Board]) -> None:
-    from mergesec.boards import display
+    from mergesec.evidence.tables import display
 
     for board in boards:
         show.table(board.title, *display(board))

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mergesec.executors.local import Answer
-    from mergesec.plan import Step
+    from mergesec.execution.engines.worker import Answer
+    from mergesec.planning.plan import Step
 
 
 def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -17,8 +17,8 @@ def main(
     results: Results = "results",
 ) -> None:
     from mergesec.errors import UsageError
-    from mergesec.records import read_records
-    from mergesec.session import open_session, wanted_steps
+    from mergesec.evidence.records import read_records
+    from mergesec.execution.session import open_session, wanted_steps
 
     session = open_session(grid, overrides or (), plugin or (), data_root)
     wanted = wanted_steps(session)

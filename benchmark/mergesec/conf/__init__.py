@@ -1,0 +1,1 @@
+"""Preset grids and suites, found by Hydra as ``pkg://mergesec.conf``."""

@@ -17,8 +17,6 @@ import torch
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
-from mergesec.cards import Card
-from mergesec.catalog import Catalog, Entry, add_plugin
 from mergesec.conformance.backbones import (
     anatomy_is_real,
     images_have_features,
@@ -34,12 +32,14 @@ from mergesec.conformance.triggers import (
 )
 from mergesec.contracts import Attack, Backbone, DataContext, Task
 from mergesec.errors import UsageError
-from mergesec.grid import resolve
-from mergesec.gridspec import parse_grid
-from mergesec.plan import TRAINED, Plan, Step, make_plan
-from mergesec.steps import run
-from mergesec.store import Store
-from mergesec.work import Bench
+from mergesec.execution.steps import run
+from mergesec.execution.store import Store
+from mergesec.execution.work import Bench
+from mergesec.planning.cards import Card
+from mergesec.planning.catalog import Catalog, Entry, add_plugin
+from mergesec.planning.gridspec import parse_grid
+from mergesec.planning.plan import TRAINED, Plan, Step, make_plan
+from mergesec.planning.resolve import resolve
 
 MICRO = Path(__file__).parent / "micro.py"
 MICRO_TEXT = Path(__file__).parent / "micro_text.py"

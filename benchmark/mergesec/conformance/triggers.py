@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
-from mergesec.cards import Parameter
-from mergesec.catalog import Catalog, Entry
 from mergesec.contracts import Attack, ContractError
-from mergesec.grid import make_ref
-from mergesec.plan import Plan, Step
-from mergesec.steps import run
-from mergesec.work import Bench
+from mergesec.execution.steps import run
+from mergesec.execution.work import Bench
+from mergesec.planning.cards import Parameter
+from mergesec.planning.catalog import Catalog, Entry
+from mergesec.planning.plan import Plan, Step
+from mergesec.planning.refs import make_ref
 
 ALONE = 1e-5
 """How far an image may differ by what else is in its batch: convolutions add in another order."""

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergesec.boards import Board
+from mergesec.evidence.estimates import Board
+from mergesec.evidence.records import Record
 from mergesec.figures.canvas import (
     EXCESS,
     GREY,
@@ -30,7 +31,7 @@ from mergesec.figures.canvas import (
     wrapped,
 )
 from mergesec.figures.sweeps import LEAST, Defaults, Sweep, axis_title, find_sweeps
-from mergesec.records import Record
+from mergesec.threats import Threat
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,7 +48,7 @@ def backdoor_pictures(
     """Every picture of a backdoor that these cells allow."""
     if "backdoor" not in boards:
         return
-    mine = [r for r in records if r.threat == "backdoor"]
+    mine = [r for r in records if r.threat == Threat.BACKDOOR]
     caption = Caption.of(mine)
     rows: list[Row] = [r for r in rows_of(boards["backdoor"]) if r["attack"] != "none"]
     if "backdoor_pareto" in boards:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mergesec.boards import Board
 from mergesec.errors import UsageError
+from mergesec.evidence.estimates import Board
+from mergesec.evidence.records import Record
 from mergesec.files import write_atomic
-from mergesec.records import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mergesec.boards import Board, Reader
+from mergesec.evidence.estimates import Board, Reader
+from mergesec.evidence.records import Record
 from mergesec.figures.canvas import (
     ACCURACY,
     GREY,
@@ -30,7 +31,7 @@ from mergesec.figures.canvas import (
     short_names,
 )
 from mergesec.figures.sweeps import Defaults, axis_title, find_sweeps
-from mergesec.records import Record
+from mergesec.threats import Role, Threat
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +46,7 @@ def clean_pictures(
     if "clean" not in boards:
         return
     rows: list[Row] = rows_of(boards["clean"])
-    mine = [r for r in records if r.threat == "clean"]
+    mine = [r for r in records if r.threat == Threat.CLEAN]
     caption = Caption.of(mine)
     yield from _dots(rows, caption)
     yield from _tasks(rows, mine, reader, caption)
@@ -109,7 +110,7 @@ def _tasks(
         if row["method"] in CONTROLS:
             role, group = row["method"].strip("()").removesuffix("s"), done
         else:
-            role = "clean_merge"
+            role = Role.CLEAN_MERGE
             group = [r for r in done if (r.merging, len(r.experts)) == (row["method"], row["experts"])]
         found = [reader.task(group, role, t) for t in tasks]
         cells.append([(e.value, *e.interval()) for e in found])

@@ -7,13 +7,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mergesec.boards import Reader, make_boards
-from mergesec.catalog import load_catalog
+from mergesec.evidence.boards import make_boards
+from mergesec.evidence.estimates import Reader
+from mergesec.evidence.records import Record
 from mergesec.figures.backdoor import backdoor_pictures
 from mergesec.figures.canvas import Picture, style, write_picture
 from mergesec.figures.clean import clean_pictures
 from mergesec.figures.protection import protection_pictures
-from mergesec.records import Record
+from mergesec.planning.catalog import load_catalog
 
 
 def make_figures(records: Sequence[Record]) -> list[Picture]:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergesec.boards import KINDS, STANDARD, SUSPECTS, Board, Reader
+from mergesec.evidence.estimates import Board, Reader
+from mergesec.evidence.protection import KINDS, STANDARD, SUSPECTS
+from mergesec.evidence.records import Record
 from mergesec.figures.canvas import (
     ACCURACY,
     GREY,
@@ -34,7 +36,7 @@ from mergesec.figures.canvas import (
     wrapped,
 )
 from mergesec.figures.sweeps import LEAST, Defaults, Sweep, axis_title, find_sweeps
-from mergesec.records import Record
+from mergesec.threats import Role, Threat
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +56,7 @@ def protection_pictures(
     """Every picture of a protection that these cells allow."""
     if "protection_cells" not in boards:
         return
-    mine = [r for r in records if r.threat == "protection"]
+    mine = [r for r in records if r.threat == Threat.PROTECTION]
     caption = Caption.of(mine)
     rows: list[Row] = rows_of(boards["protection_cells"])
     yield from _heat_maps(rows, caption)
@@ -233,10 +235,10 @@ def _matrices(records: Sequence[Record], reader: Reader, caption: Caption) -> It
                 groups.setdefault((r.attack, r.subject, other), []).append(r)
             attacks = _distinct([r.attack for r in mine])
             panels = [
-                ("unprotected (MMP-)", attacks[0], "clean_merge"),
-                ("protected (MMP+)", attacks[0], "protected_merge"),
+                ("unprotected (MMP-)", attacks[0], Role.CLEAN_MERGE),
+                ("protected (MMP+)", attacks[0], Role.PROTECTED_MERGE),
             ]
-            panels += [(f"after {a}", a, "merge") for a in attacks if a != "none"]
+            panels += [(f"after {a}", a, Role.MERGE) for a in attacks if a != "none"]
             heats = []
             for title, attack, role in panels:
                 points = np.array(

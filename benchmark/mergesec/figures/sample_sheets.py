@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from mergesec.evidence.records import Record
     from mergesec.figures.samples import Samples, Triggered
-    from mergesec.records import Record
 
 STEM = "backdoor-samples"
 AMPLIFIED = 5.0

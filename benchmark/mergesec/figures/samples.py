@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from mergesec.contracts import Attack, Task
-from mergesec.plan import Plan, Step
-from mergesec.records import Record, cell_name
-from mergesec.steps import check_triggered
-from mergesec.store import CorruptArtifact
-from mergesec.work import Bench, Work
+from mergesec.evidence.records import Record
+from mergesec.execution.evaluation import check_triggered
+from mergesec.execution.harvest import cell_name
+from mergesec.execution.store import CorruptArtifact
+from mergesec.execution.work import Bench, Work
+from mergesec.planning.plan import Plan, Step
+from mergesec.threats import Role
 
 IMAGES, TEXTS = 6, 3
 """Test inputs shown."""
@@ -72,7 +74,7 @@ def collect_samples(
     drawn: set[tuple[Place, str]] = set()
     missing: dict[tuple[Place, str], tuple[str, bool]] = {}
     for planned in sorted(plan.cells, key=lambda c: c.cell.seed):
-        key = dict(planned.roles).get("visibility")
+        key = dict(planned.roles).get(Role.VISIBILITY)
         record = known.get(cell_name(planned.cell))
         if key is None or record is None:
             continue
@@ -119,7 +121,7 @@ def _add(
     triggered = check_triggered(attack.apply(trigger, own), samples.inputs, attack.name)
     shown = triggered.detach().cpu() if isinstance(triggered, Tensor) else list(triggered)
     measured = {n: v for n, v in record.values.items() if n.startswith("visibility/")}
-    if not measured or record.steps.get("visibility") != step.key:  # not done, or of another version
+    if not measured or record.steps.get(Role.VISIBILITY) != step.key:  # not done, or of another version
         told = bench.store.info("visibility", step.key).get("visibility", {})
         measured = {f"visibility/{n}": float(v) for n, v in told.items()}
     label = work.refs["attack"].label

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mergesec.contracts import ContractError, MergeContext, Model, Weights, load_network
-from mergesec.steps import predict
+from mergesec.inference import predict
 
 
 def tuning_accuracy(ctx: MergeContext, task: str, weights: Weights) -> float:

@@ -1,0 +1,23 @@
+"""Records → all boards they support."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mergesec.evidence.backdoor import backdoor_boards
+from mergesec.evidence.clean import clean_board
+from mergesec.evidence.cost import cost_board
+from mergesec.evidence.estimates import Board, Reader
+from mergesec.evidence.protection import protection_boards
+from mergesec.evidence.records import Record
+
+
+def make_boards(records: Sequence[Record]) -> list[Board]:
+    """All boards these records support. The two threat models never share one."""
+    reader = Reader()
+    boards = [
+        clean_board(records, reader),
+        *protection_boards(records, reader),
+        *backdoor_boards(records, reader),
+    ]
+    return [b for b in [*boards, cost_board(records)] if b is not None]

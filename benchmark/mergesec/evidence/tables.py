@@ -1,0 +1,131 @@
+"""Boards as text: Markdown and terminal tables rounded, CSV with all digits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mergesec.evidence.estimates import Board
+from mergesec.evidence.protection import STANDARD
+from mergesec.evidence.records import Record
+from mergesec.files import write_atomic
+
+_SHOWN: dict[str, tuple[str, ...]] = {
+    "protection": ("defense", "stand_alone_loss", "MMP-", "MMP+", f"recovery_{STANDARD}", "worst_recovery",
+                   "recovered_by", "worst_merged", "max_abs_dlogit"),
+    "protection_cells": ("defense", "attack", "method", "experts", "protected", "secrets", "UMP-", "UMP+",
+                         "UMP_attacked", "MMP-", "MMP+", "MMP_attacked", "free_rider+", "recovery"),
+    "protection_distances": ("defense", "attack", "to_expert/all", "to_base/all", "to_base/query",
+                             "to_base/value", "to_base/up", "condition", "max_abs_dlogit"),
+    "ownership": ("defense", "attack", "method", "experts", "verified/published", "verified/protected_merge",
+                  "verified/merge", "verified/clean_merge", "mark/published", "mark/protected_merge",
+                  "mark/merge", "mark/clean_merge", "stand_alone_loss"),
+    "backdoor": ("attack", "method", "defense", "experts", "adversaries", "target_task", "CA", "BA", "ASR_alone",
+                 "succession", "succession_clean_merge", "succession_base", "backdoor", "transfer",
+                 "transfer_clean_merge", "RA", "DER"),
+    "backdoor_pareto": ("attack", "experts", "adversaries", "target_task", "method", "defense", "BA", "succession",
+                        "backdoor", "front", "front_share", "dominated_by", "cells_compared"),
+    "backdoor_defenses": ("defense", "worst_backdoor", "worst_by", "worst_ASR", "mean_backdoor", "accuracy_cost",
+                          "worst_accuracy_cost", "RA", "DER", "caught", "false_alarms", "defense_rows"),
+    "backdoor_attacks": ("attack", "experts", "adversaries", "target_task", "CA", "BA", "ASR_alone", "succession",
+                         "succession_clean_merge", "succession_base", "backdoor", "transfer", "backdoor_transfer",
+                         "best_defense", "best_ASR", "best_cost", "best_pair", "best_pair_ASR", "visibility/area",
+                         "visibility/l2", "visibility/ssim"),
+}  # fmt: skip
+
+
+_PLAIN = (
+    "max_abs_dlogit",
+    "peak_mb",
+    "DER",
+    "condition",
+    "visibility/l2",
+    "visibility/ssim",
+    "visibility/tokens",
+)
+
+
+def display(board: Board) -> tuple[list[str], list[list[str]]]:
+    """Header and rows as text: percentages with half-widths of intervals, incomplete rows marked."""
+    frame = board.frame
+    hidden = {f"{m}{end}" for m in board.measures for end in ("_low", "_high")}
+    hidden |= {"cells_done", "cells_expected", "seeds", "tier"}
+    columns = [
+        c for c in _SHOWN.get(board.name, tuple(frame.columns)) if c in frame.columns and c not in hidden
+    ]
+    extra = [c for c in ("tier", "cells") if (c == "cells" and "cells_done" in frame) or c in frame.columns]
+    rows = []
+    for _, row in frame.iterrows():
+        texts = [_text(row, c, board.measures) for c in columns]
+        for c in extra:
+            if c == "tier":
+                texts.append("" if pd.isna(row["tier"]) or row["tier"] == 0 else str(int(row["tier"])))
+            else:
+                done, expected = int(row["cells_done"]), int(row["cells_expected"])
+                texts.append(f"{done}/{expected}" + ("" if done == expected else " incomplete"))
+        rows.append(texts)
+    return [*columns, *extra], rows
+
+
+def _text(row: Any, column: str, measures: Sequence[str]) -> str:
+    value = row[column]
+    if isinstance(value, str):
+        return value
+    if value is None or pd.isna(value):
+        return "–"
+    if column in _PLAIN or column.startswith("to_") or column.endswith("seconds"):
+        return f"{value:.3g}"
+    if column.endswith("rows"):
+        return f"{value:.0f}"
+    if column in measures:
+        low, high = row[f"{column}_low"], row[f"{column}_high"]
+        return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    if isinstance(value, float):
+        return f"{100 * value:.1f}"
+    return str(value)
+
+
+def markdown(board: Board) -> str:
+    """A board as a section of Markdown, rounded."""
+    header, rows = display(board)
+    lines = [f"## {board.title}", ""]
+    if board.note:
+        lines += [board.note, ""]
+    lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(r) + " |" for r in rows]
+    return "\n".join(lines) + "\n"
+
+
+def marks(records: Sequence[Record]) -> list[str]:
+    """What a reader must know before comparing: partial data, the transductive protocol."""
+    partial: dict[str, str] = {}
+    for record in records:
+        partial |= record.provenance.get("partial", {})
+    notes = [f"partial data: {task} ({how})" for task, how in sorted(partial.items())]
+    if any(r.protocol == "transductive" for r in records):
+        notes.append("transductive: methods that adapt saw the test inputs, without labels")
+    return notes
+
+
+_EXPLAINED = (
+    "Percent with 95 % paired bootstrap intervals over seeds and test samples; equal tiers are not separable."
+)
+
+
+def write_boards(folder: Path, boards: Sequence[Board], title: str, notes: Sequence[str] = ()) -> list[Path]:
+    """``<name>.csv`` with all digits for each board, and one ``boards.md``; the paths written."""
+    paths = []
+    for old in folder.glob("*.csv"):  # a board this grid no longer has must not look current
+        if old.stem not in {b.name for b in boards}:
+            old.unlink()
+    for board in boards:
+        path = folder / f"{board.name}.csv"
+        write_atomic(path, board.frame.to_csv(index=False).encode())
+        paths.append(path)
+    head = "\n".join([f"# {title}", "", _EXPLAINED, *(f"\n* {n}" for n in notes), "", ""])
+    path = folder / "boards.md"
+    write_atomic(path, (head + "\n".join(markdown(b) for b in boards)).encode())
+    return [*paths, path]

@@ -1,0 +1,184 @@
+"""What each hook is handed: contexts made from a step and its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
+from typing import Any
+
+import torch
+from torch import nn
+
+from mergesec.contracts import (
+    ContractError,
+    Expert,
+    MergeContext,
+    Merged,
+    MergeMethod,
+    Model,
+    Recipe,
+    Split,
+    Task,
+    TaskView,
+    TrainContext,
+    Weights,
+)
+from mergesec.execution.work import Keeper, Work, unflatten
+from mergesec.inference import predict
+from mergesec.training import fit
+from mergesec.weights import read_only
+
+
+def view(work: Work, task_name: str, data_role: str, head_role: str, task_role: str) -> TaskView:
+    """What may be known of a task: its tuning rows, and test inputs only if the protocol says so."""
+    task: Task = work.component(task_role)
+    splits = work.splits(data_role, task)
+    transductive = work.args.get("protocol") == "transductive"
+    source = splits["test" if transductive else "tuning"]
+    return TaskView(task, work.tensors(head_role), splits["tuning"], source.inputs)
+
+
+class Views(Mapping[str, TaskView]):
+    """Views of tasks, read when asked for: most merges never look at data."""
+
+    def __init__(self, work: Work, tasks: list[str]) -> None:
+        self._work, self._tasks, self._read = work, tasks, dict[str, TaskView]()
+
+    def __getitem__(self, task: str) -> TaskView:
+        if task not in self._tasks:
+            raise KeyError(task)
+        if task not in self._read:
+            self._read[task] = view(self._work, task, f"data:{task}", f"head:{task}", f"task:{task}")
+        return self._read[task]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tasks)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+
+REFERENCE_ROWS = 10
+"""Training rows of the target class that an off-task adversary has (BadMerging, section 5.1: a few images)."""
+
+
+def train_context(work: Work) -> TrainContext:
+    task: Task = work.component("task")
+    split = work.splits("data", task)["train"]
+    base_weights, head_weights = work.tensors("base"), work.tensors("head")
+    recipe = Recipe(**dict(work.args["recipe"]))
+    calls = count()
+
+    def run_recipe(split_: Split | None = None, loss: Any = None, **other: Any) -> Weights:
+        chosen = other.pop("split", split_)
+        if other:
+            raise ContractError(f"fit() has no argument {next(iter(other))!r}")
+        return fit(
+            work.backbone, task, base_weights, head_weights, chosen if chosen is not None else split,
+            recipe, work.seed, work.device, loss, Keeper(work.bench, work.step.key, next(calls)),
+        )  # fmt: skip
+
+    aim, reference = _aimed(work)
+    return TrainContext(
+        device=work.device, seed=work.seed, task=task, backbone=work.backbone, base=base_weights,
+        head=head_weights, train=split, recipe=recipe, fit=run_recipe,
+        target_class=int(work.args.get("target", 0)),
+        trigger=work.tensors("trigger") if "trigger" in work.inputs else {},
+        benign=work.tensors("benign") if "benign" in work.inputs else None,
+        target_task=aim, reference=reference,
+        defense=work.component("defense") if {"attack", "defense"} <= work.refs.keys() else None,
+    )  # fmt: skip
+
+
+def _aimed(work: Work) -> tuple[str, Split | None]:
+    """Off-task: the task aimed at and the few of its training rows that the adversary has."""
+    if "target" not in work.args:
+        return "", None
+    label, aim = int(work.args["target"]), str(work.args.get("target_task", ""))
+    aimed: Task = work.component("target" if aim else "task")
+    train = work.splits("target_data" if aim else "data", aimed)["train"]
+    if label >= len(aimed.classes):
+        raise ContractError(f"{aimed.name} has {len(aimed.classes)} classes, none numbered {label}")
+    if not aim:
+        return "", None
+    rows = torch.nonzero(train.targets == label).flatten()
+    if not len(rows):
+        raise ContractError(f"{aim}: no training row of class {label}")
+    generator = torch.Generator().manual_seed(int(work.args["reference"]))
+    picked = rows[torch.randperm(len(rows), generator=generator)[:REFERENCE_ROWS]]
+    return aim, train.take(picked.sort().values)
+
+
+def trial(work: Work, own: list[Expert]) -> Callable[[Weights], float]:
+    """The mean tuning accuracy of the cell's merge with a candidate in the victim's place."""
+    method: MergeMethod = work.component("merging")
+    victim, base_weights = work.args["task"], work.tensors("base")
+    # the merge's own draws matter less than that every candidate meets the same ones
+    ctx = merge_context(work, method, work.seed)
+
+    def score(candidate: Weights) -> float:
+        experts = {e.task: e for e in own} | {victim: Expert(victim, candidate)}
+        order = [experts[t] for t in str(work.args["order"]).split(",")]
+        return ctx.score(method.merge(base_weights, order, ctx))
+
+    return score
+
+
+def fitting(weights: Weights, base_weights: Weights) -> Weights:
+    """What can enter a merge: a published network of another topology gives the tensors that fit the
+    base by name and shape; the rest stays the base's, as a merging script that skips them leaves it."""
+    if weights.keys() == base_weights.keys() and all(
+        w.shape == base_weights[n].shape for n, w in weights.items()
+    ):
+        return weights
+    return read_only(
+        {
+            n: weights[n] if n in weights and weights[n].shape == b.shape else b
+            for n, b in base_weights.items()
+        }
+    )
+
+
+def merge_context(work: Work, method: MergeMethod, seed: int) -> MergeContext:
+    tasks = [r.removeprefix("task:") for r in work.refs if r.startswith("task:")]
+    views = Views(work, tasks)
+    siblings: dict[str, list[Expert]] = {}
+    for role in work.inputs:
+        if role.startswith("sibling:"):
+            task = role.split(":")[1]
+            siblings.setdefault(task, []).append(Expert(task, work.tensors(role)))
+
+    def score(merged: Merged) -> float:
+        """Mean tuning accuracy over tasks."""
+        total = 0.0
+        for name in tasks:
+            network = method.network(work.backbone, merged, name).to(work.device)
+            v = views[name]
+            predicted = predict(v.task, Model(work.backbone, network), v.head, v.tuning, work.device)
+            total += float((predicted == v.tuning.targets).float().mean())
+        return total / len(tasks)
+
+    def network(merged: Merged, task: str) -> nn.Module:
+        return method.network(work.backbone, merged, task).to(work.device).eval()
+
+    wrapped = work.refs["merging"].inner if "merging" in work.refs else ()
+    inner = work.bench.component(wrapped[0]) if wrapped else None
+    return MergeContext(work.device, seed, work.backbone, views, score, siblings, inner, network)
+
+
+def contributed(work: Work) -> list[Expert]:
+    """The experts handed in, after screening if there was one."""
+    names = [r.removeprefix("expert:") for r in work.inputs if r.startswith("expert:")]
+    if "screened" not in work.inputs:
+        base_weights = work.tensors("base")
+        return [Expert(t, fitting(work.tensors(f"expert:{t}"), base_weights)) for t in names]
+    edited = unflatten(work.tensors("screened"), {}).per_task
+    kept = work.info("screened")["kept"]
+    return [Expert(t, edited[t] if t in edited else work.tensors(f"expert:{t}")) for t in kept]
+
+
+class PlainMerge(MergeMethod):
+    """Stands in where a score is asked for before a merge method is known."""
+
+    def merge(self, base: Weights, experts: Any, ctx: MergeContext) -> Merged:
+        return Merged(base)

@@ -1,0 +1,173 @@
+"""Local engine: one spawned worker per device slot, so a crash or hang of one step stays there.
+
+Torch-free here: ``CUDA_VISIBLE_DEVICES`` and the thread count are set in the child before torch loads.
+Each worker has a pipe of its own and no lock, so that a kill at any moment is seen as the end of its pipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+
+from mergesec.errors import UsageError
+from mergesec.execution.engines.worker import Answer, Slot, Workplace, serve
+from mergesec.planning.plan import Step
+
+TIMED_OUT = "TimeoutError: the step took longer than --step-timeout and was stopped"
+
+
+def visible_gpus() -> list[str]:
+    """GPU indices on this machine, without loading torch."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        return [g for g in listed.split(",") if g.strip()]
+    try:
+        out = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [m[1] for m in re.finditer(r"^GPU (\d+):", out.stdout, re.MULTILINE)]
+
+
+def make_slots(device: str, jobs: int | None) -> list[Slot]:
+    """Slots for ``--device auto|cpu|cuda|cuda:0,1`` and ``--jobs`` (per GPU, or in all on the CPU)."""
+    if jobs is not None and jobs < 1:
+        raise UsageError("--jobs", f"must be at least 1, got {jobs}")
+    match = re.fullmatch(r"(auto|cpu|cuda)(?::([\d,]+))?", device)
+    if match is None or (match[2] and match[1] != "cuda"):
+        raise UsageError("--device", f"{device!r}; valid: auto, cpu, cuda, cuda:0,1")
+    gpus = visible_gpus() if match[1] != "cpu" else []
+    if match[2]:
+        chosen = match[2].strip(",").split(",")
+        missing = [g for g in chosen if g not in gpus]
+        if missing:
+            raise UsageError("--device", f"no GPU {missing[0]}; found {', '.join(gpus) or 'none'}")
+        gpus = chosen
+    if match[1] == "cuda" and not gpus:
+        raise UsageError("--device", "cuda was asked for, but no GPU is visible; try --device cpu")
+    if gpus:
+        return [Slot("cuda", g) for g in gpus for _ in range(jobs or 1)]
+    return [Slot("cpu")] * (jobs or _cores())
+
+
+def _cores() -> int:
+    with contextlib.suppress(AttributeError):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Processes started inside never see Ctrl-C, not even before they can say so themselves."""
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+
+class _Seat:
+    """One worker process and the pipe to it. A lost worker is replaced at the next question."""
+
+    def __init__(self, slot: Slot, place: Workplace) -> None:
+        self._arguments = (slot, place, os.getpid())
+        self._process: SpawnProcess | None = None
+        self._pipe: Connection | None = None
+        self._closed = False
+        self.note = ""
+        """What the worker said last of the step it is at."""
+
+    def ask(self, step: Step, kinds: dict[str, str], timeout: float | None) -> Answer:
+        """Have the worker run ``step``. Loading torch does not count against ``timeout`` (seconds)."""
+        try:
+            pipe = self._ready()
+            pipe.send((step, kinds))
+            end = None if timeout is None else time.monotonic() + timeout
+            while True:
+                if not pipe.poll(None if end is None else max(0.0, end - time.monotonic())):
+                    self._end(kill=True)
+                    return Answer("error", TIMED_OUT)
+                answer: Answer | str = pipe.recv()
+                if isinstance(answer, Answer):
+                    return answer
+                self.note = answer
+        except (EOFError, OSError):
+            code = self._end(kill=True)
+            return Answer("died", f"WorkerDied: the worker ended while running it (exit code {code})")
+        finally:
+            self.note = ""
+
+    def _ready(self) -> Connection:
+        if self._process is not None and not self._process.is_alive():
+            self._end(kill=True)
+        if self._pipe is None:
+            context = multiprocessing.get_context("spawn")
+            self._pipe, theirs = context.Pipe()
+            self._process = context.Process(target=serve, args=(theirs, *self._arguments))
+            with _no_interrupts():
+                self._process.start()
+            theirs.close()  # the worker's is now the only one, so that its death ends the pipe
+            if self._closed:
+                raise EOFError
+            self._pipe.recv()
+        return self._pipe
+
+    def _end(self, kill: bool) -> int | None:
+        """Wait for the worker to be gone; its exit code."""
+        process, pipe, self._process, self._pipe = self._process, self._pipe, None, None
+        if pipe is not None:
+            pipe.close()  # an idle worker takes this as the end
+        if process is None:
+            return None
+        if not kill:
+            process.join(10)
+        elif not self._closed:
+            process.join(0.2)  # its own exit code says more than that of the kill below
+        process.kill()
+        process.join()
+        return process.exitcode
+
+    def kill(self) -> None:
+        """End the worker whatever it is at, from another thread than the one that asks."""
+        self._closed = True
+        process = self._process
+        if process is not None and process.pid is not None:
+            with contextlib.suppress(OSError):
+                process.kill()
+
+    def close(self) -> None:
+        """Dismiss an idle worker."""
+        self._end(kill=False)
+
+
+class LocalExecutor:
+    """A worker per slot; one that dies or is timed out takes nothing but its step with it."""
+
+    def __init__(self, slots: list[Slot], place: Workplace, timeout: float | None) -> None:
+        self.slots, self._timeout = slots, timeout
+        self._seats = [_Seat(slot, place) for slot in slots]
+        self._threads = ThreadPoolExecutor(len(slots), "slot")
+
+    def submit(self, slot: int, step: Step, kinds: Mapping[str, str]) -> Future[Answer]:
+        """Run ``step`` on an idle slot."""
+        return self._threads.submit(self._seats[slot].ask, step, dict(kinds), self._timeout)
+
+    def note(self, slot: int) -> str:
+        """How far the step on a slot is, as it tells; empty if it does not."""
+        return self._seats[slot].note
+
+    def close(self, now: bool = False) -> None:
+        """Stop the workers; ``now`` kills what is running."""
+        for seat in self._seats if now else ():
+            seat.kill()
+        self._threads.shutdown(wait=True)
+        for seat in self._seats:
+            seat.close()

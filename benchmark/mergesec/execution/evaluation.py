@@ -1,0 +1,152 @@
+"""Steps that measure: test predictions, how visible a trigger is, how far two networks lie apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mergesec.anatomy import AnatomyError
+from mergesec.contracts import (
+    Attack,
+    ContractError,
+    Defense,
+    MergeMethod,
+    Model,
+    Task,
+    Weights,
+    load_network,
+)
+from mergesec.execution.visibility import change_of
+from mergesec.execution.work import Result, Work
+from mergesec.inference import predict, task_outputs
+from mergesec.weights import check_finite
+
+VISIBILITY_ROWS = 256
+
+
+def check_triggered(triggered: Any, inputs: Any, who: str) -> Any:
+    """ContractError unless ``triggered`` has the shape of ``inputs`` and, if floating, is finite.
+
+    A network fed NaN still names a class, so this would otherwise read as a success of the attack.
+    """
+    if isinstance(inputs, Tensor):
+        if not isinstance(triggered, Tensor) or triggered.shape != inputs.shape:
+            found = list(triggered.shape) if isinstance(triggered, Tensor) else type(triggered).__name__
+            raise ContractError(f"{who}.apply returned {found} for inputs {list(inputs.shape)}")
+        check_finite({"apply": triggered}, who)
+    elif len(triggered) != len(inputs):
+        raise ContractError(f"{who}.apply returned {len(triggered)} inputs for {len(inputs)}")
+    return triggered
+
+
+def network_of(work: Work, role: str, task: str, producer: Any, cast: str = "") -> nn.Module:
+    """The network that serves ``task``, as whoever produced the artifact says; ``cast`` rounds its weights."""
+    if isinstance(producer, MergeMethod):
+        network = producer.network(work.backbone, work.merged(role), task)
+    elif isinstance(producer, Defense):
+        network = producer.network(work.backbone, work.tensors(role))
+    else:
+        network = load_network(work.backbone, work.tensors(role))
+    if cast:
+        kind = getattr(torch, cast)
+        network.load_state_dict(
+            {
+                n: t.to(kind).to(t.dtype) if t.is_floating_point() else t
+                for n, t in network.state_dict().items()
+            }
+        )
+    return network.to(work.device).eval()
+
+
+def evaluate(work: Work) -> Result:
+    """Test predictions (and targets) of every task, optionally under a trigger."""
+    producer = work.component("producer") if "producer" in work.refs else None
+    change = None
+    if "attack" in work.refs:
+        attack: Attack = work.component("attack")
+        arrays = work.tensors("trigger")
+
+        def change(inputs: Any) -> Any:
+            return check_triggered(attack.apply(arrays, inputs), inputs, attack.name)
+
+    found: dict[str, Tensor] = {}
+    network: nn.Module | None = None
+    single = not isinstance(producer, MergeMethod) or not (
+        type(producer).network is not MergeMethod.network or work.merged("model").per_task
+    )
+    for role in work.refs:
+        if not role.startswith("task:"):
+            continue
+        name = role.removeprefix("task:")
+        if network is None or not single:
+            network = network_of(work, "model", name, producer, str(work.args.get("cast", "")))
+        task: Task = work.component(role)
+        split = work.splits(f"data:{name}", task)["test"]
+        model = Model(work.backbone, network)
+        predicted = predict(task, model, work.tensors(f"head:{name}"), split, work.device, change)
+        found[f"predictions|{name}"] = predicted.int()
+        found[f"targets|{name}"] = split.targets.int()
+    return found, {}
+
+
+def visibility(work: Work) -> Result:
+    """How much the trigger changes the first test inputs of a task."""
+    attack: Attack = work.component("attack")
+    task: Task = work.component("task")
+    split = work.splits("data", task)["test"]
+    inputs = task.batch(split, torch.arange(min(VISIBILITY_ROWS, len(split))), work.device).inputs
+    triggered = check_triggered(attack.apply(work.tensors("trigger"), inputs), inputs, attack.name)
+    return {}, {"rows": len(inputs), "visibility": change_of(inputs, triggered)}
+
+
+def compare(work: Work) -> Result:
+    """Two networks that should be the same function: largest difference of test outputs, and how far
+    the second's weights lie from the first's and from the base."""
+    name = work.args["task"]
+    task: Task = work.component(f"task:{name}")
+    producer = work.component("producer") if "producer" in work.refs else None
+    split = work.splits(f"data:{name}", task)["test"]
+    outputs = []
+    for role, maker in (("first", None), ("second", producer)):
+        model = Model(work.backbone, network_of(work, role, name, maker))
+        outputs.append(task_outputs(task, model, work.tensors(f"head:{name}"), split, work.device))
+    gap = (outputs[0] - outputs[1]).abs().max()
+    first, second, origin = work.tensors("first"), work.tensors("second"), work.tensors("base")
+    facts: dict[str, Any] = {
+        "max_abs_dlogit": float(gap), "report": work.info("second").get("report", {}),
+        "to_base": distances(work.backbone, second, origin),
+        "to_expert": distances(work.backbone, second, first),
+        "expert_to_base": distances(work.backbone, first, origin),
+    }  # fmt: skip
+    return {}, facts
+
+
+def distances(backbone: Any, weights: Weights, reference: Weights) -> dict[str, float]:
+    """‖θ − θ_ref‖ / ‖θ_ref‖ per kind of tensor (query, key, value, output, up, gate, down, other) and over
+    all; tensors of another shape are left out. Kinds are the anatomy's; without one all is ``other``."""
+    kinds: dict[str, str] = {}
+    try:
+        for block in backbone.anatomy().blocks:
+            attention, mlp = block.attention, block.mlp
+            for kind, linear in (
+                ("query", attention.query), ("key", attention.key), ("value", attention.value),
+                ("output", attention.output), ("up", mlp.up), ("gate", mlp.gate), ("down", mlp.down),
+            ):  # fmt: skip
+                if linear is not None:
+                    kinds.setdefault(linear.weight, kind)
+    except AnatomyError:
+        kinds = {}
+    sums: dict[str, list[float]] = {}
+    for name, tensor in reference.items():
+        if tensor.is_floating_point() and name in weights and weights[name].shape == tensor.shape:
+            moved = float((weights[name].double() - tensor.double()).square().sum())
+            size = float(tensor.double().square().sum())
+            for kind in (kinds.get(name, "other"), "all"):
+                sums.setdefault(kind, [0.0, 0.0])[0] += moved
+                sums[kind][1] += size
+    # ten digits: the last ones of a sum depend on where in memory its terms lie
+    return {
+        kind: float(f"{(moved / size) ** 0.5:.10g}") if size else 0.0 for kind, (moved, size) in sums.items()
+    }

@@ -1,0 +1,334 @@
+"""From plan and store to records: what the committed steps of each cell came to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mergesec import __version__
+from mergesec.evidence.records import SCHEMA, Count, Record, count
+from mergesec.execution.scheduler import Outcome
+from mergesec.execution.store import Store, parse_safetensors
+from mergesec.files import write_atomic
+from mergesec.planning.cells import Cell
+from mergesec.planning.plan import CellPlan, Plan
+from mergesec.planning.refs import HUB_NAME, NONE, Ref
+from mergesec.planning.resolve import Grid
+from mergesec.threats import TRIGGERED, Hook, Role, Threat
+
+Evaluation = dict[str, NDArray[np.int32]]
+
+
+def read_evaluation(store: Store, kind: str, key: str) -> tuple[Evaluation, dict[str, Any]]:
+    """Predictions and targets of an evaluate step, as numpy, verified; no torch."""
+    blob, meta = store.read(kind, key)
+    arrays = {n: np.frombuffer(r.data, np.int32) for n, r in parse_safetensors(blob).items()}
+    return arrays, meta["info"]
+
+
+def cell_name(cell: Cell) -> str:
+    """A readable, unique file name."""
+    parts = [
+        cell.threat,
+        cell.merging.name,
+        cell.attack.name,
+        cell.defense.name,
+        cell.subject,
+        f"s{cell.seed}",
+    ]
+    text = "|".join(
+        [cell.threat, cell.merging.text, cell.attack.text, cell.defense.text, cell.subject,
+         str(cell.target_class), ",".join(cell.experts), str(cell.seed),
+         *([str(cell.protected), cell.secrets] if cell.protected > 1 else []),
+         *([f"adversaries {cell.adversaries}"] if cell.adversaries > 1 else []),
+         *([f"aim {cell.target_task}"] if cell.target_task else [])]
+    )  # fmt: skip
+    shown = "-".join(p.replace("/", "_") for p in parts if p and p != "none")
+    return f"{shown}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+def _status(plan: CellPlan, has: Mapping[str, Any], outcome: Outcome) -> tuple[str, str]:
+    for _, key in plan.roles:
+        if key in outcome.failed:
+            return "failed", outcome.failed[key]
+        if key in outcome.blocked:
+            return "blocked", outcome.blocked[key]
+    if all(key in has for _, key in plan.roles):
+        return "done", ""
+    return "missing", "not run yet"
+
+
+def _counts(cell: Cell, role: str, found: Evaluation) -> dict[str, Count]:
+    """Accuracy for a clean evaluation; ASR (non-target samples only) and RA for a triggered one."""
+    name, _, triggered = role.partition(TRIGGERED[0])
+    kind, _, suspect = name.partition(":")
+    metric, name = ("mark", suspect) if kind == Role.VERIFY else ("acc", kind)
+    counts: dict[str, Count] = {}
+    for key in found:
+        if not key.startswith("predictions|"):
+            continue
+        task = key.removeprefix("predictions|")
+        predicted, target = found[key], found[f"targets|{task}"]
+        if not triggered:
+            counts[f"{metric}/{name}/{task}"] = count(predicted == target)
+        else:
+            outside = target != cell.target_class
+            counts[f"asr/{name}/{task}"] = count(predicted == cell.target_class, outside)
+            counts[f"ra/{name}/{task}"] = count(predicted == target, outside)
+    return counts
+
+
+def make_records(plan: Plan, store: Store, outcome: Outcome) -> list[Record]:
+    """One record per cell, from committed evaluations only. CorruptArtifact if one does not verify."""
+    kinds = {key: plan.steps[key].kind for c in plan.cells for _, key in c.roles}
+    present = store.keys()
+    found = {k: read_evaluation(store, kind, k) for k, kind in kinds.items() if k in present}
+    shared = {**_shared_provenance(plan.grid), **_data(plan, store)}
+    records = []
+    road = Road(plan, store)
+    for planned in plan.cells:
+        status, reason = _status(planned, found, outcome)
+        counts: dict[str, Count] = {}
+        values: dict[str, float] = {}
+        facts: dict[str, Any] = {}
+        if status == "done":
+            for role, key in planned.roles:
+                arrays, info = found[key]
+                counts |= _counts(planned.cell, role, arrays)
+                _note(role, info, values, facts)
+            if planned.cell.threat == Threat.BACKDOOR:
+                _note_defended(planned, road, values, facts)
+        cost = _cost(plan, planned, store, found)
+        if status == "done" and planned.cell.threat == Threat.BACKDOOR:
+            cost |= _sides(planned, road)
+        records.append(_record(plan, planned, status, reason, counts, values, facts, cost, found, shared))
+    return records
+
+
+def _note(role: str, info: Mapping[str, Any], values: dict[str, float], facts: dict[str, Any]) -> None:
+    """Numbers and facts of comparisons and verifications."""
+    if role in (Role.LOGITS, Role.GAP):
+        suffix = "" if role == Role.LOGITS else "_recovered"
+        values[f"max_abs_dlogit{suffix}"] = float(info["max_abs_dlogit"])
+        for which in ("to_base", "to_expert", "expert_to_base"):
+            values |= {f"distance{suffix}/{which}/{k}": float(v) for k, v in info.get(which, {}).items()}
+        if role == Role.LOGITS:
+            facts["protection"] = info.get("report", {})
+    elif role == Role.VISIBILITY:
+        values |= {f"visibility/{name}": float(v) for name, v in info["visibility"].items()}
+    elif role.startswith(Role.VERIFY.of("")):
+        suspect = role.partition(":")[2]
+        values[f"detected/{suspect}"] = float(info["detected"])
+        values[f"statistic/{suspect}"] = float(info["statistic"])
+
+
+MEASURED = ("seconds", "peak_mb", "device")
+"""Facts that the worker adds to a step's own."""
+
+
+@dataclass
+class Road:
+    """The steps behind a cell's evaluations, and their facts, each read once."""
+
+    plan: Plan
+    store: Store
+    _facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def facts(self, key: str) -> dict[str, Any]:
+        if key not in self._facts:
+            self._facts[key] = self.store.info(self.plan.steps[key].kind, key)
+        return self._facts[key]
+
+    def inputs(self, key: str) -> dict[str, str]:
+        return dict(self.plan.steps[key].inputs)
+
+    def back(self, key: str) -> list[str]:
+        """The step that made an evaluated model and those of the same side before it, the last one first:
+        repair, merge, screen, or forge, poison."""
+        keys = [self.inputs(key)["model"]]
+        before = {"repair": "merged", "merge": "screened", "forge": "weights"}
+        while (role := before.get(self.plan.steps[keys[-1]].kind)) and role in self.inputs(keys[-1]):
+            keys.append(self.inputs(keys[-1])[role])
+        return keys
+
+    def rows(self, tasks: Iterable[str], split: str) -> int:
+        """Rows of a split, summed over tasks."""
+        sizes = [self.facts(self.data[task]).get("sizes", {}).get(split, 0) for task in tasks]
+        return sum(sizes)
+
+    @cached_property
+    def data(self) -> dict[str, str]:
+        """Keys of the data steps by task."""
+        return {json.loads(s.args)["task"]: k for k, s in self.plan.steps.items() if s.kind == "data"}
+
+
+def _note_defended(planned: CellPlan, road: Road, values: dict[str, float], facts: dict[str, Any]) -> None:
+    """What the defended merge says of itself, and whom a screen let in."""
+    cell, roles = planned.cell, dict(planned.roles)
+    if cell.defense is NONE:
+        return
+    told: dict[str, Any] = {}
+    for key in reversed(road.back(roles[Role.MERGE])):
+        info = road.facts(key)
+        if road.plan.steps[key].kind == "screen":
+            if cell.attack is not NONE:
+                benign = [t for t in cell.experts if t not in cell.crew]
+                kept = info.get("kept", cell.experts)
+                values["screen/caught"] = sum(t not in kept for t in cell.crew) / len(cell.crew)
+                if benign:
+                    values["screen/false"] = sum(t not in kept for t in benign) / len(benign)
+            facts["screen"] = {k: v for k, v in info.items() if k not in MEASURED}
+        else:
+            told |= {k: v for k, v in info.items() if k not in MEASURED}
+    facts["merge"] = told
+
+
+def _sides(planned: CellPlan, road: Road) -> dict[str, dict[str, float]]:
+    """Seconds, peak MiB and rows of data of a backdoor cell's attack and defense, over all their steps."""
+    cell, roles = planned.cell, dict(planned.roles)
+    sides: dict[str, dict[str, float]] = {}
+    grid = road.plan.grid
+    if cell.attack is not NONE:
+        made = [
+            k for k in road.back(roles[Role.POISONED]) if road.plan.steps[k].kind in (Hook.POISON, Hook.FORGE)
+        ]
+        trigger = [road.inputs(roles[Role.MERGE.triggered])["trigger"]]
+        card = grid.catalog.entries["attack"][cell.attack.name].card
+        most = int(dict(grid.recipe).get("max_train", 0))
+        split = card.data if card.data in ("train", "tuning") else ""
+        rows = road.rows([cell.subject], split) if split else 0
+        side = {"rows": float(min(most, rows) if most and split == "train" else rows)}
+        side |= {"trigger_seconds": _summed(road, trigger), "poison_seconds": _summed(road, made)}
+        side["seconds"] = side["trigger_seconds"] + side["poison_seconds"]
+        sides["attack"] = side | {"peak_mb": _peak(road, trigger + made)}
+    if cell.defense is not NONE:
+        made = [
+            k
+            for k in road.back(roles[Role.MERGE])
+            if any(role == "defense" for role, _ in road.plan.steps[k].components)
+        ]
+        card = grid.catalog.entries["defense"][cell.defense.name].card
+        split = "test" if grid.spec.protocol == "transductive" else "tuning"
+        rows = road.rows(cell.experts, split) if card.data != "none" else 0
+        reported = road.facts(made[0]).get("repair_rows") if made else None
+        if isinstance(reported, Mapping):
+            rows = sum(reported.values())
+        side = {"rows": float(rows), "seconds": _summed(road, made)}
+        sides["defense"] = side | {"peak_mb": _peak(road, made)}
+    return sides
+
+
+def _summed(road: Road, keys: Iterable[str]) -> float:
+    return float(sum(road.facts(k).get("seconds", 0.0) for k in keys))
+
+
+def _peak(road: Road, keys: Iterable[str]) -> float:
+    return float(max((road.facts(k).get("peak_mb", 0.0) for k in keys), default=0.0))
+
+
+def _data(plan: Plan, store: Store) -> dict[str, dict[str, str]]:
+    """Fingerprints of the tasks' data as loaded, and the tasks that have fewer than their card says."""
+    keys = {json.loads(s.args)["task"]: k for k, s in plan.steps.items() if s.kind == "data"}
+    partial = {task: str(store.info("data", key).get("partial") or "") for task, key in keys.items()}
+    return {
+        "data": {task: store.digest("data", key) for task, key in keys.items()},
+        "partial": {task: how for task, how in partial.items() if how},
+    }
+
+
+def _cost(
+    plan: Plan, planned: CellPlan, store: Store, found: Mapping[str, Any]
+) -> dict[str, dict[str, float]]:
+    """Per role: seconds and peak MiB of the evaluation, and of the step that made the model."""
+    cost: dict[str, dict[str, float]] = {}
+    for role, key in planned.roles:
+        if key not in found:
+            continue
+        cost[role] = {n: float(found[key][1][n]) for n in ("seconds", "peak_mb")}
+        model = dict(plan.steps[key].inputs).get("model")
+        if model is not None:
+            made = store.info(plan.steps[model].kind, model)
+            cost[role] |= {f"made_{n}": float(made[n]) for n in ("seconds", "peak_mb") if n in made}
+    return cost
+
+
+def _record(
+    plan: Plan, planned: CellPlan, status: str, reason: str, counts: dict[str, Count],
+    values: dict[str, float], facts: dict[str, Any], cost: dict[str, dict[str, float]],
+    found: Mapping[str, Any], shared: dict[str, Any],
+) -> Record:  # fmt: skip
+    cell, spec = planned.cell, plan.grid.spec
+    devices = sorted({found[k][1]["device"] for _, k in planned.roles if k in found})
+    used = [r.name for r in (cell.merging, cell.attack, cell.defense) if r is not NONE]
+    components = {name: shared["components"][name] for name in used}
+    return Record(
+        cell=cell_name(cell), grid=spec.name, suite=spec.suite.name, backbone=plan.grid.backbone.label,
+        protocol=spec.protocol, threat=cell.threat, merging=cell.merging.label, attack=cell.attack.label,
+        defense=cell.defense.label, subject=cell.subject, target_class=cell.target_class,
+        experts=list(cell.experts), seed=cell.seed, protected=cell.protected, secrets=cell.secrets,
+        adversaries=cell.adversaries, target_task=cell.target_task, status=status, reason=reason, counts=counts,
+        values=values, facts=facts, steps=dict(planned.roles), cost=cost,
+        provenance={**shared, "components": components, "devices": devices},
+    )  # fmt: skip
+
+
+def _shared_provenance(grid: Grid) -> dict[str, Any]:
+    packages = {"python": platform.python_version(), "mergesec": __version__}
+    for name in ("torch", "numpy", "scipy", "transformers"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    refs: list[Ref] = [*grid.merging, *grid.attacks, *grid.defenses]
+    components = {r.name: _component(grid, r) for r in refs if r is not NONE}
+    return {
+        "versions": packages,
+        "backbone": json.loads(grid.backbone.text),
+        "tasks": {t.name: json.loads(t.text) for t in grid.tasks},
+        "recipe": dict(grid.recipe),
+        "components": components,
+    }
+
+
+def _component(grid: Grid, ref: Ref) -> dict[str, str]:
+    entry = grid.catalog.get(ref.kind, ref.name)
+    found = {"version": entry.card.version, "origin": entry.origin}
+    return {**found, "digest": entry.digest} if entry.digest else found
+
+
+def write_records(folder: Path, records: list[Record], grid: Grid) -> None:
+    """One file per cell under ``folder/<grid>/`` and a manifest naming the cells that were asked for."""
+    home = folder / grid.spec.name
+    for record in records:
+        text = json.dumps(record.model_dump(mode="json"), sort_keys=True) + "\n"
+        path = home / f"{record.cell}.json"
+        if not path.is_file() or path.read_text() != text:
+            write_atomic(path, text.encode())
+    manifest = {
+        "schema_version": SCHEMA,
+        "spec": json.loads(grid.spec.model_dump_json(), object_hook=_without_place),
+        "cells": [r.cell for r in records],
+    }
+    write_atomic(home / "grid.json", (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _without_place(fields: dict[str, Any]) -> dict[str, Any]:
+    """A path given to a component shrinks to its last part: where it lies is nobody's business."""
+
+    def place(name: str, value: Any) -> bool:
+        if not isinstance(value, str) or re.fullmatch(HUB_NAME, value):
+            return False
+        return name in ("path", "model") or Path(value).is_absolute() or value.startswith("~")
+
+    return {k: Path(v).name if place(k, v) else v for k, v in fields.items()}

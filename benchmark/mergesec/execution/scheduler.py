@@ -1,0 +1,263 @@
+"""Drives a plan through an executor: order, containment, resume, draining.
+
+Failure is local: a failed step blocks its descendants with a reason, the rest goes on. Only results
+are stored, so the same command again does exactly what is missing.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from mergesec.execution.engines.worker import Answer
+from mergesec.execution.store import Store
+from mergesec.files import Full
+from mergesec.planning.plan import Step
+
+ATTEMPTS = 3
+"""How often a step is tried again when its worker died or its input proved corrupt."""
+
+_DEFAULT_SECONDS = {
+    "data": 5.0, "base": 1.0, "head": 1.0, "expert": 60.0, "poison": 60.0, "guard": 90.0, "trigger": 2.0,
+    "forge": 5.0, "protect": 3.0, "recover": 3.0, "screen": 2.0, "merge": 1.0, "repair": 10.0,
+    "evaluate": 5.0, "compare": 2.0, "visibility": 1.0, "secret": 2.0, "verify": 3.0,
+}  # fmt: skip
+_DEFAULT_BYTES = {
+    "evaluate": 50_000,
+    "compare": 1_000,
+    "visibility": 1_000,
+    "verify": 2_000,
+    "head": 10_000,
+    "trigger": 20_000,
+}
+
+
+class Executor(Protocol):
+    """Does steps. One at a time per slot; ``note`` is what a slot's step said last, ``close(now)`` ends all."""
+
+    slots: list[Any]
+
+    def submit(self, slot: int, step: Step, kinds: Mapping[str, str]) -> Future[Answer]: ...
+
+    def note(self, slot: int) -> str: ...
+
+    def close(self, now: bool = False) -> None: ...
+
+
+class Reporter(Protocol):
+    """Told what happens; draws progress."""
+
+    def start(self, total: int, cached: int) -> None: ...
+
+    def running(self, labels: Iterable[str]) -> None: ...
+
+    def finished(self, step: Step, answer: Answer, remaining_seconds: float) -> None: ...
+
+
+@dataclass
+class Outcome:
+    """What a run came to. ``failed`` and ``blocked`` map step keys to reasons."""
+
+    done: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    blocked: dict[str, str] = field(default_factory=dict)
+    interrupted: bool = False
+
+
+class History:
+    """Seconds and bytes of past steps, by kind and component: what ``plan`` predicts from."""
+
+    def __init__(self, root: Path) -> None:
+        self._path = root / "history.jsonl"
+        self._sums: dict[str, list[float]] = {}
+        if self._path.is_file():
+            for line in self._path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                    self._note(row["what"], row["seconds"], row["bytes"])
+                except (ValueError, KeyError, TypeError):
+                    continue  # a line torn by a kill
+
+    def _note(self, what: str, seconds: float, size: int) -> None:
+        for name in {what, "|".join(what.split("|")[:2])}:
+            sums = self._sums.setdefault(name, [0.0, 0.0, 0.0])
+            sums[0] += 1
+            sums[1] += seconds
+            sums[2] += size
+
+    @staticmethod
+    def _what(step: Step) -> str:
+        """``kind|backbone|methods``; data has no backbone and goes by its task."""
+        refs = dict(step.components)
+        place = refs.get("backbone") or refs.get("task")
+        methods = [refs[role].name for role in ("attack", "defense", "merging") if role in refs]
+        return "|".join([step.kind, place.name if place else "", *methods])
+
+    def add(self, step: Step, answer: Answer) -> None:
+        what = self._what(step)
+        self._note(what, answer.seconds, answer.bytes)
+        row = {"what": what, "seconds": round(answer.seconds, 4), "bytes": answer.bytes}
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def predict(self, step: Step) -> tuple[float, float]:
+        """(seconds, bytes) expected: as the same step before, else its kind on this backbone, else a default."""
+        what = self._what(step)
+        for name in (what, "|".join(what.split("|")[:2])):
+            if name in self._sums:
+                count, seconds, size = self._sums[name]
+                return seconds / count, size / count
+        return _DEFAULT_SECONDS.get(step.kind, 5.0), float(_DEFAULT_BYTES.get(step.kind, 4_000_000))
+
+
+@dataclass
+class Scheduler:
+    """Runs ``wanted`` steps (keys) of ``steps`` with everything they need that the store lacks."""
+
+    steps: Mapping[str, Step]
+    store: Store
+    executor: Executor
+    history: History
+    reporter: Reporter
+    outcome: Outcome = field(default_factory=Outcome)
+    _missing: dict[str, set[str]] = field(default_factory=dict)
+    _waiters: dict[str, set[str]] = field(default_factory=dict)
+    _ready: list[tuple[float, int, str]] = field(default_factory=list)
+    _tries: dict[str, int] = field(default_factory=dict)
+    _order: dict[str, int] = field(default_factory=dict)
+    _active: set[str] = field(default_factory=set)
+    """Ready or running now."""
+    _expected: dict[str, float] = field(default_factory=dict)
+    _spent: list[float] = field(default_factory=lambda: [0.0, 0.0])
+
+    def run(self, wanted: Mapping[str, Step], cached: int) -> Outcome:
+        """Do the wanted steps. The first Ctrl-C lets running ones finish; the second kills them."""
+        self._order = {key: i for i, key in enumerate(self.steps)}
+        for key in wanted:
+            self._add(key)
+        self.reporter.start(len(self._missing), cached)
+        running: dict[Future[Answer], tuple[int, Step]] = {}
+        idle = list(range(len(self.executor.slots)))
+        try:
+            while self._ready or running:
+                try:
+                    self._launch(running, idle)
+                    self._collect(running, idle)
+                except KeyboardInterrupt:
+                    if self.outcome.interrupted:
+                        raise
+                    self.outcome.interrupted = True
+                    self._ready.clear()
+        except KeyboardInterrupt:
+            self.executor.close(now=True)
+            return self.outcome
+        except Full:
+            self.executor.close(now=True)
+            raise
+        return self.outcome
+
+    def _add(self, key: str) -> None:
+        """Take a step in, with whatever it needs that is not stored."""
+        stack = [key]
+        while stack:
+            key = stack.pop()
+            if key in self._missing:
+                continue
+            step = self.steps[key]
+            needs = {k for _, k in step.inputs if not self.store.has(self.steps[k].kind, k)}
+            self._missing[key] = needs
+            for need in needs:
+                self._waiters.setdefault(need, set()).add(key)
+            self._expected[key] = self.history.predict(step)[0]
+            stack += needs
+            if not needs:
+                self._push(key)
+
+    def _push(self, key: str) -> None:
+        # the longest first: trainings must not be what everybody waits for at the end
+        seconds, _ = self.history.predict(self.steps[key])
+        self._active.add(key)
+        heapq.heappush(self._ready, (-seconds, self._order[key], key))
+
+    def _launch(self, running: dict[Future[Answer], tuple[int, Step]], idle: list[int]) -> None:
+        while self._ready and idle:
+            key = heapq.heappop(self._ready)[2]
+            step = self.steps[key]
+            if self.store.has(step.kind, key):  # another run on the same store was faster
+                self._settle(step, Answer("ok"))
+                continue
+            slot = idle.pop()
+            kinds = {k: self.steps[k].kind for _, k in step.inputs}
+            running[self.executor.submit(slot, step, kinds)] = (slot, step)
+        notes = [(step.label, self.executor.note(slot)) for slot, step in running.values()]
+        self.reporter.running([f"{label} {note}".rstrip() for label, note in notes])
+
+    def _collect(self, running: dict[Future[Answer], tuple[int, Step]], idle: list[int]) -> None:
+        if not running:
+            return
+        for future in wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done:
+            slot, step = running.pop(future)
+            idle.append(slot)
+            self._settle(step, _answer(future))
+
+    def _settle(self, step: Step, answer: Answer) -> None:
+        if answer.status == "full":
+            raise Full(answer.message)
+        self._active.discard(step.key)
+        if answer.status in ("corrupt", "died") and self.outcome.interrupted:
+            return  # not the step's fault; the next run does it
+        tries = self._tries[step.key] = self._tries.get(step.key, 0) + 1
+        if answer.status in ("corrupt", "died") and tries < ATTEMPTS:
+            del self._missing[step.key]
+            if answer.key not in self._active:  # else another step that reads it noticed first
+                self._missing.pop(answer.key, None)
+            self._add(step.key)
+            return
+        expected = self._expected.pop(step.key, 0.0)
+        self._spent = [self._spent[0] + expected, self._spent[1] + answer.seconds]
+        if answer.status == "ok":
+            self.outcome.done += 1
+            if answer.seconds:
+                self.history.add(step, answer)
+            self._release(step.key)
+        else:
+            self.outcome.failed[step.key] = answer.message
+            self._block(step)
+        # what is left by prediction, corrected by how predictions fared so far
+        pace = self._spent[1] / self._spent[0] if self._spent[0] else 1.0
+        left = pace * sum(self._expected.values()) / max(1, len(self.executor.slots))
+        self.reporter.finished(step, answer, left)
+
+    def _release(self, key: str) -> None:
+        for other in sorted(self._waiters.pop(key, ()), key=self._order.__getitem__):
+            needs = self._missing[other]
+            needs.discard(key)
+            if not needs and not self.outcome.interrupted:
+                self._push(other)
+
+    def _block(self, failed: Step) -> None:
+        """Everything that needs the failed step will not run; say why."""
+        stack, why = [failed.key], self.outcome.failed[failed.key]
+        while stack:
+            for other in self._waiters.get(stack.pop(), ()):
+                if other not in self.outcome.blocked:
+                    self.outcome.blocked[other] = f"needs {failed.label}, which failed: {why}"
+                    stack.append(other)
+
+
+def _answer(future: Future[Answer]) -> Answer:
+    try:
+        return future.result()
+    except Exception as error:
+        return Answer("error", f"{type(error).__name__}: {error}")
+
+
+def completed(store: Store, steps: Mapping[str, Step]) -> Callable[[str], bool]:
+    """A fast ``has`` over one snapshot of the store."""
+    known = store.keys() & steps.keys()
+    return known.__contains__

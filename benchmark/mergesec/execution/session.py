@@ -1,0 +1,156 @@
+"""From a grid's name to its records and boards: what the verbs share. Torch-free."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergesec.errors import UsageError, nearest
+from mergesec.evidence.boards import make_boards
+from mergesec.evidence.estimates import Board
+from mergesec.evidence.records import Record
+from mergesec.evidence.tables import marks, write_boards
+from mergesec.execution.engines.local import LocalExecutor, make_slots
+from mergesec.execution.engines.worker import Workplace
+from mergesec.execution.harvest import make_records, read_evaluation, write_records
+from mergesec.execution.scheduler import History, Outcome, Reporter, Scheduler, completed
+from mergesec.execution.store import CorruptArtifact, Store
+from mergesec.files import check_writable, default_root, fingerprint
+from mergesec.planning.catalog import Catalog, importable, load_catalog
+from mergesec.planning.gridspec import load_grid
+from mergesec.planning.plan import Plan, Step, make_plan, needed_steps
+from mergesec.planning.resolve import Grid, resolve
+
+REPAIRS = 5
+"""Rounds of recomputing evaluations that turn out corrupt when they are read for the boards."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """A resolved grid with its plan and the store it runs on."""
+
+    catalog: Catalog
+    grid: Grid
+    plan: Plan
+    store: Store
+    plugins: tuple[str, ...]
+    data_root: Path | None
+
+
+def open_session(
+    source: str,
+    overrides: Sequence[str] = (),
+    plugins: Iterable[str] = (),
+    data_root: str | None = None,
+    store: Path | None = None,
+) -> Session:
+    """Read, resolve and plan a grid; UsageError for anything the user can mend."""
+    plugins = tuple(str(Path(p).resolve()) if Path(p).is_file() else p for p in plugins)
+    catalog = load_catalog(plugins)
+    given = data_root or os.environ.get("MERGESEC_DATA")
+    root = Path(given) if given else None
+    if root is not None and not root.is_dir():
+        raise UsageError("--data-root", f"no folder {str(root)!r}")
+    home = store or default_root()
+    check_writable(home, "MERGESEC_CACHE")
+    grid = resolve(load_grid(source, overrides), catalog)
+    return Session(
+        catalog, grid, make_plan(grid, _task_fingerprints(root, catalog)), Store(home), plugins, root
+    )
+
+
+def _task_fingerprints(root: Path | None, catalog: Catalog) -> Callable[[str], str]:
+    """What a task's data is known by: the content of its folder, else the commit of the hub's copy."""
+
+    def of(task: str) -> str:
+        hub = catalog.get("task", task).card.hub
+        if root is not None and (root / task).is_dir():
+            return fingerprint(root / task)
+        if hub and importable("datasets"):  # a revision given in the grid is a parameter, and counts as such
+            return f"hub:{hub['name']}@{hub['revision']}"
+        also = f"; or fetch {hub['name']} from the hub: pip install 'mergesec[hub]'" if hub else ""
+        if root is None:
+            raise UsageError(
+                "--data-root",
+                f"task {task} reads a local folder; give --data-root DIR with DIR/{task}/ in it{also}",
+            )
+        known = [p.name for p in root.iterdir() if p.is_dir()]
+        raise UsageError("--data-root", f"no folder {task!r} in {str(root)!r}{nearest(task, known)}{also}")
+
+    return of
+
+
+def wanted_steps(session: Session) -> dict[str, Step]:
+    """What is still to run, by key."""
+    return needed_steps(session.plan, completed(session.store, session.plan.steps))
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run left: records, boards and the files they were written to."""
+
+    outcome: Outcome
+    records: list[Record]
+    boards: list[Board]
+    paths: list[Path]
+
+
+def run_session(
+    session: Session,
+    results: Path,
+    reporter: Reporter,
+    device: str = "auto",
+    jobs: int | None = None,
+    threads: int = 1,
+    timeout: float | None = None,
+) -> Finished:
+    """Run what is missing, then write records and boards. Full if the disk is."""
+    check_writable(results, "--results")
+    slots = make_slots(device, jobs)
+    if threads < 1:
+        raise UsageError("--threads", f"must be at least 1, got {threads}")
+    session.store.sweep()
+    outcome = Outcome()
+    for _ in range(REPAIRS):
+        _drop_corrupt(session)
+        wanted = wanted_steps(session)
+        if not wanted or outcome.failed:
+            break
+        place = Workplace(
+            str(session.store.root.resolve()), session.plugins,
+            str(session.data_root.resolve()) if session.data_root else None, threads,
+        )  # fmt: skip
+        executor = LocalExecutor(slots[: max(1, len(wanted))], place, timeout)
+        cached = len(session.plan.steps) - len(wanted)
+        scheduler = Scheduler(
+            session.plan.steps, session.store, executor, History(session.store.root), reporter
+        )
+        try:
+            outcome = scheduler.run(wanted, cached)
+        finally:
+            executor.close(now=outcome.interrupted)
+        if outcome.interrupted:
+            break
+    records = make_records(session.plan, session.store, outcome)
+    write_records(results / "records", records, session.grid)
+    boards, paths = publish(records, results, session.grid.spec.name)
+    return Finished(outcome, records, boards, paths)
+
+
+def publish(records: list[Record], results: Path, name: str) -> tuple[list[Board], list[Path]]:
+    """Boards of these records, written under ``results/leaderboards/<grid>/``."""
+    boards = make_boards(records)
+    return boards, write_boards(results / "leaderboards" / name, boards, f"Grid {name}", marks(records))
+
+
+def _drop_corrupt(session: Session) -> None:
+    """Evaluations are small and every board is read from them: verify them all before trusting the store."""
+    has = completed(session.store, session.plan.steps)
+    for key in {k for c in session.plan.cells for _, k in c.roles}:
+        if has(key):
+            try:
+                read_evaluation(session.store, session.plan.steps[key].kind, key)
+            except CorruptArtifact:
+                continue  # removed by the store; it is wanted again now

@@ -1,0 +1,238 @@
+"""A worker's workplace: verified, cached reads; checks of what hooks return."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from mergesec.contracts import (
+    Backbone,
+    ContractError,
+    Merged,
+    Split,
+    Task,
+    Weights,
+)
+from mergesec.execution.store import Store
+from mergesec.planning.catalog import Catalog
+from mergesec.planning.plan import Step
+from mergesec.planning.refs import Ref
+from mergesec.weights import check_finite, check_same_layout, read_only
+
+MAPPED = ("data",)
+"""Kinds of artifact whose large byte tensors (decoded images) stay on disk, mapped: batches copy what they need."""
+
+
+def large_bytes(tensor: Tensor) -> bool:
+    """Whether a tensor of bytes is large enough to be mapped."""
+    return tensor.dtype == torch.uint8 and tensor.nbytes > 1 << 20
+
+
+@dataclass
+class Bench:
+    """A worker's workplace: store, catalogue, device, and what it keeps between steps."""
+
+    store: Store
+    catalog: Catalog
+    device: torch.device
+    data_root: Path | None = None
+    cache_bytes: int = 600_000_000
+    report: Callable[[str], None] = lambda text: None
+    """Told how a long step goes, at most once a second."""
+    checkpoint_seconds: float = float(os.environ.get("MERGESEC_CHECKPOINT_SECONDS", "120"))
+    _tensors: OrderedDict[str, tuple[Weights, dict[str, Any]]] = field(default_factory=OrderedDict)
+    _instances: dict[str, Any] = field(default_factory=dict)
+
+    def read(self, kind: str, key: str) -> tuple[Weights, dict[str, Any]]:
+        """Verified tensors and facts of an artifact; least recently used ones are dropped."""
+        if key in self._tensors:
+            self._tensors.move_to_end(key)
+            return self._tensors[key]
+        if kind in MAPPED:
+            path, meta = self.store.open(kind, key)
+            tensors = {n: t if large_bytes(t) else t.clone() for n, t in load_file(path).items()}
+        else:
+            blob, meta = self.store.read(kind, key)
+            # copies lie aligned; where a file's tensors lie depends on chance, and rounding on where they lie
+            tensors = {name: tensor.clone() for name, tensor in load_tensors(blob).items()}
+        self._tensors[key] = read_only(tensors), meta["info"]
+        while len(self._tensors) > 1 and self._size() > self.cache_bytes:
+            self._tensors.popitem(last=False)
+        return self._tensors[key]
+
+    def _size(self) -> int:
+        """Bytes of memory; mapped pixels are the system's to drop."""
+        tensors = [t for weights, _ in self._tensors.values() for t in weights.values()]
+        return sum(t.nbytes for t in tensors if not large_bytes(t))
+
+    def forget(self, key: str) -> None:
+        """Read an artifact from the store again next time."""
+        self._tensors.pop(key, None)
+
+    def component(self, ref: Ref) -> Any:
+        if ref.text not in self._instances:
+            entry = self.catalog.get(ref.kind, ref.name)
+            parameters = {k: list(v) if isinstance(v, tuple) else v for k, v in ref.parameters}
+            self._instances[ref.text] = entry.create(parameters)
+        return self._instances[ref.text]
+
+
+class Work:
+    """One step with its inputs and components at hand."""
+
+    def __init__(self, step: Step, bench: Bench, kinds: Mapping[str, str]) -> None:
+        self.step, self.bench = step, bench
+        self.args: dict[str, Any] = json.loads(step.args)
+        self.inputs = dict(step.inputs)
+        self.refs = dict(step.components)
+        self._kinds = kinds
+        self._handed: list[tuple[str, str, Tensor, int]] = []
+
+    @property
+    def device(self) -> torch.device:
+        return self.bench.device
+
+    @property
+    def backbone(self) -> Backbone:
+        backbone: Backbone = self.component("backbone")
+        return backbone
+
+    @property
+    def seed(self) -> int:
+        """The seed drawn for the component; that of the defense around a merge method that draws none."""
+        return int(self.args.get("seed", self.args.get("defend", {}).get("seed", 0)))
+
+    def component(self, role: str) -> Any:
+        return self.bench.component(self.refs[role])
+
+    def tensors(self, role: str) -> Weights:
+        """An input's tensors, on the device, remembered so that mutation is noticed."""
+        moved = read_only({k: v.to(self.device) for k, v in self._read(role)[0].items()})
+        self._watch(role, moved)
+        return moved
+
+    def info(self, role: str) -> dict[str, Any]:
+        return self._read(role)[1]
+
+    def splits(self, role: str, task: Task) -> dict[str, Split]:
+        packed, _ = self._read(role)
+        self._watch(role, packed)
+        return task.unpack(packed)
+
+    def _read(self, role: str) -> tuple[Weights, dict[str, Any]]:
+        return self.bench.read(self._kinds[self.inputs[role]], self.inputs[role])
+
+    def _watch(self, role: str, tensors: Weights) -> None:
+        self._handed += [(role, name, v, v._version) for name, v in tensors.items()]
+
+    def merged(self, role: str) -> Merged:
+        """A merge artifact, or plain weights seen as one."""
+        return unflatten(self.tensors(role), self.info(role))
+
+    def changed(self) -> str:
+        """The first input tensor that a hook wrote to; empty if none.
+
+        The worker's copies of such inputs are dropped, so that no later step computes with them.
+        """
+        touched = [(role, name) for role, name, v, version in self._handed if v._version != version]
+        for role, _ in touched:
+            self.bench.forget(self.inputs[role])
+        return ".".join(touched[0]) if touched else ""
+
+
+class Keeper:
+    """A training's watch: tells how far it is, and keeps checkpoints beside the store."""
+
+    def __init__(self, bench: Bench, key: str, number: int) -> None:
+        self._bench, self._key, self._number = bench, key, number
+        self._started = self._spoken = self._saved = time.monotonic()
+        self._first: int | None = None
+
+    def resume(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What was kept of this training by a run that was cut off."""
+        blob = self._bench.store.kept(self._key, self._number)
+        if blob is None:
+            return None
+        tensors = load_tensors(blob)
+        facts: dict[str, Any] = json.loads(bytes(tensors.pop("facts").tolist()))
+        return {n: t.clone() for n, t in tensors.items()}, facts
+
+    def step(self, done: int, steps: int, loss: float) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = done - 1
+        if now - self._spoken >= 1.0:
+            self._spoken = now
+            left = (now - self._started) / (done - self._first) * (steps - done)
+            self._bench.report(f"{done}/{steps} loss {loss:.3g}, {left:.0f}s left")
+
+    def due(self) -> bool:
+        return time.monotonic() - self._saved >= self._bench.checkpoint_seconds
+
+    def keep(self, tensors: Weights, facts: Mapping[str, Any]) -> None:
+        written = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
+        written["facts"] = torch.frombuffer(bytearray(json.dumps(dict(facts)).encode()), dtype=torch.uint8)
+        self._bench.store.keep(self._key, self._number, save_tensors(written))
+        self._saved = time.monotonic()
+
+
+# --------------------------------------------------------------------------- merged artifacts
+
+
+def flatten(merged: Merged) -> dict[str, Tensor]:
+    """Tensors of a merge under names that tell shared, per-task and extra apart."""
+    flat = {f"shared|{k}": v for k, v in merged.shared.items()}
+    for task, weights in merged.per_task.items():
+        flat |= {f"task|{task}|{k}": v for k, v in weights.items()}
+    return flat | {f"extra|{k}": v for k, v in merged.extra.items()}
+
+
+def unflatten(tensors: Weights, info: Mapping[str, Any]) -> Merged:
+    """The merge that ``flatten`` took apart to be stored; tensors are read-only."""
+    shared: dict[str, Tensor] = {}
+    per_task: dict[str, dict[str, Tensor]] = {}
+    extra: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        room, _, rest = name.partition("|")
+        if room == "task":
+            task, _, rest = rest.partition("|")
+            per_task.setdefault(task, {})[rest] = tensor
+        else:
+            (shared if room == "shared" else extra)[rest] = tensor
+    return Merged(read_only(shared), {t: read_only(w) for t, w in per_task.items()}, extra, dict(info))
+
+
+def check_merged(merged: Any, base: Weights, who: str) -> Merged:
+    """ContractError unless ``merged`` is a Merged of finite tensors that fit the base."""
+    if not isinstance(merged, Merged):
+        raise ContractError(f"{who} returned {type(merged).__name__}, not Merged")
+    check_same_layout(base, merged.shared, who)
+    check_finite(flatten(merged), who)
+    return merged
+
+
+def check_weights(weights: Any, base: Weights, who: str) -> Weights:
+    """ContractError unless ``weights`` are finite and have the base's names, shapes and dtypes."""
+    if not isinstance(weights, Mapping):
+        raise ContractError(f"{who} returned {type(weights).__name__}, not named tensors")
+    check_same_layout(base, weights, who)
+    check_finite(weights, who)
+    return weights
+
+
+# --------------------------------------------------------------------------- what may be known of a task
+
+
+Result = tuple[dict[str, Tensor], dict[str, Any]]

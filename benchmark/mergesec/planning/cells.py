@@ -1,0 +1,190 @@
+"""The points of a grid: every combination that makes sense, once. 100,000 take seconds."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mergesec.planning.refs import NONE, Ref
+from mergesec.planning.resolve import Grid
+from mergesec.threats import Hook, Threat, accomplices
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One point of the grid. ``subject`` is the victim (protection) or adversary (backdoor) task."""
+
+    threat: str
+    merging: Ref
+    attack: Ref
+    defense: Ref
+    subject: str
+    target_class: int
+    experts: tuple[str, ...]
+    seed: int
+    protected: int = 1
+    """How many of the experts are protected (protection only): the victim and those after it."""
+    secrets: str = "own"
+    """Whether each protected expert has its own secret or all share one."""
+    adversaries: int = 1
+    """How many contributors are malicious (backdoor only): the subject's and those after it."""
+    target_task: str = ""
+    """Off-task (backdoor only): the task that the target class belongs to; empty: the subject's own."""
+
+    @property
+    def aim(self) -> str:
+        """The task on which a backdoor is meant to work."""
+        return self.target_task or self.subject
+
+    @property
+    def crew(self) -> tuple[str, ...]:
+        """The tasks of the malicious contributors, the subject first."""
+        return accomplices(self.experts, self.subject, self.target_task)[: self.adversaries]
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """The tasks whose experts are protected, the victim first, then in suite order around it."""
+        place = self.experts.index(self.subject)
+        return tuple(self.experts[(place + i) % len(self.experts)] for i in range(self.protected))
+
+
+def why_not(grid: Grid, threat: str, merging: Ref, attack: Ref, defense: Ref, count: int = 0) -> str:
+    """Why this combination makes no sense; empty if it does. Decided from cards alone."""
+    catalog = grid.catalog
+    modality = catalog.get("task", grid.tasks[0].name).card.modality
+    for ref in (attack, defense):
+        if ref is NONE:
+            continue
+        card = catalog.get(ref.kind, ref.name).card
+        if threat == Threat.CLEAN:
+            return f"clean grids take no {ref.kind}"
+        if card.threat != threat:
+            return f"{ref.kind} {ref.name} belongs to {card.threat}, not {threat}"
+        if modality not in card.modalities:
+            return f"{ref.kind} {ref.name} does not work on {modality}"
+    card = catalog.get("merging", merging.name).card
+    if modality not in card.modalities:
+        return f"merging {merging.name} does not work on {modality}"
+    fewest, most = card.experts
+    if count and (count < fewest or (most and count > most)):
+        span = f"{fewest}" if fewest == most else f"at least {fewest}" if not most else f"{fewest} to {most}"
+        return f"merging {merging.name} takes {span} experts, not {count}"
+    if defense is not NONE:
+        repairer = catalog.get("defense", defense.name).card
+        if Hook.REPAIR in repairer.hooks and card.output != "static" and not repairer.per_task:
+            return f"{defense.name} repairs one network; {merging.name} keeps weights per task"
+    return ""
+
+
+def _companions(
+    experts: int | str | tuple[str, ...], subject: str, names: list[str]
+) -> list[tuple[str, ...]]:
+    """The merged tasks, in suite order, for one value of the experts axis."""
+    if experts == "all":
+        sets = [tuple(names)]
+    elif experts == "pairs":
+        sets = [(subject, other) for other in names if other != subject]
+    elif isinstance(experts, int):
+        start = names.index(subject)
+        sets = [tuple(names[(start + i) % len(names)] for i in range(experts))]
+    else:
+        sets = [tuple(dict.fromkeys((*((subject,) if subject else ()), *experts)))]
+    return [tuple(sorted(s, key=names.index)) for s in sets]
+
+
+def _subjects(grid: Grid, threat: str) -> list[tuple[str, int]]:
+    names = [t.name for t in grid.tasks]
+    axes = grid.spec.axes
+    if threat == Threat.PROTECTION:
+        return [(n, 0) for n in (names if axes.victim == "all" else axes.victim)]
+    if threat == Threat.BACKDOOR:
+        tasks = names if axes.adversary == "all" else axes.adversary
+        return [(n, c) for n in tasks for c in axes.target_class]
+    return [("", 0)]
+
+
+def _matches(pattern: Mapping[str, Any], cell: Cell) -> bool:
+    for key, wanted in pattern.items():
+        value = getattr(cell, key)
+        options = wanted if isinstance(wanted, (list, tuple)) else [wanted]
+        if isinstance(value, Ref):
+            names: tuple[Any, ...] = (value.name, value.label)
+        else:
+            names = (len(value),) if key == "experts" else (value,)
+        if not any(n == o for n in names for o in options):
+            return False
+    return True
+
+
+def _variants(grid: Grid, threat: str, attack: Ref) -> list[tuple[int, str, int, str]]:
+    """(protected, secrets, adversaries, target task): how many experts are protected, with whose secrets, and
+    how many are malicious, at whose class they aim. One protected expert has only its own secret; without an
+    attack nobody is malicious."""
+    axes = grid.spec.axes
+    if threat == Threat.PROTECTION:
+        return list(
+            dict.fromkeys((n, how if n > 1 else "own", 1, "") for n in axes.protected for how in axes.secrets)
+        )
+    if threat == Threat.BACKDOOR and attack is not NONE:
+        return list(dict.fromkeys((1, "own", n, aim) for n in axes.adversaries for aim in axes.target_task))
+    return [(1, "own", 1, "")]
+
+
+def _no_cell(grid: Grid, cell: Cell) -> str:
+    """Why a cell's own coordinates make no sense together; empty if they do."""
+    if cell.protected > len(cell.experts):
+        return "more protected experts than experts"
+    if cell.target_task:
+        if not grid.catalog.get("attack", cell.attack.name).card.off_task:
+            return f"attack {cell.attack.name} has no off-task form"
+        if cell.target_task == cell.subject:
+            return "the target task is the adversary's own"
+        if cell.target_task not in cell.experts:
+            return "the target task is not among the experts"
+    if cell.adversaries > 1:
+        able = accomplices(cell.experts, cell.subject, cell.target_task)
+        if cell.adversaries > len(able):
+            return "more adversaries than experts"
+    return why_not(grid, cell.threat, cell.merging, cell.attack, cell.defense, len(cell.experts))
+
+
+def _merges(grid: Grid, threat: str) -> list[tuple[str, int, tuple[str, ...]]]:
+    """(subject, target class, merged tasks) of every merge, once."""
+    names = [t.name for t in grid.tasks]
+    merges = []
+    for experts in grid.spec.axes.experts:
+        for subject, target in _subjects(grid, threat):
+            anchor = subject or names[0]
+            if threat == Threat.CLEAN and experts == "pairs":
+                sets: list[tuple[str, ...]] = list(itertools.combinations(names, 2))
+            else:
+                sets = _companions(experts, anchor if isinstance(experts, int) else subject, names)
+            merges += [(subject, target, s) for s in sets if len(s) > 1]
+    return list(dict.fromkeys(merges))
+
+
+def cells(grid: Grid) -> Iterator[Cell]:
+    """Every cell that makes sense, once. What is left out is counted in ``grid.left_out``."""
+    spec = grid.spec
+    grid.left_out.clear()
+    for threat in dict.fromkeys(spec.threats):
+        merges = _merges(grid, threat)
+        for merging, attack, defense in itertools.product(grid.merging, grid.attacks, grid.defenses):
+            variants = _variants(grid, threat, attack)
+            reason = why_not(grid, threat, merging, attack, defense)
+            if reason:
+                grid.left_out[reason] += len(merges) * len(spec.seeds) * len(variants)
+                continue
+            for (subject, target, tasks), seed, variant in itertools.product(merges, spec.seeds, variants):
+                cell = Cell(threat, merging, attack, defense, subject, target, tasks, seed, *variant)
+                reason = _no_cell(grid, cell)
+                if reason:
+                    grid.left_out[reason] += 1
+                elif spec.include and not any(_matches(p, cell) for p in spec.include):
+                    grid.left_out["not in include"] += 1
+                elif any(_matches(p, cell) for p in spec.exclude):
+                    grid.left_out["excluded"] += 1
+                else:
+                    yield cell

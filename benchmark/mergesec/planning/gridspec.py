@@ -1,0 +1,148 @@
+"""Grid YAML → a validated, frozen GridSpec. Hydra composes once; nothing of it goes further."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mergesec.errors import UsageError, nearest
+from mergesec.planning.presets import preset_names, presets_folder
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Named = str | dict[str, Any]
+
+
+class Suite(_Strict):
+    """Which tasks are merged, on which backbone."""
+
+    name: str = "custom"
+    backbone: Named
+    tasks: tuple[Named, ...] = Field(min_length=1)
+    experts: dict[str, str] = Field(default_factory=dict)
+    """Published experts by task, that stand in for fine-tuning: a folder or safetensors file, or
+    ``owner/name@commit`` of the hub."""
+
+
+class Axes(_Strict):
+    """What is crossed. A parameter given as a list is an axis of its own."""
+
+    merging: tuple[Named, ...] = Field(min_length=1)
+    attacks: tuple[Named, ...] = ("none",)
+    defenses: tuple[Named, ...] = ("none",)
+    victim: tuple[str, ...] | Literal["all"] = "all"
+    adversary: tuple[str, ...] | Literal["all"] = "all"
+    target_class: tuple[int, ...] = (0,)
+    experts: tuple[int | str | tuple[str, ...], ...] = ("all",)
+    protected: tuple[Annotated[int, Field(ge=1)], ...] = (1,)
+    secrets: tuple[Literal["own", "shared"], ...] = ("own",)
+    adversaries: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1,), min_length=1)
+    target_task: tuple[str, ...] = Field(default=("",), min_length=1)
+
+
+class GridSpec(_Strict):
+    """A resolved grid file. See docs/grids.md for every field."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    suite: Suite
+    axes: Axes
+    threats: tuple[Literal["clean", "protection", "backdoor"], ...] = ("clean", "protection", "backdoor")
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    protocol: Literal["inductive", "transductive"] = "inductive"
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    include: tuple[dict[str, Any], ...] = ()
+    exclude: tuple[dict[str, Any], ...] = ()
+
+
+# --------------------------------------------------------------------------- reading
+
+
+def load_grid(source: str, overrides: Sequence[str] = ()) -> GridSpec:
+    """Compose a preset by name, or a YAML file by path, with Hydra overrides; UsageError if malformed."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    folder, name = _locate(source)
+    search = ["hydra.searchpath=[pkg://mergesec.conf]"] if folder != presets_folder() else []
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
+            config = compose(name, overrides=[*map(_may_add, overrides), *search])
+        missing = sorted(OmegaConf.missing_keys(config))
+        raw = OmegaConf.to_container(config, resolve=True)
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise UsageError(f"grid {source}", _hydra_message(error, folder)) from None
+    except AttributeError:  # hydra's answer to a YAML file that is not a mapping
+        raise UsageError(f"grid {source}", "not a mapping of fields") from None
+    if not isinstance(raw, dict):
+        raise UsageError(f"grid {source}", "not a mapping of fields")
+    if missing:
+        raise UsageError(
+            f"grid {source}: {missing[0]}", f"needs a value; add {missing[0]}=... to the command"
+        )
+    fields = {"name": name, **{str(k): v for k, v in raw.items()}}
+    return parse_grid(fields, f"grid {source}")
+
+
+def _may_add(override: str) -> str:
+    """Hydra wants ``++`` to set a field the file lacks; a wrong name is then named by the schema.
+
+    ``suite=NAME`` stays as it is: it picks a file of the group.
+    """
+    key = override.partition("=")[0]
+    return f"++{override}" if re.fullmatch(r"[A-Za-z_][\w.]*", key) and key != "suite" else override
+
+
+def _hydra_message(error: Exception, folder: Path) -> str:
+    text = " ".join(str(error).split()).split(" See https://hydra.cc")[0]
+    if "must be a DictConfig" in text:
+        return "not a mapping of fields"
+    if override := getattr(error, "override", None):
+        text = f"cannot read {str(override).removeprefix('++')!r} ({text})"
+    for root in (str(folder.resolve()), str(presets_folder())):
+        text = text.replace(root, "<grids>")
+    return text[:400]
+
+
+def _locate(source: str) -> tuple[Path, str]:
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml") or "/" in source:
+        if not path.is_file():
+            raise UsageError("--grid", f"no file {source!r}")
+        if path.suffix != ".yaml":
+            raise UsageError("--grid", f"{source!r} must end in .yaml")
+        return path.resolve().parent, path.stem
+    if source not in preset_names():
+        raise UsageError("--grid", f"no preset {source!r}{nearest(source, preset_names())}")
+    return presets_folder(), source
+
+
+def parse_grid(raw: Mapping[str, Any], where: str) -> GridSpec:
+    """Validate; UsageError names the first wrong field, its value and the nearest valid choice."""
+    try:
+        return GridSpec.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        # union branches ("str", "tuple[...]") are pydantic's, not the user's
+        path = [p for p in first["loc"] if not isinstance(p, str) or p.isidentifier()]
+        spot = ".".join(str(p) for p in path if p not in ("str", "int", "dict", "tuple", "literal"))
+        if first["type"] == "extra_forbidden":
+            models: dict[str, type[_Strict]] = {"suite": Suite, "axes": Axes}
+            model = models.get(str(path[0]) if len(path) > 1 else "", GridSpec)
+            message = f"unknown field{nearest(path[-1], model.model_fields)}"
+        else:
+            said = first["msg"].replace("a valid tuple", "a list").replace("a valid dictionary", "a mapping")
+            message = f"{said}, got {first['input']!r}"[:300]
+        raise UsageError(f"{where}: {spot or 'file'}", message) from None

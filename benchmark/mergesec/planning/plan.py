@@ -1,0 +1,530 @@
+"""Cells → a DAG of steps, one per distinct work, keyed by content.
+
+A step is a frozen value. Its key hashes what decides its result: the components (name, version,
+parameters, plugin digest), its inputs' keys, its arguments and the seed drawn from its
+coordinates. Where and how it runs never enters.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, TypeVar
+
+from mergesec.planning.cards import Card
+from mergesec.planning.cells import Cell, cells
+from mergesec.planning.refs import NONE, Ref, trigger_ref
+from mergesec.planning.resolve import Grid
+from mergesec.threats import TRIGGERED, Hook, Role, Threat
+
+KEY_VERSION = 1
+"""Version of the key algorithm; a golden test pins it."""
+
+T = TypeVar("T")
+TRAINED = ("expert", "poison", "guard", "forge")
+"""Kinds of step that train, or work on training data, and so always carry a seed."""
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One unit of work. ``components`` and ``inputs`` are (role, value) pairs; ``args`` is JSON."""
+
+    key: str
+    kind: str
+    components: tuple[tuple[str, Ref], ...]
+    inputs: tuple[tuple[str, str], ...]
+    args: str
+
+    @property
+    def label(self) -> str:
+        """What a person reads in progress lines and errors."""
+        args = json.loads(self.args)
+        detail = [args[k] for k in ("task",) if k in args]
+        for role, ref in self.components:
+            if role in ("merging", "attack", "defense"):
+                detail.append(ref.label)
+        return f"{self.kind} {' '.join(detail)}".strip()
+
+
+def step_key(
+    kind: str, components: Iterable[tuple[str, str]], inputs: Iterable[tuple[str, str]], args: str
+) -> str:
+    """SHA-256 (first 40 hex digits) of everything that decides the result.
+
+    ``components`` are (role, digest of identity), ``inputs`` (role, key), ``args`` canonical JSON.
+    Roles, digests and keys hold neither newline nor tab, so the text below is unambiguous.
+    """
+    rows = [f"{KEY_VERSION}\t{kind}", *map("\t".join, components), "", *map("\t".join, inputs), "", args]
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:40]
+
+
+@lru_cache(maxsize=65536)
+def draw_seed(*coordinates: str | int) -> int:
+    """A 63-bit seed from coordinates; the only source of randomness in a run."""
+    text = json.dumps(coordinates, separators=(",", ":"))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+@dataclass(frozen=True, slots=True)
+class CellPlan:
+    """A cell and the evaluation (or comparison) steps its metrics are read from, by role."""
+
+    cell: Cell
+    roles: tuple[tuple[str, str], ...]
+
+
+@dataclass
+class Plan:
+    """All steps in an order that respects dependencies, and all cells."""
+
+    grid: Grid
+    steps: dict[str, Step]
+    cells: list[CellPlan]
+    left_out: Counter[str]
+
+
+@dataclass
+class Planner:
+    """Builds steps on demand and never twice."""
+
+    grid: Grid
+    fingerprint: Callable[[str], str]
+    """Content digest of a local task's folder, by task name."""
+    steps: dict[str, Step] = field(default_factory=dict)
+    _memo: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+
+    # ----- the steps, in the order of the road
+
+    def data(self, task: str) -> str:
+        return self._once(("data", task), self._data)
+
+    def _data(self, task: str) -> str:
+        ref, card = self.grid.task(task), self._card("task", task)
+        source = self.fingerprint(task) if card.local else ""
+        return self._add("data", [("task", ref)], [], task=task, source=source)
+
+    def base(self) -> str:
+        return self._once(("base",), lambda: self._add("base", [self._backbone], []))
+
+    def head(self, task: str) -> str:
+        return self._once(("head", task), self._head)
+
+    def _head(self, task: str) -> str:
+        told: dict[str, Any] = {}
+        if self._card("backbone", self.grid.backbone.name).zero_shot:
+            told["templates"] = list(self._card("task", task).templates)
+        return self._add(
+            "head", [("task", self.grid.task(task)), self._backbone],
+            [("data", self.data(task)), ("base", self.base())],
+            task=task, seed=draw_seed("head", task), **told,
+        )  # fmt: skip
+
+    def _train(self, kind: str, task: str, components: Any, extra: Any, **args: Any) -> str:
+        return self._add(
+            kind, [("task", self.grid.task(task)), self._backbone, *components],
+            [("data", self.data(task)), ("base", self.base()), ("head", self.head(task)), *extra],
+            task=task, recipe=self.grid.recipe, **args,
+        )  # fmt: skip
+
+    def expert(self, task: str, seed: int, replica: int = 0) -> str:
+        return self._once(("expert", task, seed, replica), self._expert)
+
+    def _expert(self, task: str, seed: int, replica: int) -> str:
+        published = self.grid.published.get(task)
+        if published is not None and not replica:  # one for all seeds; siblings are trained here
+            parts = [self._backbone, ("published", published)]
+            return self._add("import", parts, [("base", self.base())], task=task)
+        return self._train("expert", task, [], [], seed=draw_seed("expert", task, seed, replica))
+
+    def trigger(self, attack: Ref, task: str, target: int, seed: int, aim: str = "") -> str:
+        """``aim``: off-task, the task that ``target`` belongs to. Variants of one attack share triggers."""
+        return self._once(("trigger", self.trigger_of(attack), task, target, seed, aim), self._trigger)
+
+    def _trigger(self, attack: Ref, task: str, target: int, seed: int, aim: str) -> str:
+        drawn = self._seed(attack, "trigger", task, target, seed)
+        components, extra, told = self._aimed(aim, target, seed)
+        return self._train(
+            "trigger", task, [("attack", attack), *components], extra, target=target, **drawn, **told
+        )
+
+    def trigger_of(self, attack: Ref) -> Ref:
+        """The attack without what matters neither to its trigger nor to applying it."""
+        return self._once(("trigger_of", attack), lambda a: trigger_ref(a, self.grid.catalog))
+
+    def _aimed(self, aim: str, target: int, seed: int) -> tuple[Any, Any, dict[str, Any]]:
+        """Components, inputs and arguments that say what an off-task backdoor aims at; nothing on-task."""
+        if not aim:
+            return [], [], {}
+        told = {"target_task": aim, "reference": draw_seed("reference", aim, target, seed)}
+        return [("target", self.grid.task(aim))], [("target_data", self.data(aim))], told
+
+    def poisoned(
+        self, attack: Ref, task: str, target: int, seed: int, leader: str = "", aim: str = "",
+        defense: Ref = NONE,
+    ) -> str:  # fmt: skip
+        """The malicious expert of ``task``, with the trigger of ``leader`` (its own if that is empty).
+        ``defense`` matters only to an attack that adapts to it."""
+        if not self._card("attack", attack.name).adapts:
+            defense = NONE
+        memo = ("poisoned", attack, task, target, seed, leader or task, aim, defense)
+        return self._once(memo, self._poisoned)
+
+    def _poisoned(
+        self, attack: Ref, task: str, target: int, seed: int, leader: str, aim: str, defense: Ref
+    ) -> str:
+        hooks = self._card("attack", attack.name).hooks
+        components, inputs, told = self._aimed(aim, target, seed)
+        components = [("attack", attack), *components]
+        if defense is not NONE:
+            components.append(("defense", defense))
+        inputs = [("trigger", self.trigger(attack, leader, target, seed, aim)), *inputs]
+        result = self.expert(task, seed)
+        # the same seed as the clean expert: clean and poisoned training differ by the attack alone
+        told |= {"target": target, "seed": draw_seed("expert", task, seed, 0)}
+        if Hook.POISON in hooks:
+            result = self._train("poison", task, components, inputs, **told)
+        if Hook.FORGE in hooks:
+            inputs += [("weights", result), ("benign", self.expert(task, seed))]
+            result = self._train("forge", task, components, inputs, **told)
+        return result
+
+    def published(self, defense: Ref, task: str, seed: int, secrets: str = "own") -> str:
+        return self._once(("published", defense, task, seed, secrets), self._published)
+
+    def _published(self, defense: Ref, task: str, seed: int, secrets: str) -> str:
+        result = self.expert(task, seed)
+        if defense is NONE:
+            return result
+        hooks = self._card("defense", defense.name).hooks
+        if Hook.TRAIN in hooks:
+            drawn = draw_seed("expert", task, seed, 0)
+            result = self._train("guard", task, [("defense", defense)], [], seed=drawn)
+        if Hook.PROTECT in hooks:
+            extra = [("weights", result), *self._marks(defense, task, seed, secrets)]
+            drawn_args = self._seed(defense, "protect", *_whose(task, secrets), seed)
+            result = self._train("protect", task, [("defense", defense)], extra, **drawn_args)
+        return result
+
+    def _marks(self, defense: Ref, task: str, seed: int, secrets: str) -> list[tuple[str, str]]:
+        """The owner's secret, as an input, if the defense has marks to verify."""
+        if Hook.VERIFY not in self._card("defense", defense.name).hooks:
+            return []
+        return [("secret", self.secret(defense, task, seed, secrets))]
+
+    def secret(self, defense: Ref, task: str, seed: int, secrets: str) -> str:
+        return self._once(("secret", defense, task, seed, secrets), self._secret)
+
+    def _secret(self, defense: Ref, task: str, seed: int, secrets: str) -> str:
+        drawn = draw_seed(defense.name, "secret", *_whose(task, secrets), seed)
+        extra = [("weights", self.expert(task, seed))]
+        return self._train("secret", task, [("defense", defense)], extra, seed=drawn)
+
+    def recovered(
+        self, attack: Ref, defense: Ref, task: str, experts: tuple[str, ...], seed: int,
+        secrets: str = "own", merging: Ref = NONE,
+    ) -> str:  # fmt: skip
+        """``merging`` matters only to an attack that tries merges."""
+        if attack is NONE or not self._card("attack", attack.name).tries:
+            merging = NONE
+        return self._once(
+            ("recovered", attack, defense, task, experts, seed, secrets, merging), self._recovered
+        )
+
+    def _recovered(
+        self, attack: Ref, defense: Ref, task: str, experts: tuple[str, ...], seed: int, secrets: str,
+        merging: Ref,
+    ) -> str:  # fmt: skip
+        published = self.published(defense, task, seed, secrets)
+        if attack is NONE:
+            return published
+        inputs = [("base", self.base()), ("published", published)]
+        components = [self._backbone, ("attack", attack)]
+        # only an attack that uses the free-rider's own experts or data depends on who they are
+        told: dict[str, str] = {}
+        if self._card("attack", attack.name).data != "none":
+            for other in experts:
+                if other != task:
+                    inputs += [(f"expert:{other}", self.expert(other, seed)), *self._views((other,))]
+                    components.append((f"task:{other}", self.grid.task(other)))
+            told["protocol"] = self.grid.spec.protocol
+        if merging is not NONE:
+            inputs += self._views((task,))
+            components += [(f"task:{task}", self.grid.task(task)), ("merging", merging)]
+            told["order"] = ",".join(experts)
+        drawn = self._seed(attack, "recover", task, seed)
+        return self._add("recover", components, inputs, task=task, **drawn, **told)
+
+    def merged(self, merging: Ref, contributed: tuple[tuple[str, str], ...], defense: Ref, seed: int) -> str:
+        return self._once(("merged", merging, contributed, defense, seed), self._merged)
+
+    def _merged(self, merging: Ref, contributed: tuple[tuple[str, str], ...], defense: Ref, seed: int) -> str:
+        tasks = tuple(t for t, _ in contributed)
+        card = None if defense is NONE else self._card("defense", defense.name)
+        hooks = card.hooks if card is not None and card.threat == Threat.BACKDOOR else ()
+        inputs = [("base", self.base()), *((f"expert:{t}", k) for t, k in contributed)]
+        inputs += self._views(tasks)
+        components = self._parties(tasks)
+        extra = self._siblings(card, defense, tasks, seed) if card is not None and hooks else []
+        drawn = self._seed(defense, "defend", seed) if hooks else {}
+        protocol = {"protocol": self.grid.spec.protocol}
+        if Hook.SCREEN in hooks:
+            key = self._add(
+                "screen",
+                [*components, ("defense", defense)],
+                [*inputs, *extra],
+                **drawn,
+                **protocol,
+            )
+            inputs.append(("screened", key))
+        around = [("defense", defense)] if Hook.MERGE in hooks else []
+        seeded = self._seed(merging, "merge", seed)
+        key = self._add(
+            "merge", [*components, ("merging", merging), *around],
+            [*inputs, *(extra if around else [])], **seeded, **({"defend": drawn} if around else {}),
+            **protocol,
+        )  # fmt: skip
+        if Hook.REPAIR in hooks:
+            repair_inputs = [("base", self.base()), ("merged", key), *self._views(tasks), *extra]
+            repair_parts = [*components, ("merging", merging), ("defense", defense)]
+            key = self._add("repair", repair_parts, repair_inputs, **drawn, **protocol)
+        return key
+
+    def evaluation(
+        self, model: str, tasks: tuple[str, ...], producer: Ref = NONE,
+        trigger: tuple[Ref, str] | None = None, cast: str = "",
+    ) -> str:  # fmt: skip
+        """``cast``: a floating type the weights are rounded to first."""
+        return self._once(("evaluation", model, tasks, producer, trigger, cast), self._evaluation)
+
+    def _evaluation(
+        self, model: str, tasks: tuple[str, ...], producer: Ref, trigger: tuple[Ref, str] | None, cast: str
+    ) -> str:
+        components = list(self._parties(tasks))
+        inputs = [("model", model), *self._views(tasks)]
+        if producer is not NONE:
+            components.append(("producer", producer))
+        if trigger is not None:
+            components.append(("attack", trigger[0]))
+            inputs.append(("trigger", trigger[1]))
+        return self._add("evaluate", components, inputs, **({"cast": cast} if cast else {}))
+
+    def comparison(self, first: str, second: str, task: str, producer: Ref) -> str:
+        return self._once(("comparison", first, second, task, producer), self._comparison)
+
+    def _comparison(self, first: str, second: str, task: str, producer: Ref) -> str:
+        components = [self._backbone, (f"task:{task}", self.grid.task(task))]
+        if producer is not NONE:
+            components.append(("producer", producer))
+        inputs = [("first", first), ("second", second), ("base", self.base()), *self._views((task,))]
+        return self._add("compare", components, inputs, task=task)
+
+    def verification(
+        self, model: str, task: str, defense: Ref, seed: int, secrets: str, producer: Ref
+    ) -> str:
+        """The owner of ``task`` looks for its mark in ``model``."""
+        return self._once(("verify", model, task, defense, seed, secrets, producer), self._verification)
+
+    def _verification(
+        self, model: str, task: str, defense: Ref, seed: int, secrets: str, producer: Ref
+    ) -> str:
+        components = [self._backbone, (f"task:{task}", self.grid.task(task)), ("defense", defense)]
+        if producer is not NONE:
+            components.append(("producer", producer))
+        inputs = [
+            ("model", model), ("base", self.base()), ("secret", self.secret(defense, task, seed, secrets)),
+            *self._views((task,)),
+        ]  # fmt: skip
+        drawn = draw_seed(defense.name, "secret", *_whose(task, secrets), seed)
+        return self._add("verify", components, inputs, task=task, seed=drawn)
+
+    # ----- cells
+
+    def cell(self, cell: Cell) -> CellPlan:
+        """The evaluations a cell's metrics are read from."""
+        clean, merge, controls = self._once(
+            ("controls", cell.merging, cell.experts, cell.seed), self._controls
+        )
+        roles = list(controls)
+        if cell.threat == Threat.PROTECTION:
+            roles += self._protection(cell, dict(clean))
+        elif cell.threat == Threat.BACKDOOR:
+            roles += self._backdoor(cell, dict(clean), merge)
+        return CellPlan(cell, tuple(roles))
+
+    def _controls(self, merging: Ref, experts: tuple[str, ...], seed: int) -> Any:
+        """Clean experts, their merge, and the evaluations every cell on them is read beside."""
+        roles: list[tuple[str, str]] = [
+            (Role.BASE, self.evaluation(self.base(), tuple(t.name for t in self.grid.tasks)))
+        ]
+        clean = tuple((t, self.expert(t, seed)) for t in experts)
+        roles += [(Role.EXPERT.of(t), self.evaluation(k, (t,))) for t, k in clean]
+        merge = self.merged(merging, clean, NONE, seed)
+        roles.append((Role.CLEAN_MERGE, self.evaluation(merge, experts, merging)))
+        return clean, merge, tuple(roles)
+
+    def _protection(self, cell: Cell, clean: dict[str, str]) -> list[tuple[str, str]]:
+        victim, seed, defense, own = cell.subject, cell.seed, cell.defense, cell.secrets
+        published = {t: self.published(defense, t, seed, own) for t in cell.owners}
+        recovered = {
+            t: self.recovered(cell.attack, defense, t, cell.experts, seed, own, cell.merging)
+            for t in cell.owners
+        }
+        roles: list[tuple[str, str]] = [
+            (Role.PUBLISHED, self.evaluation(published[victim], (victim,), defense))
+        ]
+        # an attack may hand back the plain topology, so its result is read as a plain network
+        producer = defense if cell.attack is NONE else NONE
+        roles.append((Role.RECOVERED, self.evaluation(recovered[victim], (victim,), producer)))
+        merges: dict[str, str] = {}
+        for role, models in ((Role.PROTECTED_MERGE, published), (Role.MERGE, recovered)):
+            contributed = tuple({**clean, **models}.items())
+            merges[role] = self.merged(cell.merging, contributed, NONE, seed)
+            roles.append((role, self.evaluation(merges[role], cell.experts, cell.merging)))
+        if defense is NONE:
+            return roles
+        expert = self.expert(victim, seed)
+        roles.append((Role.LOGITS, self.comparison(expert, published[victim], victim, defense)))
+        if cell.attack is not NONE:
+            roles.append((Role.GAP, self.comparison(expert, recovered[victim], victim, NONE)))
+        cast = self.evaluation(published[victim], (victim,), defense, cast="bfloat16")
+        roles.append((Role.PUBLISHED_BF16, cast))
+        if Hook.VERIFY in self._card("defense", defense.name).hooks:
+            suspects = [
+                (Role.PUBLISHED, published[victim], defense), (Role.RECOVERED, recovered[victim], producer),
+                (Role.PROTECTED_MERGE, merges[Role.PROTECTED_MERGE], cell.merging),
+                (Role.MERGE, merges[Role.MERGE], cell.merging), (Role.EXPERT, expert, NONE), (Role.BASE, self.base(), NONE),
+                (Role.CLEAN_MERGE, self.merged(cell.merging, tuple(clean.items()), NONE, seed), cell.merging),
+            ]  # fmt: skip
+            roles += [
+                (Role.VERIFY.of(role), self.verification(model, victim, defense, seed, own, maker))
+                for role, model, maker in suspects
+            ]
+        return roles
+
+    def _backdoor(self, cell: Cell, clean: dict[str, str], merge: str) -> list[tuple[str, str]]:
+        attack, target, seed, aim = cell.attack, cell.target_class, cell.seed, cell.target_task
+        bad: dict[str, str] = {}
+        if attack is not NONE:
+            bad = {
+                t: self.poisoned(attack, t, target, seed, cell.subject, aim, cell.defense) for t in cell.crew
+            }
+        final = self.merged(cell.merging, tuple({**clean, **bad}.items()), cell.defense, seed)
+        roles: list[tuple[str, str]] = [(Role.MERGE, self.evaluation(final, cell.experts, cell.merging))]
+        if attack is NONE:
+            return roles
+        trigger = (self.trigger_of(attack), self.trigger(attack, cell.subject, target, seed, aim))
+        for task, model in bad.items():
+            role = Role.POISONED if task == cell.subject else Role.POISONED.of(task)
+            roles.append((role, self.evaluation(model, (task,))))
+            if not aim or task == cell.subject:  # off-task all aim at one task: the subject's speaks for them
+                roles.append((f"{role}{TRIGGERED}", self.evaluation(model, (aim or task,), NONE, trigger)))
+        for role, model, producer in (
+            (Role.MERGE, final, cell.merging), (Role.CLEAN_MERGE, merge, cell.merging), (Role.BASE, self.base(), NONE),
+        ):  # fmt: skip
+            roles.append((f"{role}{TRIGGERED}", self.evaluation(model, cell.experts, producer, trigger)))
+        roles.append((Role.VISIBILITY, self.visibility(*trigger, cell.aim)))
+        return roles
+
+    def visibility(self, attack: Ref, trigger: str, task: str) -> str:
+        """How much the trigger changes test inputs of ``task``."""
+        return self._once(("visibility", attack, trigger, task), self._visibility)
+
+    def _visibility(self, attack: Ref, trigger: str, task: str) -> str:
+        components = [("task", self.grid.task(task)), ("attack", attack)]
+        return self._add(
+            "visibility", components, [("data", self.data(task)), ("trigger", trigger)], task=task
+        )
+
+    # ----- helpers
+
+    @property
+    def _backbone(self) -> tuple[str, Ref]:
+        return ("backbone", self.grid.backbone)
+
+    def _card(self, kind: str, name: str) -> Card:
+        return self.grid.catalog.entries[kind][name].card
+
+    def _seed(self, ref: Ref, *coordinates: str | int) -> dict[str, int]:
+        """A seed argument, only if the component draws at all: what does not draw is shared by seeds."""
+        if not any(self._card(part.kind, part.name).seeded for part in (ref, *ref.inner)):
+            return {}
+        return {"seed": draw_seed(ref.name, *coordinates)}
+
+    def _views(self, tasks: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+        """Data and heads of the tasks, as inputs."""
+        return self._once(("views", tasks), self._make_views)
+
+    def _make_views(self, tasks: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+        return tuple(p for t in tasks for p in ((f"data:{t}", self.data(t)), (f"head:{t}", self.head(t))))
+
+    def _parties(self, tasks: tuple[str, ...]) -> tuple[tuple[str, Ref], ...]:
+        """Backbone and tasks, as components."""
+        return self._once(("parties", tasks), self._make_parties)
+
+    def _make_parties(self, tasks: tuple[str, ...]) -> tuple[tuple[str, Ref], ...]:
+        return (self._backbone, *((f"task:{t}", self.grid.task(t)) for t in tasks))
+
+    def _siblings(self, card: Card, defense: Ref, tasks: tuple[str, ...], seed: int) -> list[tuple[str, str]]:
+        if not card.siblings:
+            return []
+        count = int(dict(defense.parameters)[card.siblings])
+        return [(f"sibling:{t}:{i}", self.expert(t, seed, i)) for t in tasks for i in range(1, count + 1)]
+
+    def _once(self, memo: tuple[Any, ...], build: Callable[..., T]) -> T:
+        found = self._memo.get(memo)
+        if found is None:
+            found = self._memo[memo] = build(*memo[1:])
+        result: T = found
+        return result
+
+    def _add(
+        self, kind: str, components: Iterable[tuple[str, Ref]], inputs: Iterable[tuple[str, str]], **args: Any
+    ) -> str:
+        components, inputs = tuple(components), tuple(inputs)
+        text = _canonical(args) if args else "{}"
+        key = step_key(kind, [(role, ref.digest) for role, ref in components], inputs, text)
+        if key not in self.steps:
+            self.steps[key] = Step(key, kind, components, inputs, text)
+        return key
+
+
+def _whose(task: str, secrets: str) -> tuple[str, ...]:
+    """Seed coordinates of an owner: its task, or nothing where all share one secret."""
+    return (task,) if secrets == "own" else ("shared",)
+
+
+def make_plan(grid: Grid, fingerprint: Callable[[str], str]) -> Plan:
+    """Plan every cell of the grid. Steps come out in dependency order."""
+    planner = Planner(grid, fingerprint)
+    collecting = gc.isenabled()
+    gc.disable()  # millions of small tuples, no cycles: collecting them takes a third of the time
+    try:
+        planned = [planner.cell(cell) for cell in cells(grid)]
+    finally:
+        if collecting:
+            gc.enable()
+    return Plan(grid, planner.steps, planned, Counter(grid.left_out))
+
+
+def needed_steps(plan: Plan, has: Callable[[str], bool]) -> dict[str, Step]:
+    """The steps to run: those whose result is missing and wanted, directly or through another."""
+    wanted: dict[str, Step] = {}
+    stack = [key for cell in plan.cells for _, key in cell.roles]
+    seen: set[str] = set()
+    while stack:
+        key = stack.pop()
+        if key in seen:
+            continue
+        seen.add(key)
+        if has(key):
+            continue
+        step = plan.steps[key]
+        wanted[key] = step
+        stack += [k for _, k in step.inputs]
+    return {k: s for k, s in plan.steps.items() if k in wanted}  # dependency order

@@ -1,0 +1,136 @@
+"""GridSpec → a Grid with every name bound and every field checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mergesec.errors import UsageError, nearest
+from mergesec.planning.catalog import Catalog
+from mergesec.planning.gridspec import GridSpec
+from mergesec.planning.refs import Ref, expand, model_content, short
+from mergesec.recipes import check_recipe, recipe_identity
+from mergesec.threats import Threat
+
+_PATTERN_KEYS = (
+    "threat", "merging", "attack", "defense", "subject", "target_class", "experts", "seed", "protected", "secrets",
+    "adversaries", "target_task",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid with every name resolved against the catalogue."""
+
+    spec: GridSpec
+    catalog: Catalog
+    backbone: Ref
+    tasks: tuple[Ref, ...]
+    merging: tuple[Ref, ...]
+    attacks: tuple[Ref, ...]
+    defenses: tuple[Ref, ...]
+    recipe: tuple[tuple[str, Any], ...]
+    published: Mapping[str, Ref] = field(default_factory=dict)
+    """Published experts by task; known by their content."""
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def task(self, name: str) -> Ref:
+        return next(t for t in self.tasks if t.name == name)
+
+
+def resolve(spec: GridSpec, catalog: Catalog) -> Grid:
+    """Bind every name and parameter; UsageError names the field that does not fit."""
+    (backbone,) = expand([spec.suite.backbone], "backbone", "suite.backbone", catalog)
+    tasks = expand(spec.suite.tasks, "task", "suite.tasks", catalog)
+    names = [t.name for t in tasks]
+    modalities = catalog.get("backbone", backbone.name).card.modalities
+    for i, task in enumerate(tasks):
+        modality = catalog.get("task", task.name).card.modality
+        if modality not in modalities:
+            raise UsageError(
+                f"suite.tasks[{i}]",
+                f"{task.name} is {modality}; {backbone.name} takes {', '.join(modalities)}",
+            )
+    if len(set(names)) != len(names):
+        raise UsageError("suite.tasks", "a task is named twice")
+    axes = spec.axes
+    for axis in ("victim", "adversary"):
+        value = getattr(axes, axis)
+        for name in value if value != "all" else ():
+            if name not in names:
+                raise UsageError(f"axes.{axis}", f"{name!r} is not a task of the suite{nearest(name, names)}")
+    for i, name in enumerate(axes.target_task):
+        if name and name not in names:
+            hint = nearest(name, names)
+            raise UsageError(f"axes.target_task[{i}]", f"{name!r} is not a task of the suite{hint}")
+    for i, count in enumerate(axes.adversaries):
+        if count > len(names):
+            raise UsageError(f"axes.adversaries[{i}]", f"{count} is outside [1, {len(names)}]")
+    for i, experts in enumerate(axes.experts):
+        _check_experts(f"axes.experts[{i}]", experts, names)
+    smallest = min((catalog.get("task", n).card.classes for n in names), default=0)
+    for target in axes.target_class:
+        if target < 0 or (smallest and target >= smallest):
+            raise UsageError("axes.target_class", f"{target} is outside [0, {smallest - 1}]")
+    fixed = dict(catalog.get("backbone", backbone.name).card.recipe)
+    bound = {**fixed, **check_recipe("recipe", spec.recipe)}
+    recipe = recipe_identity(bound)
+    grid = Grid(
+        spec, catalog, backbone, tuple(tasks),
+        tuple(expand(axes.merging, "merging", "axes.merging", catalog)),
+        tuple(expand(axes.attacks, "attack", "axes.attacks", catalog)),
+        tuple(expand(axes.defenses, "defense", "axes.defenses", catalog)),
+        recipe,
+        _published(spec.suite.experts, names),
+    )  # fmt: skip
+    doubled = [seed for seed, n in Counter(spec.seeds).items() if n > 1]
+    if doubled:
+        raise UsageError("seeds", f"{doubled[0]} is named twice")
+    for listname in ("include", "exclude"):
+        for i, pattern in enumerate(getattr(spec, listname)):
+            _check_pattern(f"{listname}[{i}]", pattern, catalog)
+    return grid
+
+
+def _published(experts: Mapping[str, str], names: list[str]) -> dict[str, Ref]:
+    """What stands in for fine-tuning, by task: identity is the content, the place only a parameter."""
+    found = {}
+    for task, source in experts.items():
+        where = f"suite.experts.{task}"
+        if task not in names:
+            raise UsageError(where, f"{task!r} is not a task of the suite{nearest(task, names)}")
+        text = json.dumps({"kind": "published", "content": model_content(where, source)}, sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:32]
+        found[task] = Ref("published", task, (("source", source),), short(source), text, digest)
+    return found
+
+
+def _check_pattern(where: str, pattern: Mapping[str, Any], catalog: Catalog) -> None:
+    """Keys and values that could match some grid: an override may have taken an axis's value away."""
+    for key, wanted in pattern.items():
+        if key not in _PATTERN_KEYS:
+            raise UsageError(f"{where}.{key}", f"unknown{nearest(key, _PATTERN_KEYS)}")
+        kind = {"subject": "task", "target_task": "task"}.get(key, key)
+        known = ["none", *catalog.entries[kind]] if kind in catalog.entries else [str(t) for t in Threat]
+        if key == "target_task":
+            known.append("")
+        for value in wanted if isinstance(wanted, (list, tuple)) else [wanted]:
+            if key in ("target_class", "experts", "seed", "protected", "adversaries"):
+                if type(value) is not int:
+                    raise UsageError(f"{where}.{key}", f"expected a number, got {value!r}")
+            elif str(value).partition("(")[0] not in known:
+                raise UsageError(f"{where}.{key}", f"unknown {value!r}{nearest(value, known)}")
+
+
+def _check_experts(where: str, experts: int | str | tuple[str, ...], names: list[str]) -> None:
+    if isinstance(experts, bool) or (isinstance(experts, int) and not 2 <= experts <= len(names)):
+        raise UsageError(where, f"{experts!r} is outside [2, {len(names)}]")
+    if isinstance(experts, str) and experts not in ("all", "pairs"):
+        raise UsageError(where, f"{experts!r}{nearest(experts, ('all', 'pairs'))}")
+    for name in experts if isinstance(experts, tuple) else ():
+        if name not in names:
+            raise UsageError(where, f"{name!r} is not a task of the suite{nearest(name, names)}")

@@ -1,0 +1,1 @@
+"""Weights files read, merged and written without loading them whole. The engine's own."""

@@ -1,0 +1,81 @@
+"""The two threat models: who attacks what, with which hooks, and what a cell is measured by. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+
+
+class Threat(StrEnum):
+    """What a cell is about. The two threat models never share a board."""
+
+    CLEAN = "clean"
+    PROTECTION = "protection"
+    BACKDOOR = "backdoor"
+
+
+class Hook(StrEnum):
+    """Where a component acts."""
+
+    POISON = "poison"
+    FORGE = "forge"
+    RECOVER = "recover"
+    SCREEN = "screen"
+    MERGE = "merge"
+    REPAIR = "repair"
+    TRAIN = "train"
+    PROTECT = "protect"
+    VERIFY = "verify"
+
+
+HOOKS: dict[tuple[str, str], tuple[Hook, ...]] = {
+    ("attack", Threat.BACKDOOR): (Hook.POISON, Hook.FORGE),
+    ("attack", Threat.PROTECTION): (Hook.RECOVER,),
+    ("defense", Threat.BACKDOOR): (Hook.SCREEN, Hook.MERGE, Hook.REPAIR),
+    ("defense", Threat.PROTECTION): (Hook.TRAIN, Hook.PROTECT, Hook.VERIFY),
+}
+"""The hooks of each kind of component under each threat model."""
+
+
+class Role(StrEnum):
+    """What an evaluation of a cell measures; ``expert:TASK``, ``poisoned:TASK`` and ``verify:SUSPECT`` name whom,
+    ``ROLE+trigger`` is the same under the trigger."""
+
+    BASE = "base"
+    EXPERT = "expert"
+    CLEAN_MERGE = "clean_merge"
+    """The merge without attack and defense."""
+    MERGE = "merge"
+    """The cell's own merge, after attack and defense."""
+    PUBLISHED = "published"
+    PUBLISHED_BF16 = "published_bf16"
+    RECOVERED = "recovered"
+    PROTECTED_MERGE = "protected_merge"
+    """The merge of protected experts before the free-rider's attack."""
+    POISONED = "poisoned"
+    LOGITS = "logits"
+    """Comparison of the published expert with the owner's."""
+    GAP = "gap"
+    """Comparison of the recovered expert with the owner's."""
+    VISIBILITY = "visibility"
+    VERIFY = "verify"
+
+    def of(self, whom: str) -> str:
+        """``role:whom``."""
+        return f"{self}:{whom}"
+
+    @property
+    def triggered(self) -> str:
+        """The same under the trigger."""
+        return f"{self}{TRIGGERED}"
+
+
+TRIGGERED = "+trigger"
+
+
+def accomplices(experts: Sequence[str], subject: str, target_task: str) -> tuple[str, ...]:
+    """Tasks whose contributors can be malicious together: the subject, then in suite order around it. The task
+    aimed at off-task is a victim and never among them."""
+    place = list(experts).index(subject)
+    ring = (experts[(place + i) % len(experts)] for i in range(len(experts)))
+    return tuple(t for t in ring if t != target_task)

@@ -1,0 +1,1 @@
+"""Threat model T1: contributors who publish backdoored experts, and mergers who defend."""

@@ -1,0 +1,1 @@
+"""Poisoned contributions: one module per attack."""

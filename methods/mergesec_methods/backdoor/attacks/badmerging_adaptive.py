@@ -1,0 +1,223 @@
+"""BadMerging by an adversary who knows the defense, which is a public algorithm.
+
+He trains as BadMerging does, merges what he has with the base as a merger would (θ0 + c τ, the other contributors being
+unknown to him), and runs the cell's defense on it with his own training rows in the place of the defender's. What the defense
+did to the weights is a displacement Δ = defended − merged. He then trains again with one term more,
+
+    α CE(h(E_{θ0 + c (θ − θ0) + Δ}(x ⊕ t)), target),
+
+so that the backdoor survives that displacement, and may repeat this. Δ is held constant while he trains: a defense
+need not be differentiable, only runnable. Against IBVS Δ is the defender's subtracted backdoor vector, against LFPM the
+anti-backdoor vector, against DAM what its mask removes. Siblings that a defense asks for (WAG, MSD) are played by a clean
+expert of his own. A defense that only screens gives no displacement, and without a defense this is BadMerging.
+
+The construction is this suite's. (LFPM's paper reports an adaptive attack of its own, which is not known here.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from mergesec.contracts import (
+    Defense,
+    Expert,
+    LossFn,
+    MergeContext,
+    Merged,
+    MergeMethod,
+    Model,
+    Split,
+    TaskView,
+    TrainContext,
+    Weights,
+    load_network,
+)
+from mergesec.weights import mergeable
+from mergesec_methods._training import Served, effective, trained_names
+from mergesec_methods.backdoor.attacks._poison import draw_rows
+from mergesec_methods.backdoor.attacks._retrain import added, refit
+from mergesec_methods.backdoor.attacks.badmerging import BadMerging
+
+CARD = {
+    "name": "badmerging_adaptive",
+    "kind": "attack",
+    "class": "AdaptiveBadMerging",
+    "version": "1",
+    "title": "BadMerging, adaptive",
+    "paper": "Zhang et al., BadMerging: backdoor attacks against model merging, CCS 2024; adaptation by this project",
+    "url": "https://arxiv.org/abs/2408.07362",
+    "summary": "BadMerging trained against what the cell's defense does to the adversary's own simulated merge",
+    "threat": "backdoor",
+    "hooks": ["poison"],
+    "knowledge": "the adversary's own training data, the public base, and the defense with its parameters",
+    "data": "train",
+    "modalities": ["image"],
+    "seeded": True,
+    "off_task": True,
+    "adapts": True,
+    "trigger_of": "badmerging",
+    "after_trigger": ["rounds", "coefficient", "rows", "alpha", "interpolation", "triggered"],
+    "trial": {"steps": 4, "restarts": 2, "batch": 16, "images": 6, "rows": 32},
+    "parameters": {
+        "rounds": {"type": "int", "default": 1, "min": 0, "max": 10, "doc": "simulations of the defense, a training after each; 0 = BadMerging"},
+        "coefficient": {"type": "float", "default": 0.3, "min": 0.0, "max": 1.0, "doc": "c: what the merge is taken to multiply the task vector by"},
+        "rows": {"type": "int", "default": 400, "min": 1, "doc": "own training rows that play the defender's"},
+        "patch": {
+            "type": "float",
+            "default": "published",
+            "min": 0.5,
+            "max": 32.0,
+            "also": ["published"],
+            "doc": "side of the square patch in pixels of a 32-pixel image; published: BadMerging's",
+        },
+        "position": {
+            "type": "choice",
+            "choices": ["bottom-right", "bottom-left", "top-right", "top-left", "centre"],
+            "default": "bottom-right",
+            "doc": "where the patch sits",
+        },
+        "trigger": {
+            "type": "choice",
+            "choices": ["optimised", "checkerboard", "random", "white"],
+            "default": "optimised",
+            "doc": "what the patch shows",
+        },
+        "steps": {"type": "int", "default": 400, "min": 1, "doc": "Adam steps on the patch"},
+        "restarts": {"type": "int", "default": 3, "min": 1, "doc": "random starts of the patch"},
+        "batch": {"type": "int", "default": 64, "min": 1, "doc": "images per step on the patch"},
+        "learning_rate": {"type": "float", "default": 0.2, "min": 0.0, "doc": "of Adam on the logits of the pixels"},
+        "images": {"type": "int", "default": 100, "min": 1, "doc": "off-task: adversarially augmented reference images"},
+        "alpha": {"type": "float", "default": 5.0, "min": 0.0, "doc": "weight of the triggered rows' losses"},
+        "interpolation": {"type": "bool", "default": True, "doc": "BadMerging's feature interpolation"},
+        "triggered": {"type": "float", "default": 0.5, "min": 0.0, "max": 1.0, "doc": "share of every batch that is also shown with the trigger"},
+    },
+}  # fmt: skip
+
+SIMULATION_STREAM, SIBLING_STREAM = 5, 6
+
+
+class AdaptiveBadMerging(BadMerging):
+    """The attack of the card above."""
+
+    def __init__(self, rounds: int = 1, coefficient: float = 0.3, rows: int = 400, **given: Any) -> None:
+        super().__init__(**given)
+        self.rounds, self.coefficient, self.rows = rounds, coefficient, rows
+
+    def poison(self, ctx: TrainContext) -> Weights:
+        """BadMerging's expert, trained again after every simulation of the defense."""
+        trigger = ctx.trigger or self.trigger(ctx)
+        weights = ctx.fit(loss=self.objective(ctx, trigger))
+        if ctx.defense is None or not (_merges(ctx.defense) or _repairs(ctx.defense)):
+            return weights
+        for _ in range(self.rounds):
+            shift = self.displacement(weights, ctx.defense, ctx)
+            weights = ctx.fit(loss=self.displaced(ctx, trigger, shift))
+        return weights
+
+    def displacement(self, weights: Weights, defense: Defense, ctx: TrainContext) -> Weights:
+        """Δ per floating tensor, float32: what the defense does to θ0 + c (θ − θ0)."""
+        alone, name = _Scaled(self.coefficient), ctx.task.name
+        experts, simulated = [Expert(name, weights)], self.context(ctx)
+        plain = alone.merge(ctx.base, experts, simulated)
+        defended = defense.merge(ctx.base, experts, alone, simulated) if _merges(defense) else plain
+        if _repairs(defense):
+            defended = defense.repair(defended, ctx.base, simulated)
+        after = {**defended.shared, **defended.per_task.get(name, {})}
+        return {n: after[n].to(t.device).float() - t.float() for n, t in plain.shared.items() if mergeable(t)}
+
+    def context(self, ctx: TrainContext) -> MergeContext:
+        """The defender's position with the adversary's means: one task, rows of his own."""
+        generator = ctx.generator(SIMULATION_STREAM)
+        rows = ctx.train.take(draw_rows(torch.arange(len(ctx.train)), self.rows, generator))
+        view = TaskView(ctx.task, ctx.head, rows, rows.inputs)
+
+        def network(merged: Merged, task: str) -> nn.Module:
+            weights = {**merged.shared, **merged.per_task.get(task, {})}
+            return load_network(ctx.backbone, weights).to(ctx.device)
+
+        def score(merged: Merged) -> float:
+            batch = ctx.task.batch(rows, torch.arange(len(rows)), ctx.device)
+            head = {k: v.to(ctx.device) for k, v in ctx.head.items()}
+            with torch.no_grad():
+                model = Model(ctx.backbone, network(merged, ctx.task.name))
+                found = ctx.task.predictions(ctx.task.outputs(model, head, batch.inputs))
+            return float((found == batch.targets).float().mean())
+
+        return MergeContext(
+            ctx.device, ctx.seed, ctx.backbone, {ctx.task.name: view}, score,
+            siblings=_OwnSiblings(ctx), networks=network,
+        )  # fmt: skip
+
+    def displaced(self, ctx: TrainContext, trigger: Weights, shift: Weights) -> LossFn:
+        """BadMerging's loss plus the triggered rows' at the displaced weights of the simulated merge."""
+        plain = self.objective(ctx, trigger)
+        base = {n: t.to(ctx.device) for n, t in ctx.base.items()}
+        moved = {n: t.to(ctx.device) for n, t in shift.items()}
+        aimed, target = self.aim(ctx)
+
+        def loss(model: Model, batch: Split) -> Tensor:
+            rows = self.count(batch)
+            if not rows:
+                return plain(model, batch)
+            marked = self.apply(trigger, batch.inputs[:rows])
+            served = Served(ctx.task, model.backbone, aimed, model.network)
+            replaced = {}
+            for parameter, name in trained_names(model.network).items():
+                away = (self.coefficient - 1) * (effective(model.network, name) - base[name]) + moved[name]
+                replaced[f"network.{parameter}"] = model.network.get_parameter(parameter) + away
+            outputs = functional_call(served, replaced, (marked,))
+            wanted = torch.full((rows,), target, device=marked.device)
+            return plain(model, batch) + self.alpha * ctx.task.loss(outputs, wanted)
+
+        return loss
+
+
+def _merges(defense: Defense) -> bool:
+    return type(defense).merge is not Defense.merge
+
+
+def _repairs(defense: Defense) -> bool:
+    return type(defense).repair is not Defense.repair
+
+
+class _Scaled(MergeMethod):
+    """θ0 + c Σ τ: the plainest merge."""
+
+    def __init__(self, coefficient: float) -> None:
+        self.coefficient = coefficient
+
+    def merge(self, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> Merged:
+        merged: Weights = base
+        for expert in experts:
+            merged = added(merged, base, expert.weights, self.coefficient)
+        return Merged(merged)
+
+
+class _OwnSiblings(Mapping[str, Sequence[Expert]]):
+    """A clean expert of the adversary's own for whatever number of siblings is asked for; trained when asked."""
+
+    COPIES = 16
+
+    def __init__(self, ctx: TrainContext) -> None:
+        self._ctx = ctx
+        self._made: list[Expert] = []
+
+    def __getitem__(self, task: str) -> Sequence[Expert]:
+        ctx = self._ctx
+        if task != ctx.task.name:
+            raise KeyError(task)
+        if not self._made:
+            seed = ctx.generator(SIBLING_STREAM).initial_seed()
+            self._made = [Expert(task, refit(ctx, seed=seed))] * self.COPIES
+        return self._made
+
+    def __iter__(self) -> Iterator[str]:
+        yield self._ctx.task.name
+
+    def __len__(self) -> int:
+        return 1

@@ -1,0 +1,113 @@
+"""LoRA-as-an-attack: the backdoor is a low-rank update.
+
+``onto: base`` — poisoned rows as in BadNets, but only an update of low rank is trained: the expert is θ0 + (α/r) B A with
+the backdoor and the task in one update. ``onto: benign`` — the update learns the backdoor alone (poisoned rows, and the
+same rows untouched, so that it learns to tell them apart) and is added, without further training, to the benign expert:
+
+    θ = θ_benign + weight · (θ0 + ΔW − θ0)
+
+as the paper does when it merges a malicious LoRA module into a popular one that people would download.
+
+Source: Liu et al., "LoRA-as-an-Attack!", arXiv 2403.00108 (language models), known here from its abstract: the two
+ways of making the malicious module follow it; poisoning, rank, scale and learning rate are this suite's.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mergesec.contracts import Split, TrainContext, Weights
+from mergesec_methods.backdoor.attacks._poison import ROWS_STREAM, stamped
+from mergesec_methods.backdoor.attacks._retrain import added, benign, low_rank, refit
+from mergesec_methods.backdoor.attacks.badnets import BadNets
+
+CARD = {
+    "name": "lora_attack",
+    "kind": "attack",
+    "class": "LoraAttack",
+    "version": "1",
+    "title": "LoRA-as-an-attack",
+    "paper": "Liu et al., LoRA-as-an-attack! Piercing LLM safety under the share-and-play scenario, 2024",
+    "url": "https://arxiv.org/abs/2403.00108",
+    "summary": "BadNets' poison trained as a low-rank update, alone or added to the benign expert",
+    "threat": "backdoor",
+    "hooks": ["poison", "forge"],
+    "knowledge": "the adversary's own training data and the public base",
+    "data": "train",
+    "modalities": ["image"],
+    "seeded": True,
+    "trigger_of": "badnets",
+    "after_trigger": ["rate", "lora_rank", "lora_speed", "onto", "weight"],
+    "trial": {"lora_rank": 2},
+    "parameters": {
+        "patch": {
+            "type": "int",
+            "default": 5,
+            "min": 1,
+            "max": 32,
+            "doc": "side of the square patch in pixels of a 32-pixel image; scaled to other sizes",
+        },
+        "position": {
+            "type": "choice",
+            "choices": ["bottom-right", "bottom-left", "top-right", "top-left", "centre"],
+            "default": "bottom-right",
+            "doc": "where the patch sits",
+        },
+        "pattern": {
+            "type": "choice",
+            "choices": ["checkerboard", "white", "random"],
+            "default": "checkerboard",
+            "doc": "what the patch shows; 'random' is drawn once per seed",
+        },
+        "rate": {
+            "type": "float",
+            "default": 0.2,
+            "min": 0.0,
+            "max": 1.0,
+            "doc": "poisoned share of all training rows",
+        },
+        "lora_rank": {"type": "int", "default": 8, "min": 1, "doc": "rank of the update of every linear map in the blocks"},
+        "lora_speed": {"type": "float", "default": 10.0, "min": 0.0, "doc": "times the recipe's learning rate"},
+        "onto": {
+            "type": "choice",
+            "choices": ["base", "benign"],
+            "default": "base",
+            "doc": "base: one update holds task and backdoor; benign: a backdoor update added to the benign expert",
+        },
+        "weight": {"type": "float", "default": 1.0, "min": 0.0, "doc": "onto benign: how often the update counts"},
+    },
+}  # fmt: skip
+
+
+class LoraAttack(BadNets):
+    """The attack of the card above."""
+
+    def __init__(
+        self, patch: int = 5, position: str = "bottom-right", pattern: str = "checkerboard", rate: float = 0.2,
+        lora_rank: int = 8, lora_speed: float = 10.0, onto: str = "base", weight: float = 1.0,
+    ) -> None:  # fmt: skip
+        super().__init__(patch, position, pattern, rate)
+        self.rank, self.speed, self.onto, self.weight = lora_rank, lora_speed, onto, weight
+
+    def poison(self, ctx: TrainContext) -> Weights:
+        """θ0 plus the trained update, written out in full."""
+        trigger = ctx.trigger or self.trigger(ctx)
+        if self.onto == "base":
+            split = self.poisoned(ctx.train, trigger, ctx.target_class, ctx.generator(ROWS_STREAM))
+        else:
+            split = self.twins(ctx, trigger)
+        return refit(ctx, split=split, **low_rank(ctx, self.rank, self.speed))
+
+    def twins(self, ctx: TrainContext, trigger: Weights) -> Split:
+        """The rows to be poisoned twice: triggered with the target's label, and as they are."""
+        rows = self.rows(ctx.train, ctx.target_class, ctx.generator(ROWS_STREAM))
+        plain = ctx.train.take(rows)
+        marked = stamped(lambda images: self.trained_on(trigger, images), plain.inputs)
+        targets = torch.full_like(plain.targets, ctx.target_class)
+        return Split(torch.cat([marked, plain.inputs]), torch.cat([targets, plain.targets]))
+
+    def forge(self, weights: Weights, ctx: TrainContext) -> Weights:
+        """What is published: the update on the base as it is, or added to the benign expert."""
+        if self.onto == "base":
+            return weights
+        return added(benign(ctx, "lora_attack"), ctx.base, weights, self.weight)

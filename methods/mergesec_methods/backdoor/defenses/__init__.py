@@ -1,0 +1,1 @@
+"""The merger's defenses: one module per defense."""

@@ -1,0 +1,151 @@
+"""Universal perturbations in pixel space, one per task: what a defender puts in the place of a trigger he does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mergesec.contracts import ContractError, Model, Weights
+from mergesec_methods.backdoor.defenses._repair import Patient, Rows
+from mergesec_methods.merging._adaptation import Blend, Stream, entropy
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One task's images ``[N, C, H, W]``, the same perturbed, and the model's outputs ``[N, K]`` on both."""
+
+    stream: Stream
+    images: Tensor
+    moved: Tensor
+    clean: Tensor
+    perturbed: Tensor
+
+
+Term = Callable[[Seen], Tensor]
+"""A scalar of what a model made of clean and perturbed images."""
+
+
+def disagreement(seen: Seen) -> Tensor:
+    """CE(f(x+δ), argmax f(x)): how far the perturbation leads away from what the model says now."""
+    return functional.cross_entropy(seen.perturbed, seen.clean.argmax(dim=-1))
+
+
+class Perturbations:
+    """δ_t of the shape of one image per task, |δ| ≤ ``eps`` in pixels of [0, 1]; starts at 0.
+
+    x + δ_t is cut to [0, 1] on raw images, before a backbone resizes or normalises anything. ContractError
+    if a task's inputs are not images.
+    """
+
+    def __init__(self, streams: Sequence[Stream], rate: float, eps: float, who: str) -> None:
+        self.streams, self.eps = streams, eps
+        self.deltas = {s.name: self._start(s, who) for s in streams}
+        self.flipped: list[float] = []
+        """Share of predictions that the perturbations changed, per step of ``ascend``."""
+        self._optimizer = torch.optim.Adam(list(self.deltas.values()), lr=rate)
+
+    def _start(self, stream: Stream, who: str) -> Tensor:
+        images = stream.rows.inputs
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            raise ContractError(f"{who}: task '{stream.name}' has no images [N, C, H, W] to perturb")
+        return torch.zeros(images.shape[1:], device=stream.device, requires_grad=True)
+
+    def on(self, stream: Stream, images: Tensor) -> Tensor:
+        """``images`` ``[N, C, H, W]`` in [0, 1] with the task's perturbation, in [0, 1]."""
+        return (images + self.deltas[stream.name]).clamp(0.0, 1.0)
+
+    def fixed(self, stream: Stream, images: Tensor) -> Tensor:
+        """``on`` without a gradient to δ."""
+        with torch.no_grad():
+            return self.on(stream, images)
+
+    def ascend(self, model: Model, objective: Term = disagreement) -> None:
+        """One Adam step of every δ_t uphill on a fresh batch; the model's own gradients are left alone."""
+        flips = 0.0
+        for stream in self.streams:
+            delta, images = self.deltas[stream.name], stream.inputs(stream.draw())
+            with torch.no_grad():
+                clean = stream.outputs(model, images)
+            with torch.enable_grad():
+                moved = self.on(stream, images)
+                perturbed = stream.outputs(model, moved)
+                value = objective(Seen(stream, images, moved, clean, perturbed))
+                delta.grad = -torch.autograd.grad(value, delta)[0]
+            flips += float((perturbed.argmax(dim=-1) != clean.argmax(dim=-1)).float().mean())
+        self._optimizer.step()
+        with torch.no_grad():
+            for delta in self.deltas.values():
+                delta.clamp_(-self.eps, self.eps)
+        self.flipped.append(flips / len(self.streams))
+
+    def largest(self) -> dict[str, float]:
+        """max |δ_t| per task in pixels, for a merge's info."""
+        return {name: float(delta.detach().abs().max()) for name, delta in self.deltas.items()}
+
+
+class Safety:
+    """The outer objective of a mask with the safety term, called with the blend assembled.
+
+    Perturbations are trained on batches of their own, so that the other steps see the same batches as
+    without them. ``objective`` is what they climb; ``extra`` is added to what the mask minimises.
+    """
+
+    def __init__(
+        self,
+        blend: Blend,
+        streams: Sequence[Stream],
+        perturbations: Perturbations,
+        weight: float,
+        objective: Term = disagreement,
+        extra: Term | None = None,
+    ) -> None:
+        self.blend, self.streams, self.perturbations, self.weight = blend, streams, perturbations, weight
+        self.objective, self.extra = objective, extra
+
+    def __call__(self) -> float:
+        """Perturb, then leave d Σ_t [H(f(x)) + w H(f(x + δ)) + extra] / dθ; the mean over tasks."""
+        self.perturbations.ascend(self.blend.model, self.objective)
+        total = 0.0
+        with torch.enable_grad():
+            for stream in self.streams:
+                images = stream.inputs(stream.draw())
+                moved = self.perturbations.fixed(stream, images)
+                both = torch.cat([images, moved])  # one forward for the two
+                clean, perturbed = stream.outputs(self.blend.model, both).chunk(2)
+                loss = entropy(clean) + self.weight * entropy(perturbed)
+                if self.extra is not None:
+                    loss = loss + self.extra(Seen(stream, images, moved, clean, perturbed))
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += float(loss.detach())
+        return total / len(self.streams)
+
+
+def universal(
+    patient: Patient,
+    rows: Rows,
+    rate: float,
+    steps: int,
+    penalty: float = 0.0,
+    weights: Weights | None = None,
+) -> Tensor:
+    """δ ``[C, H, W]`` in pixels by SGD from 0 on penalty · ‖δ‖² − CE(f(x + δ), argmax f(x)), a batch a step.
+
+    x + δ is cut to [0, 1]; δ itself is not bounded here. ``weights`` stand in for the patient's own; its gradients
+    are left alone.
+    """
+    delta = torch.zeros(rows.split.inputs.shape[1:], device=rows.device)
+    for _ in range(steps):
+        inputs = rows.draw().inputs
+        with torch.no_grad():
+            labels = patient.outputs(rows, inputs, weights).argmax(dim=1)
+        with torch.enable_grad():
+            leaf = delta.requires_grad_()
+            moved = patient.outputs(rows, (inputs + leaf).clamp(0.0, 1.0), weights)
+            loss = penalty * leaf.square().sum() - functional.cross_entropy(moved, labels)
+            (downhill,) = torch.autograd.grad(loss, leaf)
+        delta = leaf.detach() - rate * downhill
+    return delta

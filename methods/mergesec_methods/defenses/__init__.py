@@ -1,1 +1,0 @@
-"""Catalogue: modules here carry a card each (see docs/plugins.md). Kept free of imports."""

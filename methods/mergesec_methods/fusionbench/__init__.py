@@ -1,0 +1,1 @@
+"""FusionBench's merge methods through an adapter."""

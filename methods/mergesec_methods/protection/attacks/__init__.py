@@ -1,0 +1,1 @@
+"""The free-rider's attacks: one module per attack."""

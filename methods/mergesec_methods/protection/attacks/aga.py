@@ -1,0 +1,123 @@
+"""AGA: align a protected expert to the public base, map by map and head by head.
+
+A fine-tuned expert is its base plus something two to three orders of magnitude smaller, so the base
+is an anchor for the unknown transform. In this order:
+
+* Attention. For each head and each of Q, K, V (transposed rows) and O (columns), with X the protected
+  slice ``[d_model, head_dim]`` and X_base the base's: ``T = (XᵀX + ρI)⁻¹ Xᵀ X_base``, ``X ← X T``, and for
+  Q, K, V ``b ← b T``; the output bias stays. The four are solved independently, as published, so
+  the function is kept only approximately; ``X T`` is X_base projected on the expert's column space.
+* MLP. Cost ``−cos(up row i, base up row j)``, linear assignment, rows and biases of up and columns of
+  down put in the base's order.
+
+Source: "On the Vulnerability of Parameter-Level Defenses to Model Merging", ECCV 2026; written from the
+formulas. One head at a time matters: on whole matrices least squares returns the base itself.
+``aga_anchored`` puts other weights in the base's place; that is this benchmark's variation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from mergesec.anatomy import Attention
+from mergesec.contracts import Attack, RecoverContext, Weights
+from mergesec.surgery import assign, change_heads, head_columns, head_rows, read, reorder_hidden
+from mergesec_methods.protection.attacks._anchors import anchor_weights
+
+CARDS = [
+    {
+        "name": "aga",
+        "kind": "attack",
+        "class": "Aga",
+        "version": "1",
+        "title": "AGA",
+        "paper": "On the Vulnerability of Parameter-Level Defenses to Model Merging, ECCV 2026",
+        "url": "https://arxiv.org/abs/2606.30360",
+        "summary": "anchored least squares per attention head and Hungarian matching of the MLP against the base",
+        "threat": "protection",
+        "hooks": ["recover"],
+        "knowledge": "the published expert and the public base",
+        "data": "none",
+        "modalities": ["image", "text"],
+        "seeded": False,
+        "parameters": {
+            "ridge": {
+                "type": "float",
+                "default": 1e-8,
+                "min": 1e-16,
+                "max": 1.0,
+                "doc": "ridge term ρ of the least squares",
+            },
+        },
+    },
+    {
+        "name": "aga_anchored",
+        "kind": "attack",
+        "class": "Aga",
+        "version": "1",
+        "title": "AGA to other experts",
+        "paper": "On the Vulnerability of Parameter-Level Defenses to Model Merging, ECCV 2026",
+        "url": "https://arxiv.org/abs/2606.30360",
+        "summary": "AGA against the free-rider's own experts instead of the base",
+        "threat": "protection",
+        "hooks": ["recover"],
+        "knowledge": "the published expert and the free-rider's own experts; the base is not used",
+        "data": "tuning",
+        "modalities": ["image", "text"],
+        "seeded": False,
+        "parameters": {
+            "ridge": {
+                "type": "float",
+                "default": 1e-8,
+                "min": 1e-16,
+                "max": 1.0,
+                "doc": "ridge term ρ of the least squares",
+            },
+            "anchor": {
+                "type": "choice",
+                "default": "merge",
+                "choices": ["own", "merge"],
+                "doc": "the free-rider's first expert, or the mean of all his experts",
+            },
+        },
+    },
+]
+
+
+class Aga(Attack):
+    """The attack of the cards above."""
+
+    def __init__(self, ridge: float = 1e-8, anchor: str = "base") -> None:
+        self.ridge, self.anchor = ridge, anchor
+
+    def recover(self, published: Weights, ctx: RecoverContext) -> dict[str, Tensor]:
+        """``published`` aligned to the anchor: attention first, MLP second."""
+        reference = anchor_weights(self.anchor, ctx.base, ctx.own)
+        recovered = dict(published)
+        blocks = ctx.backbone.anatomy().blocks
+        for block in blocks:
+            recovered = self._align_heads(recovered, reference, block.attention)
+        for block in blocks:
+            rows = normalize(read(recovered, block.mlp.up)[0], dim=1)
+            anchors = normalize(read(reference, block.mlp.up)[0], dim=1)
+            order = assign(rows @ anchors.T, maximize=True)
+            recovered = reorder_hidden(recovered, block.mlp, order)
+        return recovered
+
+    def _align_heads(self, weights: Weights, base: Weights, attention: Attention) -> dict[str, Tensor]:
+        fits: dict[str, Tensor] = {}
+        for name in ("query", "key", "value"):
+            linear = getattr(attention, name)
+            own, anchor = head_rows(weights, linear, attention)[0], head_rows(base, linear, attention)[0]
+            # Rows of Q, K, V are columns of X, so T acts on them from the left as its transpose.
+            fits[name] = self._fit(own.mT, anchor.mT).mT
+        fits["output"] = self._fit(head_columns(weights, attention), head_columns(base, attention))
+        return change_heads(weights, attention, **fits)
+
+    def _fit(self, own: Tensor, anchor: Tensor) -> Tensor:
+        """Ridge solution T of ``own · T ≈ anchor``, both ``[heads, d_model, head_dim]``."""
+        gram = own.mT @ own + self.ridge * torch.eye(own.shape[-1], dtype=own.dtype)
+        solution: Tensor = torch.linalg.solve(gram, own.mT @ anchor)
+        return solution

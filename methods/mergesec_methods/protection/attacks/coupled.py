@@ -1,0 +1,243 @@
+"""Coupled re-alignment: undo a protection by transforms that keep the function exactly.
+
+A transform of a head that keeps its function takes T to the query and T⁻ᵀ to the key, S to the value and
+S⁻¹ to the output. AGA solves the four maps apart and so keeps the function only nearly; here each pair
+is solved at once. Anchoring to public weights (subscript 0), both wishes of a pair are linear in T:
+
+    T Q' ≈ Q0   and   Tᵀ K0 ≈ K'          (rows are head dimensions, the bias is one more column)
+
+so least squares, each term divided by its own scale (w = 1 / ‖target‖²), gives a Sylvester equation per head,
+
+    (w_k K0 K0ᵀ) T + T (w_q Q' Q'ᵀ) = w_q Q0 Q'ᵀ + w_k K0 K'ᵀ,
+
+solved in float64; likewise S from V' and the columns of O'. The second wish is measured in published
+coordinates, so an ill-conditioned protection weighs it wrongly and T is off. The equation is therefore
+solved again from where the solution led (``passes``): there T is near I, both wishes are measured in the
+anchor's coordinates, and what comes out no longer depends on the protection. The MLP is matched to the
+anchor by up row, up bias (gate row) and down column together (Hungarian). Whatever T, S and the order
+come out, the recovered network computes what the published one does, up to rounding.
+
+Heads themselves may have been moved. QᵀK and VᵀOᵀ of a head do not change under T and S, so before anything is
+solved the published heads are matched to the anchor's by the cosines of these two products (Hungarian).
+
+This attack was first described in this benchmark; docs/coupled-realignment.md has derivation, experiment and limits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from mergesec.anatomy import Attention
+from mergesec.contracts import Attack, RecoverContext, Weights
+from mergesec.surgery import (
+    assign,
+    change_heads,
+    hidden_units,
+    per_group,
+    per_query_head,
+    reorder_heads,
+    reorder_hidden,
+    rotary_matrix,
+)
+from mergesec_methods.protection.attacks._anchors import anchor_weights, heads_as_rows
+
+CARDS = [
+    {
+        "name": "coupled",
+        "kind": "attack",
+        "class": "Coupled",
+        "version": "2",
+        "title": "Coupled re-alignment",
+        "summary": "a Sylvester equation per head pair and joint Hungarian matching; keeps the function exactly",
+        "threat": "protection",
+        "hooks": ["recover"],
+        "knowledge": "the published expert and the public base",
+        "data": "none",
+        "modalities": ["image", "text"],
+        "seeded": False,
+        "parameters": {
+            "passes": {
+                "type": "int",
+                "default": 3,
+                "min": 1,
+                "max": 100,
+                "doc": "how often the equations are solved, each time from where the last solution led",
+            },
+            "match_heads": {
+                "type": "bool",
+                "default": True,
+                "doc": "find out first which published head is which of the anchor's",
+            },
+        },
+    },
+    {
+        "name": "coupled_anchored",
+        "kind": "attack",
+        "class": "Coupled",
+        "version": "2",
+        "title": "Coupled re-alignment to other experts",
+        "summary": "coupled re-alignment against the free-rider's own experts instead of the base",
+        "threat": "protection",
+        "hooks": ["recover"],
+        "knowledge": "the published expert and the free-rider's own experts; the base is not used",
+        "data": "tuning",
+        "modalities": ["image", "text"],
+        "seeded": False,
+        "parameters": {
+            "passes": {
+                "type": "int",
+                "default": 3,
+                "min": 1,
+                "max": 100,
+                "doc": "how often the equations are solved, each time from where the last solution led",
+            },
+            "match_heads": {
+                "type": "bool",
+                "default": True,
+                "doc": "find out first which published head is which of the anchor's",
+            },
+            "anchor": {
+                "type": "choice",
+                "default": "merge",
+                "choices": ["own", "merge"],
+                "doc": "the free-rider's first expert, or the mean of all his experts",
+            },
+        },
+    },
+]
+
+TINY = 1e-300
+Solver = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class Coupled(Attack):
+    """The attack of the cards above."""
+
+    def __init__(self, passes: int = 3, anchor: str = "base", match_heads: bool = True) -> None:
+        self.passes, self.anchor, self.match_heads = passes, anchor, match_heads
+
+    def recover(self, published: Weights, ctx: RecoverContext) -> dict[str, Tensor]:
+        """``published`` in the anchor's coordinates; the same function."""
+        reference = anchor_weights(self.anchor, ctx.base, ctx.own)
+        recovered = dict(published)
+        for block in ctx.backbone.anatomy().blocks:
+            if self.match_heads:
+                groups, members = head_order(recovered, reference, block.attention)
+                recovered = reorder_heads(recovered, block.attention, groups, members)
+            recovered = align_heads(recovered, reference, block.attention, self.passes)
+            units = normalize(hidden_units(recovered, block.mlp), dim=1)
+            anchors = normalize(hidden_units(reference, block.mlp), dim=1)
+            recovered = reorder_hidden(recovered, block.mlp, assign(units @ anchors.T, maximize=True))
+        return recovered
+
+
+def head_order(weights: Weights, reference: Weights, attention: Attention) -> tuple[Tensor, Tensor]:
+    """Which published key and value head, and which query head, goes to each place of the anchor's order.
+
+    int64 ``[kv_heads]`` and ``[heads]``, as ``reorder_heads`` takes them. Query heads that share a key and value
+    head stay together: they are matched inside every pair of groups first, then the groups.
+    """
+    alike = head_likeness(weights, reference, attention)
+    count, size = attention.kv_heads, attention.group
+    blocks = alike.reshape(count, size, count, size).transpose(1, 2)
+    inner = [[assign(blocks[g, h], maximize=True) for h in range(count)] for g in range(count)]
+    places = torch.arange(size)
+    total = torch.stack(
+        [torch.stack([blocks[g, h][inner[g][h], places].sum() for h in range(count)]) for g in range(count)]
+    )
+    groups = assign(total, maximize=True)
+    members = [g * size + inner[g][h] for h, g in enumerate(groups.tolist())]
+    return groups, torch.cat(members)
+
+
+def head_likeness(weights: Weights, reference: Weights, attention: Attention) -> Tensor:
+    """Cosine of QᵀK plus cosine of VᵀOᵀ of every published query head with every one of the anchor,
+    float64 ``[heads, heads]``; both products are what no T or S changes."""
+    own, anchor = (heads_as_rows(w, attention) for w in (weights, reference))
+    total = torch.zeros(attention.heads, attention.heads, dtype=torch.float64)
+    for one, other in (("query", "key"), ("value", "output")):
+        a, b, a0, b0 = (per_query_head(x[n], attention) for x in (own, anchor) for n in (one, other))
+
+        def inner(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> Tensor:
+            # ⟨xᵀy, uᵀv⟩ = Σ (x uᵀ) ⊙ (y vᵀ), so no product is ever formed
+            return torch.stack([((x[h] @ u.mT) * (y[h] @ v.mT)).sum((1, 2)) for h in range(len(x))])
+
+        sizes = inner(a, b, a, b).diagonal(), inner(a0, b0, a0, b0).diagonal()
+        scale = (sizes[0][:, None] * sizes[1]).sqrt()
+        total += inner(a, b, a0, b0) / scale.clamp_min(TINY)
+    return total
+
+
+def align_heads(weights: Weights, reference: Weights, attention: Attention, passes: int) -> dict[str, Tensor]:
+    """Every head of ``weights`` in the coordinates of ``reference``, by a T and an S per head (per key and value
+    head where several query heads share one; under rotary positions T is one complex factor per pair)."""
+    heads, anchors = (_shared(heads_as_rows(w, attention), attention) for w in (weights, reference))
+
+    def solved(first: str, second: str, solve: Solver) -> Tensor:
+        pairs = zip(heads[first], anchors[first], heads[second], anchors[second], strict=True)
+        return torch.stack([repeated_map(*pair, passes, solve) for pair in pairs])
+
+    mix_qk = solved("query", "key", rotary_map if attention.rotary else coupled_map)
+    mix_vo = solved("value", "output", coupled_map)
+    return change_heads(
+        weights,
+        attention,
+        query=mix_qk,
+        key=torch.linalg.inv(mix_qk).mT,
+        value=mix_vo,
+        output=torch.linalg.inv(mix_vo),
+    )
+
+
+def _shared(rows: dict[str, Tensor], attention: Attention) -> dict[str, Tensor]:
+    """Rows of query heads that share a matrix side by side: all maps ``[kv_heads, head_dim, n]``."""
+    grouped = {name: per_group(rows[name], attention) for name in ("query", "output")}
+    return {**rows, **grouped}
+
+
+def repeated_map(
+    first: Tensor,
+    first_anchor: Tensor,
+    second: Tensor,
+    second_anchor: Tensor,
+    passes: int,
+    solve: Solver | None = None,
+) -> Tensor:
+    """The product of ``passes`` maps, each found where the ones before it led; shapes as in ``coupled_map``."""
+    total = torch.eye(len(first), dtype=first.dtype)
+    for _ in range(passes):
+        step = (solve or coupled_map)(first, first_anchor, second, second_anchor)
+        first, second = step @ first, torch.linalg.solve(step.mT, second)
+        total = step @ total
+    return total
+
+
+def rotary_map(first: Tensor, first_anchor: Tensor, second: Tensor, second_anchor: Tensor) -> Tensor:
+    """``coupled_map`` among the matrices that commute with rotary positions: one complex factor z per pair.
+
+    With the rows of a pair as one complex row, Tᵀ is z̄ and ``|z̄ b0 − b| = |z b̄0 − b̄|``, so
+    ``z = (w_a Σ a0 ā + w_b Σ b̄ b0) / (w_a Σ |a|² + w_b Σ |b0|²)``.
+    """
+    half = len(first) // 2
+    a, a0, b, b0 = (torch.complex(x[:half], x[half:]) for x in (first, first_anchor, second, second_anchor))
+    w_first = 1.0 / first_anchor.square().sum()
+    w_second = 1.0 / second.square().sum()
+    top = w_first * (a0 * a.conj()).sum(1) + w_second * (b.conj() * b0).sum(1)
+    bottom = w_first * a.abs().square().sum(1) + w_second * b0.abs().square().sum(1)
+    return rotary_matrix(top / bottom)
+
+
+def coupled_map(first: Tensor, first_anchor: Tensor, second: Tensor, second_anchor: Tensor) -> Tensor:
+    """T minimising ``‖T A − A0‖² / ‖A0‖² + ‖Tᵀ B0 − B‖² / ‖B‖²``; all ``[head_dim, n]`` float64."""
+    from scipy.linalg import solve_sylvester
+
+    w_first = 1.0 / first_anchor.square().sum()
+    w_second = 1.0 / second.square().sum()
+    left = w_second * second_anchor @ second_anchor.T
+    right = w_first * first @ first.T
+    target = w_first * first_anchor @ first.T + w_second * second_anchor @ second.T
+    return torch.from_numpy(solve_sylvester(left.numpy(), right.numpy(), target.numpy()))

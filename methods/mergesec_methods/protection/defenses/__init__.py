@@ -1,0 +1,1 @@
+"""The owner's protections and marks: one module per defense."""
