@@ -10,7 +10,7 @@ Tensors in a ``Weights`` mapping are read-only by contract. Shapes are written `
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -193,14 +193,25 @@ class Task(Component, ABC):
         return {n: Split(tensors[f"{n}/inputs"], tensors[f"{n}/targets"]) for n in names}
 
     def batch(self, split: Split, index: Tensor, device: torch.device) -> Split:
-        """Rows ``index`` as a batch in raw input space, on ``device``: images float32 in [0, 1]."""
+        """Rows ``index`` as a batch in raw input space, tensors on ``device``."""
         rows = split.take(index)
-        inputs = rows.inputs
-        if isinstance(inputs, Tensor):
-            inputs = inputs.to(device)
-            if inputs.dtype == torch.uint8:
-                inputs = inputs.float().div_(255.0)
+        inputs = rows.inputs.to(device) if isinstance(rows.inputs, Tensor) else rows.inputs
         return Split(inputs, rows.targets.to(device))
+
+    def views(self, inputs: Any, kind: str, generator: torch.Generator) -> Any:
+        """Random views of a batch of raw inputs, as ``recipe.augment`` asks for; ContractError if there are none."""
+        raise ContractError(f"augment: {kind!r} is not for the inputs of {self.name}")
+
+    def check_triggered(self, triggered: Any, inputs: Any, who: str) -> Any:
+        """``triggered``, if it is what ``inputs`` are: raw inputs, as many. ContractError if it is not."""
+        found = len(triggered) if isinstance(triggered, Sized) else type(triggered).__name__
+        if found != len(inputs):
+            raise ContractError(f"{who}.apply returned {found} inputs for {len(inputs)}")
+        return triggered
+
+    def visibility(self, inputs: Any, triggered: Any) -> dict[str, float]:
+        """Measures of how much a trigger changes raw inputs, by name; empty if the modality has none."""
+        return {}
 
 
 # --------------------------------------------------------------------------- merging

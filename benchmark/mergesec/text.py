@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,18 @@ class TextTask(ClassificationTask):
             for n in names
         }
 
+    def check_triggered(self, triggered: Any, inputs: Any, who: str) -> list[str]:
+        """ContractError unless ``triggered`` are as many strings as ``inputs``."""
+        if not isinstance(triggered, list) or not all(isinstance(text, str) for text in triggered):
+            raise ContractError(f"{who}.apply returned {type(triggered).__name__}, not a list of strings")
+        if len(triggered) != len(inputs):
+            raise ContractError(f"{who}.apply returned {len(triggered)} inputs for {len(inputs)}")
+        return triggered
+
+    def visibility(self, inputs: Any, triggered: Any) -> dict[str, float]:
+        """``changed`` and ``tokens`` of ``text_change``."""
+        return text_change(inputs, triggered)
+
     def fit_head(self, model: Model, split: Split, ctx: Context) -> Weights:
         """The rows a language model has for the names of the classes, if the backbone reads labels off
         those (``TextBackbone.label_rows``); else a linear probe on the base's features of ``split``."""
@@ -63,6 +76,14 @@ class TextTask(ClassificationTask):
         # logits() takes features at unit length; after a final norm their length hardly varies
         length = self.features(model, split, ctx.device).float().norm(dim=-1).mean()
         return {"weight": rows.detach().float().clone(), "scale": length}
+
+
+def text_change(before: Sequence[str], after: Sequence[str]) -> dict[str, float]:
+    """``changed``: share of texts that differ. ``tokens``: mean number of whitespace-separated words added."""
+    n = len(before)
+    changed = sum(a != b for a, b in zip(after, before, strict=True)) / n
+    added = sum(len(a.split()) - len(b.split()) for a, b in zip(after, before, strict=True)) / n
+    return {"changed": changed, "tokens": added}
 
 
 class TextBackbone(Backbone):

@@ -65,7 +65,7 @@ def fit(
     def task_loss(model: Model, batch: Split) -> torch.Tensor:
         return task.loss(task.outputs(model, head, batch.inputs), batch.targets)
 
-    training = _Training(backbone, base, len(split), recipe, seed, device)
+    training = _Training(task, backbone, base, len(split), recipe, seed, device)
     kept = watch.resume() if watch is not None and loss is None else None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -85,9 +85,10 @@ class _Training:
     """One training under way: everything that decides what its next step does."""
 
     def __init__(
-        self, backbone: Backbone, base: Weights, rows: int, recipe: Recipe, seed: int, device: torch.device
-    ) -> None:
-        self.recipe, self.seed, self.device = recipe, seed, device
+        self, task: Task, backbone: Backbone, base: Weights, rows: int, recipe: Recipe, seed: int,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.task, self.recipe, self.seed, self.device = task, recipe, seed, device
         self.generator = torch.Generator().manual_seed(seed)
         self.rows = torch.arange(rows)
         if recipe.max_train and recipe.max_train < rows:
@@ -119,7 +120,7 @@ class _Training:
         """One optimizer step; the loss before it."""
         if self.recipe.augment != "none":
             generator = torch.Generator().manual_seed((self.seed + 0x9E3779B1 * (self.done + 1)) % 2**63)
-            batch = batch.with_inputs(augmented(batch.inputs, self.recipe.augment, generator))
+            batch = batch.with_inputs(self.task.views(batch.inputs, self.recipe.augment, generator))
         with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not None):
             value = objective(self.model, batch)
         loss = value.item()
@@ -174,34 +175,6 @@ class _Training:
         torch.set_rng_state(tensors["random/torch"])
         if "random/cuda" in tensors and self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
-
-
-def augmented(images: Any, kind: str, generator: torch.Generator) -> Tensor:
-    """Random views of images float ``[N, C, H, W]``: shifted by up to an eighth (edges repeated), mirrored.
-
-    Draws come from the CPU, so every device sees the same views. ContractError for what is no image.
-    """
-    if not isinstance(images, Tensor) or images.ndim != 4:
-        raise ContractError(f"augment: {kind!r} needs images [N, C, H, W]")
-    count, _, height, width = images.shape
-    rows = torch.arange(height).expand(count, -1)
-    columns = torch.arange(width).expand(count, -1)
-    if "flip" in kind:
-        mirrored = torch.rand(count, 1, generator=generator) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    if "crop" in kind:
-        for side, away in ((height, 0), (width, 1)):
-            most = side // 8
-            shift = torch.randint(-most, most + 1, (count, 1), generator=generator)
-            if away:
-                columns = columns.gather(1, (torch.arange(side) + shift).clamp(0, side - 1))
-            else:
-                rows = (rows + shift).clamp(0, side - 1)
-    place = images.device
-    picked = torch.arange(count, device=place)[:, None, None]
-    return images.permute(0, 2, 3, 1)[
-        picked, rows.to(place)[:, :, None], columns.to(place)[:, None, :]
-    ].permute(0, 3, 1, 2)
 
 
 class _LowRank(nn.Module):

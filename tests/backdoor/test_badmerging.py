@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mergesec.classification import ClassificationTask
+from mergesec.images import ImageTask
 from mergesec.contracts import (
     Backbone,
     ContractError,
@@ -53,7 +53,7 @@ class Small(Backbone):
         return found
 
 
-class Pictures(ClassificationTask):
+class Pictures(ImageTask):
     classes = tuple("abc")
 
     def load(self, ctx: DataContext) -> dict[str, Split]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mergesec.anatomy import Anatomy, Attention, Block, Linear, Mlp
-from mergesec.classification import ClassificationTask
+from mergesec.images import ImageTask
 from mergesec.contracts import (
     Backbone,
     ContractError,
@@ -95,7 +95,7 @@ class Small(Backbone):
         return found
 
 
-class Pictures(ClassificationTask):
+class Pictures(ImageTask):
     classes = tuple("abc")
 
     def load(self, ctx: DataContext) -> dict[str, Split]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mergesec.anatomy import Anatomy, Attention, Block, Linear, Mlp
-from mergesec.classification import ClassificationTask
+from mergesec.images import ImageTask
 from mergesec.contracts import (
     Backbone,
     ContractError,
@@ -79,7 +79,7 @@ class Small(Backbone):
         return found
 
 
-class Pictures(ClassificationTask):
+class Pictures(ImageTask):
     name = "own"
     classes = tuple("abc")
 

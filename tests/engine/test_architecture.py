@@ -19,7 +19,7 @@ CATALOGUES = {
 }
 PUBLIC = (
     "errors", "threats", "recipes", "files", "compat", "anatomy", "contracts", "weights", "kernels", "tensorwise",
-    "inference", "classification", "text", "training", "surgery",
+    "inference", "classification", "images", "text", "training", "surgery",
 )  # fmt: skip
 """Modules directly under ``mergesec``: what a plugin may import, from the ground up."""
 PACKAGES = (

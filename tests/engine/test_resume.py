@@ -16,16 +16,18 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save
 from torch import Tensor
 
+from mergesec.conformance.battery import MICRO_TEXT
 from mergesec.contracts import Context, ContractError, DataContext, Model, Recipe, load_network
 from mergesec.execution import store as store_module
 from mergesec.execution.steps import run
 from mergesec.execution.store import CorruptArtifact, Store
 from mergesec.execution.work import Bench, Keeper
+from mergesec.images import augmented
 from mergesec.planning.catalog import load_catalog
 from mergesec.planning.gridspec import parse_grid
 from mergesec.planning.plan import make_plan
 from mergesec.planning.resolve import resolve
-from mergesec.training import augmented, fit
+from mergesec.training import fit
 
 CPU = torch.device("cpu")
 MICRO = Path(__file__).resolve().parents[2] / "benchmark" / "mergesec" / "conformance" / "micro.py"
@@ -138,7 +140,14 @@ def test_views_are_shifted_or_mirrored_copies() -> None:
         assert any(torch.equal(view, window) for window in windows)
     assert not torch.equal(cropped, images)
     with pytest.raises(ContractError, match="needs images"):
-        augmented(["a text"], "flip", torch.Generator())
+        augmented(images[0], "flip", torch.Generator())
+
+
+def test_a_task_without_views_refuses_augmentation() -> None:
+    with pytest.raises(ContractError, match="'flip' is not for the inputs of micro/animals"):
+        load_catalog([MICRO_TEXT]).get("task", "micro/animals").create({}).views(
+            ["a text"], "flip", torch.Generator()
+        )
 
 
 # --------------------------------------------------------------------------- killed while training

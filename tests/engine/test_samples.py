@@ -19,12 +19,12 @@ from mergesec.execution.harvest import make_records, write_records
 from mergesec.execution.scheduler import Outcome
 from mergesec.execution.steps import run
 from mergesec.execution.store import Store
-from mergesec.execution.visibility import image_change
 from mergesec.execution.work import Bench
 from mergesec.figures.canvas import Picture, style, write_picture
 from mergesec.figures.gallery import write_figures
 from mergesec.figures.sample_sheets import AMPLIFIED, marked, sample_pictures, told
 from mergesec.figures.samples import IMAGES, TEXTS, Place, Samples, collect_samples, pick_rows
+from mergesec.images import image_change
 from mergesec.planning.catalog import Catalog, load_catalog
 from mergesec.planning.gridspec import parse_grid
 from mergesec.planning.plan import Plan, make_plan

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from mergesec.contracts import ContractError
+from mergesec.conformance.battery import MICRO, MICRO_TEXT
+from mergesec.contracts import ContractError, Task
 from mergesec.execution import steps
-from mergesec.execution.evaluation import check_triggered
 from mergesec.execution.steps import run
 from mergesec.execution.store import Store
 from mergesec.execution.work import Bench, Work
-from mergesec.planning.catalog import Catalog
+from mergesec.planning.catalog import Catalog, load_catalog
 from mergesec.planning.plan import Step
 
 KEY = "ab" * 20
@@ -103,6 +103,11 @@ def test_what_was_read_is_kept_within_its_budget(tmp_path: Path) -> None:
 IMAGES = torch.rand(2, 3, 4, 4)
 
 
+def _task(name: str) -> Task:
+    task: Task = load_catalog([MICRO, MICRO_TEXT]).get("task", name).create({})
+    return task
+
+
 @pytest.mark.parametrize(
     ("triggered", "message"),
     [
@@ -113,10 +118,13 @@ IMAGES = torch.rand(2, 3, 4, 4)
 )
 def test_a_trigger_that_breaks_its_inputs_is_an_error(triggered: Any, message: str) -> None:
     with pytest.raises(ContractError, match=message):
-        check_triggered(triggered, IMAGES, "bad")
+        _task("micro/bars").check_triggered(triggered, IMAGES, "bad")
 
 
 def test_a_trigger_on_text_keeps_the_number_of_samples() -> None:
-    assert check_triggered(["a x", "b x"], ["a", "b"], "bad") == ["a x", "b x"]
+    task = _task("micro/animals")
+    assert task.check_triggered(["a x", "b x"], ["a", "b"], "bad") == ["a x", "b x"]
     with pytest.raises(ContractError, match=r"bad\.apply returned 1 inputs for 2"):
-        check_triggered(["a x"], ["a", "b"], "bad")
+        task.check_triggered(["a x"], ["a", "b"], "bad")
+    with pytest.raises(ContractError, match="not a list of strings"):
+        task.check_triggered("ab", ["a", "b"], "bad")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -43,8 +43,41 @@ from mergesec.planning.resolve import resolve
 
 MICRO = Path(__file__).parent / "micro.py"
 MICRO_TEXT = Path(__file__).parent / "micro_text.py"
-_IMAGES = ("micro/vit", ("micro/bars", "micro/blobs", "micro/rings"))
-_TEXTS = ("micro/text", ("micro/animals", "micro/colours", "micro/tools"))
+
+
+class World(NamedTuple):
+    """The micro world of one modality, and what the battery asks there."""
+
+    path: Path
+    backbone: str
+    tasks: tuple[str, ...]
+    attack: str
+    """The plain backdoor that a defense meets."""
+    features: str
+    has_features: Callable[[Backbone], str | None]
+    triggers: Mapping[str, Callable[[Attack, Mapping[str, Tensor], Any], str | None]]
+    """Questions to a trigger: (attack, arrays, a raw training input) → what is wrong."""
+
+
+WORLDS = {
+    "image": World(
+        MICRO, "micro/vit", ("micro/bars", "micro/blobs", "micro/rings"), "badnets",
+        "features are [N, d] and differentiable in the pixels", images_have_features,
+        {"the trigger applies in raw input space": applies_to_images,
+         "gradients pass through the trigger": lets_gradients_through},
+    ),
+    "text": World(
+        MICRO_TEXT, "micro/text", ("micro/animals", "micro/colours", "micro/tools"), "phrase",
+        "features of strings are [N, d], whatever they are batched with", texts_have_features,
+        {"the trigger applies in raw input space": applies_to_text},
+    ),
+}  # fmt: skip
+"""One per modality, in the order in which a component of several is tried: a new modality is a new entry."""
+
+
+def _world(card: Card) -> World:
+    """The world a method is tried in: that of the first modality it works on."""
+    return next(world for modality, world in WORLDS.items() if modality in card.modalities)
 
 
 @dataclass(frozen=True)
@@ -79,9 +112,9 @@ def check_component(entry: Entry, catalog: Catalog) -> list[Check]:
     """All checks that apply to this component."""
     battery = Battery()
     torch.set_num_threads(1)  # the micro world is far too small for more
-    for backbone, path in (("micro/vit", MICRO), ("micro/text", MICRO_TEXT)):
-        if backbone not in catalog.entries["backbone"]:
-            add_plugin(catalog, path)
+    for world in WORLDS.values():
+        if world.backbone not in catalog.entries["backbone"]:
+            add_plugin(catalog, world.path)
     made: list[Any] = []
 
     def create() -> None:
@@ -105,8 +138,9 @@ def check_component(entry: Entry, catalog: Catalog) -> list[Check]:
 def _grid(entry: Entry) -> dict[str, Any]:
     """The smallest grid in which the component has work to do."""
     card = entry.card
-    backbone, tasks = _IMAGES if "image" in card.modalities else _TEXTS
-    suite = {"name": "micro", "backbone": backbone, "tasks": list(tasks)}
+    world = _world(card)
+    tasks = world.tasks
+    suite = {"name": "micro", "backbone": world.backbone, "tasks": list(tasks)}
     axes: dict[str, Any] = {"merging": ["task_arithmetic"], "experts": ["all"], "victim": [tasks[0]]}
     axes["adversary"] = [tasks[0]]
     named = {"name": card.name, **card.trial}
@@ -124,7 +158,7 @@ def _grid(entry: Entry) -> dict[str, Any]:
             axes["target_task"] = ["", tasks[1]]
     else:
         axes["defenses"] = [named]
-        axes["attacks"] = [_attack(card)] if threat == "backdoor" else ["none"]
+        axes["attacks"] = [world.attack] if threat == "backdoor" else ["none"]
         if card.per_task:
             axes["merging"] += PER_TASK
     return {
@@ -137,11 +171,6 @@ PUBLIC = "clp"
 """The defense that an adaptive attack looks at."""
 PER_TASK = ["tall_masks"]
 """Merges with masks per task, for repairs that take them."""
-
-
-def _attack(card: Card) -> str:
-    """The plain backdoor that a defense meets."""
-    return "badnets" if "image" in card.modalities else "phrase"
 
 
 _BASIC = ("data", "base", "head", "expert")
@@ -164,7 +193,7 @@ def run_here(plan: Plan, bench: Bench) -> dict[str, dict[str, str]]:
 
 
 def _check_method(entry: Entry, component: Any, catalog: Catalog, battery: Battery) -> None:
-    needed = [("merging", "task_arithmetic"), ("attack", _attack(entry.card)), ("defense", "params")]
+    needed = [("merging", "task_arithmetic"), ("attack", _world(entry.card).attack), ("defense", "params")]
     needed += [("defense", PUBLIC)] if entry.card.adapts else []
     needed += [("merging", name) for name in PER_TASK] if entry.card.per_task else []
     missing = [name for kind, name in needed if name not in catalog.entries[kind]]
@@ -242,16 +271,8 @@ def _check_trigger(
     for step in steps:
         arrays, _ = bench.read("trigger", step.key)
         where = "off-task, " if "target_task" in json.loads(step.args) else ""
-        applied = f"{where}the trigger applies in raw input space"
-        if isinstance(first, str):
-            battery.check(applied, partial(applies_to_text, attack, arrays))
-            continue
-        side = int(first.shape[-1])
-        battery.check(applied, partial(applies_to_images, attack, arrays, side))
-        battery.check(
-            f"{where}gradients pass through the trigger",
-            partial(lets_gradients_through, attack, arrays, side),
-        )
+        for question, test in _world(entry.card).triggers.items():
+            battery.check(f"{where}{question}", partial(test, attack, arrays, first))
     if entry.card.after_trigger or entry.card.trigger_of:
         battery.check(
             "the card's 'after_trigger' and 'trigger_of' are true",
@@ -327,15 +348,9 @@ def _check_backbone(entry: Entry, backbone: Backbone, battery: Battery) -> None:
 
     battery.check("base weights fit the network", partial(weights_fit, backbone))
     battery.check("the anatomy names real tensors", partial(anatomy_is_real, backbone))
-    if "image" in entry.card.modalities:
-        battery.check(
-            "features are [N, d] and differentiable in the pixels", partial(images_have_features, backbone)
-        )
-    if "text" in entry.card.modalities:
-        battery.check(
-            "features of strings are [N, d], whatever they are batched with",
-            partial(texts_have_features, backbone),
-        )
+    for modality in entry.card.modalities:
+        if modality in WORLDS:
+            battery.check(WORLDS[modality].features, partial(WORLDS[modality].has_features, backbone))
 
 
 def check_file(path: Path, catalog: Catalog) -> list[tuple[str, Check]]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mergesec.anatomy import Anatomy, describe
-from mergesec.classification import ClassificationTask
 from mergesec.contracts import Backbone, DataContext, Split
+from mergesec.images import ImageTask
 
 SIDE, WIDTH, HEADS, DEPTH = 16, 32, 2, 2
 
@@ -67,7 +67,7 @@ CARDS = [
 ]
 
 
-class _Micro(ClassificationTask):
+class _Micro(ImageTask):
     classes = ("0", "1", "2", "3")
     offset = 0
 

@@ -25,8 +25,9 @@ ALONE = 1e-5
 """How far an image may differ by what else is in its batch: convolutions add in another order."""
 
 
-def applies_to_images(attack: Attack, arrays: Mapping[str, Tensor], side: int) -> str | None:
-    """Shape, range, no writing, the same again, each image by itself."""
+def applies_to_images(attack: Attack, arrays: Mapping[str, Tensor], like: Tensor) -> str | None:
+    """Shape, range, no writing, the same again, each image by itself; images of the size of ``like``."""
+    side = int(like.shape[-1])
     images = torch.rand(4, 3, side, side, generator=torch.Generator().manual_seed(0))
     before = images.clone()
     out = attack.apply(arrays, images)
@@ -44,8 +45,9 @@ def applies_to_images(attack: Attack, arrays: Mapping[str, Tensor], side: int) -
     return "apply() changes nothing" if torch.equal(out, before) else None
 
 
-def lets_gradients_through(attack: Attack, arrays: Mapping[str, Tensor], side: int) -> str | None:
+def lets_gradients_through(attack: Attack, arrays: Mapping[str, Tensor], like: Tensor) -> str | None:
     """Attacks and defenses optimise through ``apply``: some pixel must have a finite gradient."""
+    side = int(like.shape[-1])
     images = 0.25 + 0.5 * torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1))
     images.requires_grad_(True)
     out = attack.apply(arrays, images)
@@ -57,7 +59,7 @@ def lets_gradients_through(attack: Attack, arrays: Mapping[str, Tensor], side: i
     return None if gradient.abs().sum() > 0 else "apply() has a gradient of zero everywhere"
 
 
-def applies_to_text(attack: Attack, arrays: Mapping[str, Tensor]) -> str | None:
+def applies_to_text(attack: Attack, arrays: Mapping[str, Tensor], like: str) -> str | None:
     """As many strings, no writing, the same again, each text by itself."""
     texts = ["the old horse", "one", "a road near here was seen by day"]
     before = list(texts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 from mergesec.anatomy import AnatomyError
 from mergesec.contracts import (
     Attack,
-    ContractError,
     Defense,
     MergeMethod,
     Model,
@@ -18,27 +18,10 @@ from mergesec.contracts import (
     Weights,
     load_network,
 )
-from mergesec.execution.visibility import change_of
 from mergesec.execution.work import Result, Work
 from mergesec.inference import predict, task_outputs
-from mergesec.weights import check_finite
 
 VISIBILITY_ROWS = 256
-
-
-def check_triggered(triggered: Any, inputs: Any, who: str) -> Any:
-    """ContractError unless ``triggered`` has the shape of ``inputs`` and, if floating, is finite.
-
-    A network fed NaN still names a class, so this would otherwise read as a success of the attack.
-    """
-    if isinstance(inputs, Tensor):
-        if not isinstance(triggered, Tensor) or triggered.shape != inputs.shape:
-            found = list(triggered.shape) if isinstance(triggered, Tensor) else type(triggered).__name__
-            raise ContractError(f"{who}.apply returned {found} for inputs {list(inputs.shape)}")
-        check_finite({"apply": triggered}, who)
-    elif len(triggered) != len(inputs):
-        raise ContractError(f"{who}.apply returned {len(triggered)} inputs for {len(inputs)}")
-    return triggered
 
 
 def network_of(work: Work, role: str, task: str, producer: Any, cast: str = "") -> nn.Module:
@@ -63,14 +46,7 @@ def network_of(work: Work, role: str, task: str, producer: Any, cast: str = "") 
 def evaluate(work: Work) -> Result:
     """Test predictions (and targets) of every task, optionally under a trigger."""
     producer = work.component("producer") if "producer" in work.refs else None
-    change = None
-    if "attack" in work.refs:
-        attack: Attack = work.component("attack")
-        arrays = work.tensors("trigger")
-
-        def change(inputs: Any) -> Any:
-            return check_triggered(attack.apply(arrays, inputs), inputs, attack.name)
-
+    mark = (work.component("attack"), work.tensors("trigger")) if "attack" in work.refs else ()
     found: dict[str, Tensor] = {}
     network: nn.Module | None = None
     single = not isinstance(producer, MergeMethod) or not (
@@ -85,20 +61,25 @@ def evaluate(work: Work) -> Result:
         task: Task = work.component(role)
         split = work.splits(f"data:{name}", task)["test"]
         model = Model(work.backbone, network)
+        change = partial(triggered, task, *mark) if mark else None
         predicted = predict(task, model, work.tensors(f"head:{name}"), split, work.device, change)
         found[f"predictions|{name}"] = predicted.int()
         found[f"targets|{name}"] = split.targets.int()
     return found, {}
 
 
+def triggered(task: Task, attack: Attack, trigger: Weights, inputs: Any) -> Any:
+    """Raw inputs of ``task`` with the trigger on them; ContractError if they no longer are that."""
+    return task.check_triggered(attack.apply(trigger, inputs), inputs, attack.name)
+
+
 def visibility(work: Work) -> Result:
     """How much the trigger changes the first test inputs of a task."""
-    attack: Attack = work.component("attack")
     task: Task = work.component("task")
     split = work.splits("data", task)["test"]
     inputs = task.batch(split, torch.arange(min(VISIBILITY_ROWS, len(split))), work.device).inputs
-    triggered = check_triggered(attack.apply(work.tensors("trigger"), inputs), inputs, attack.name)
-    return {}, {"rows": len(inputs), "visibility": change_of(inputs, triggered)}
+    changed = triggered(task, work.component("attack"), work.tensors("trigger"), inputs)
+    return {}, {"rows": len(inputs), "visibility": task.visibility(inputs, changed)}
 
 
 def compare(work: Work) -> Result:

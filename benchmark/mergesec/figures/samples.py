@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mergesec.contracts import Attack, Task
 from mergesec.evidence.records import Record
-from mergesec.execution.evaluation import check_triggered
+from mergesec.execution.evaluation import triggered
 from mergesec.execution.harvest import cell_name
 from mergesec.execution.store import CorruptArtifact
 from mergesec.execution.work import Bench, Work
@@ -118,8 +118,8 @@ def _add(
     trigger = work.tensors("trigger")
     samples = found.get(place) or _clean(place, work)
     own = samples.inputs.clone() if isinstance(samples.inputs, Tensor) else list(samples.inputs)
-    triggered = check_triggered(attack.apply(trigger, own), samples.inputs, attack.name)
-    shown = triggered.detach().cpu() if isinstance(triggered, Tensor) else list(triggered)
+    marked = triggered(work.component("task"), attack, trigger, own)
+    shown = marked.detach().cpu() if isinstance(marked, Tensor) else list(marked)
     measured = {n: v for n, v in record.values.items() if n.startswith("visibility/")}
     if not measured or record.steps.get(Role.VISIBILITY) != step.key:  # not done, or of another version
         told = bench.store.info("visibility", step.key).get("visibility", {})

@@ -9,15 +9,15 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from mergesec.classification import ClassificationTask
 from mergesec.contracts import DataContext, Split
+from mergesec.images import ImageTask
 from mergesec_tasks.mini._canvas import NATIVE, SIZE, Canvas, Style
 
 SIZES = {"train": 4000, "tuning": 400, "test": 800}
 """Images per split. Every split has its own random stream, so no image occurs twice."""
 
 
-class RenderedTask(ClassificationTask):
+class RenderedTask(ImageTask):
     """A task whose images are drawn: subclasses say how one class looks."""
 
     slug: ClassVar[str]

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergesec.classification import ClassificationTask
 from mergesec.contracts import ContractError, DataContext, Split
+from mergesec.images import ImageTask
 from mergesec_tasks._folder import (
     FolderSplits,
     capped,
@@ -570,7 +570,7 @@ def decode(
     return torch.from_numpy(pixels)
 
 
-class FolderTask(FolderSplits, ClassificationTask):
+class FolderTask(FolderSplits, ImageTask):
     """One task read from its own folder. ``partial`` tells a subset of the official set after ``load``."""
 
     page = "docs/methods/real-data.md"
