@@ -40,8 +40,16 @@ class Count(BaseModel):
         return hits, np.ones(self.total, bool) if self.mask is None else _unpack(self.mask, self.total)
 
 
+class Component(BaseModel):
+    """A method as it was run: its name and all its parameters, defaults filled in."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    parameters: dict[str, Any] = {}
+
+
 class Record(BaseModel):
-    """What one cell came to."""
+    """What one cell came to. ``merging``, ``attack`` and ``defense`` are labels, for people."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     schema_version: int = SCHEMA
@@ -54,6 +62,8 @@ class Record(BaseModel):
     merging: str
     attack: str
     defense: str
+    components: dict[str, Component] = {}
+    """By ``merging``, ``attack``, ``defense``: what the labels stand for. Empty in records of before 0.1."""
     subject: str
     target_class: int
     experts: list[str]

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergesec import __version__
-from mergesec.evidence.records import SCHEMA, Count, Record, count
+from mergesec.evidence.records import SCHEMA, Component, Count, Record, count
 from mergesec.execution.scheduler import Outcome
 from mergesec.execution.store import Store, parse_safetensors
 from mergesec.files import write_atomic
@@ -275,12 +275,24 @@ def _record(
     return Record(
         cell=cell_name(cell), grid=spec.name, suite=spec.suite.name, backbone=plan.grid.backbone.label,
         protocol=spec.protocol, threat=cell.threat, merging=cell.merging.label, attack=cell.attack.label,
-        defense=cell.defense.label, subject=cell.subject, target_class=cell.target_class,
+        defense=cell.defense.label, components=_components(cell), subject=cell.subject, target_class=cell.target_class,
         experts=list(cell.experts), seed=cell.seed, protected=cell.protected, secrets=cell.secrets,
         adversaries=cell.adversaries, target_task=cell.target_task, status=status, reason=reason, counts=counts,
         values=values, facts=facts, steps=dict(planned.roles), cost=cost,
         provenance={**shared, "components": components, "devices": devices},
     )  # fmt: skip
+
+
+def _components(cell: Cell) -> dict[str, Component]:
+    """The cell's methods with their parameters; places shrink to their last part."""
+    refs = {"merging": cell.merging, "attack": cell.attack, "defense": cell.defense}
+    return {
+        kind: Component(
+            name=ref.name, parameters=_without_place(json.loads(json.dumps(dict(ref.parameters))))
+        )
+        for kind, ref in refs.items()
+        if ref is not NONE
+    }
 
 
 def _shared_provenance(grid: Grid) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from mergesec.figures.canvas import (
     side_by_side,
     wrapped,
 )
-from mergesec.figures.sweeps import LEAST, Defaults, Sweep, axis_title, find_sweeps
+from mergesec.figures.sweeps import LEAST, Methods, Sweep, axis_title, find_sweeps, methods_of
 from mergesec.threats import Threat
 
 if TYPE_CHECKING:
@@ -42,9 +42,7 @@ Place = tuple[int, int, str]
 """Experts merged, how many of them are malicious, the task the target belongs to."""
 
 
-def backdoor_pictures(
-    records: Sequence[Record], boards: Mapping[str, Board], defaults: Defaults
-) -> Iterator[Picture]:
+def backdoor_pictures(records: Sequence[Record], boards: Mapping[str, Board]) -> Iterator[Picture]:
     """Every picture of a backdoor that these cells allow."""
     if "backdoor" not in boards:
         return
@@ -54,7 +52,7 @@ def backdoor_pictures(
     if "backdoor_pareto" in boards:
         yield from _scatter(rows_of(boards["backdoor_pareto"]), rows, caption)
     yield from _heat_maps(rows, caption)
-    yield from _curves(rows, caption, defaults)
+    yield from _curves(rows, caption, methods_of(mine))
     yield from _masks(mine, caption)
 
 
@@ -198,10 +196,10 @@ _MEASURES = (("ASR", "succession", SHARE), ("excess over the control", "backdoor
 # --------------------------------------------------------------------------- curves
 
 
-def _curves(rows: Sequence[Row], caption: Caption, defaults: Defaults) -> Iterator[Picture]:
+def _curves(rows: Sequence[Row], caption: Caption, methods: Methods) -> Iterator[Picture]:
     """ASR along a method's coefficient, and against the number of clean experts."""
     note = "Dotted: control, the same trigger on the merge of clean experts."
-    for sweep in find_sweeps(_distinct([r["method"] for r in rows]), defaults):
+    for sweep in find_sweeps(methods):
         mine = [r for r in rows if r["method"] in sweep.values]
         lines = _along(mine, sweep)
         if lines:

@@ -30,7 +30,7 @@ from mergesec.figures.canvas import (
     sheet,
     short_names,
 )
-from mergesec.figures.sweeps import Defaults, axis_title, find_sweeps
+from mergesec.figures.sweeps import Methods, axis_title, find_sweeps, methods_of
 from mergesec.threats import Role, Threat
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ CONTROLS = ("(experts)", "(base)")
 
 
 def clean_pictures(
-    records: Sequence[Record], boards: Mapping[str, Board], reader: Reader, defaults: Defaults
+    records: Sequence[Record], boards: Mapping[str, Board], reader: Reader
 ) -> Iterator[Picture]:
     """Accuracy per method, per method and task, and along a method's coefficient."""
     if "clean" not in boards:
@@ -50,7 +50,7 @@ def clean_pictures(
     caption = Caption.of(mine)
     yield from _dots(rows, caption)
     yield from _tasks(rows, mine, reader, caption)
-    yield from _sweeps(rows, caption, defaults)
+    yield from _sweeps(rows, caption, methods_of(mine))
 
 
 def _name(row: Row, rows: Sequence[Row]) -> str:
@@ -126,10 +126,9 @@ def _tasks(
     yield from heat_sheets("clean-tasks", "Accuracy of merges, task by task", lines, caption, "")
 
 
-def _sweeps(rows: Sequence[Row], caption: Caption, defaults: Defaults) -> Iterator[Picture]:
-    methods = [r["method"] for r in rows if r["method"] not in CONTROLS]
+def _sweeps(rows: Sequence[Row], caption: Caption, methods: Methods) -> Iterator[Picture]:
     by_parameter: dict[tuple[str, int], list[Series]] = {}
-    for sweep in find_sweeps(methods, defaults):
+    for sweep in find_sweeps(methods):
         for size in sorted({r["experts"] for r in rows if r["method"] in sweep.values}):
             found = {r["method"]: r for r in rows if r["experts"] == size}
             xs = [v for label, v in sweep.values.items() if label in found]

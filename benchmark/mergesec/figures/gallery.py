@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mergesec.evidence.boards import make_boards
 from mergesec.evidence.estimates import Reader
@@ -14,7 +12,6 @@ from mergesec.figures.backdoor import backdoor_pictures
 from mergesec.figures.canvas import Picture, style, write_picture
 from mergesec.figures.clean import clean_pictures
 from mergesec.figures.protection import protection_pictures
-from mergesec.planning.catalog import load_catalog
 
 
 def make_figures(records: Sequence[Record]) -> list[Picture]:
@@ -22,26 +19,11 @@ def make_figures(records: Sequence[Record]) -> list[Picture]:
     with style():
         boards = {b.name: b for b in make_boards(records)}
         reader = Reader()
-        defaults = _card_defaults()
         return [
-            *clean_pictures(records, boards, reader, defaults),
-            *protection_pictures(records, boards, reader, defaults),
-            *backdoor_pictures(records, boards, defaults),
+            *clean_pictures(records, boards, reader),
+            *protection_pictures(records, boards, reader),
+            *backdoor_pictures(records, boards),
         ]
-
-
-def _card_defaults() -> Any:
-    """Defaults of installed merge methods; the catalogue is read when the first one is asked for."""
-
-    @cache
-    def entries() -> Mapping[str, Any]:
-        return load_catalog().entries["merging"]
-
-    def of(name: str) -> Mapping[str, Any]:
-        entry = entries().get(name)
-        return {} if entry is None else {k: p.default for k, p in entry.card.parameters.items()}
-
-    return of
 
 
 def write_figures(

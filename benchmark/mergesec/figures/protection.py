@@ -35,7 +35,7 @@ from mergesec.figures.canvas import (
     side_by_side,
     wrapped,
 )
-from mergesec.figures.sweeps import LEAST, Defaults, Sweep, axis_title, find_sweeps
+from mergesec.figures.sweeps import LEAST, Methods, Sweep, axis_title, find_sweeps, methods_of
 from mergesec.threats import Role, Threat
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ MOST_BARS = 6
 
 
 def protection_pictures(
-    records: Sequence[Record], boards: Mapping[str, Board], reader: Reader, defaults: Defaults
+    records: Sequence[Record], boards: Mapping[str, Board], reader: Reader
 ) -> Iterator[Picture]:
     """Every picture of a protection that these cells allow."""
     if "protection_cells" not in boards:
@@ -60,7 +60,7 @@ def protection_pictures(
     caption = Caption.of(mine)
     rows: list[Row] = rows_of(boards["protection_cells"])
     yield from _heat_maps(rows, caption)
-    yield from _landscapes(rows, caption, defaults)
+    yield from _landscapes(rows, caption, methods_of(mine))
     yield from _matrices(mine, reader, caption)
     yield from _distances(mine, caption)
     if "ownership" in boards:
@@ -121,9 +121,9 @@ _MEASURES = (("merged accuracy", "MMP_attacked", ACCURACY), ("recovery", "recove
 # --------------------------------------------------------------------------- curves
 
 
-def _landscapes(rows: Sequence[Row], caption: Caption, defaults: Defaults) -> Iterator[Picture]:
+def _landscapes(rows: Sequence[Row], caption: Caption, methods: Methods) -> Iterator[Picture]:
     """Accuracy along a method's coefficient, the number of experts, and the number of protected ones."""
-    for sweep in find_sweeps(_distinct([r["method"] for r in rows]), defaults):
+    for sweep in find_sweeps(methods):
         mine = [r for r in rows if r["method"] in sweep.values]
         lines = _along(mine, sweep)
         what = f"Accuracy along the coefficient of {sweep.title}"

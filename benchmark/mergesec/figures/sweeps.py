@@ -1,16 +1,19 @@
-"""Which merge methods of a grid differ in one number only: the x-axes of curves, read from labels."""
+"""Which merge methods of a grid differ in one number only: the x-axes of curves, read from the records."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from mergesec.evidence.records import Component, Record
 
 LEAST = 3
 """Points a curve needs."""
 
-Defaults = Callable[[str], Mapping[str, Any]]
-"""Parameters and defaults of a merge method by name; empty if it is not installed."""
+Methods = Mapping[str, Component]
+"""Merge methods by the label that boards show."""
 
 
 @dataclass(frozen=True)
@@ -23,41 +26,38 @@ class Sweep:
     """Label as on the boards → value, in increasing order of the value."""
 
 
-def parse_label(label: str) -> tuple[str, dict[str, str]]:
-    """``name(a=1, b=x(c=2, d=3))`` → (``name``, ``{"a": "1", "b": "x(c=2, d=3)"}``)."""
-    name, _, rest = label.partition("(")
-    given: dict[str, str] = {}
-    depth, start, inside = 0, 0, rest[:-1]
-    for i, letter in enumerate(f"{inside},"):
-        depth += (letter in "([") - (letter in ")]")
-        if letter == "," and depth == 0 and inside[start:i]:
-            key, _, value = inside[start:i].strip().partition("=")
-            given[key] = value
-            start = i + 1
-    return name, given
+def methods_of(records: Iterable[Record]) -> Methods:
+    """The merge methods of these records, by their label; records of before 0.1 do not tell them."""
+    return {r.merging: r.components["merging"] for r in records if "merging" in r.components}
 
 
-def find_sweeps(labels: Iterable[str], defaults: Defaults) -> list[Sweep]:
-    """Every parameter that takes at least three numbers while all others stay.
-
-    Labels leave defaults out, so a label without the parameter has the installed card's default.
-    """
-    found: dict[tuple[str, str, tuple[tuple[str, str], ...]], dict[str, float]] = {}
-    parsed = {label: parse_label(label) for label in labels}
-    swept = {(name, key) for name, given in parsed.values() for key in given}
-    for label, (name, given) in parsed.items():
-        known = defaults(name)
-        for key in sorted(k for n, k in swept if n == name):
-            value = _number(given[key] if key in given else known.get(key))
-            if value is not None:
-                rest = tuple(sorted((k, v) for k, v in given.items() if k != key))
-                found.setdefault((name, key, rest), {})[label] = value
+def find_sweeps(methods: Methods) -> list[Sweep]:
+    """Every parameter that takes at least three numbers while all others stay; ``methods`` by their label."""
+    names = {m.name for m in methods.values()}
     sweeps = []
-    for (name, key, rest), values in found.items():
-        if len(set(values.values())) >= LEAST:
-            title = f"{name}({', '.join(f'{k}={v}' for k, v in rest)})" if rest else name
-            sweeps.append(Sweep(title, key, dict(sorted(values.items(), key=lambda item: item[1]))))
+    for name in sorted(names):
+        mine = {label: m.parameters for label, m in methods.items() if m.name == name}
+        for key in sorted({k for given in mine.values() for k in given}):
+            sweeps += _along(name, key, mine)
     return sweeps
+
+
+def _along(name: str, key: str, given: Mapping[str, Mapping[str, Any]]) -> list[Sweep]:
+    """The sweeps of one method along one parameter: its labels grouped by all other parameters."""
+    groups: dict[str, dict[str, float]] = {}
+    for label, parameters in given.items():
+        value = _number(parameters.get(key))
+        if value is not None:
+            rest = {k: v for k, v in parameters.items() if k != key}
+            groups.setdefault(json.dumps(rest, sort_keys=True), {})[label] = value
+    found = []
+    for rest_text, values in groups.items():
+        if len(set(values.values())) >= LEAST:
+            rest = json.loads(rest_text)
+            told = {k: v for k, v in rest.items() if any(p.get(k) != v for p in given.values())}
+            title = f"{name}({', '.join(f'{k}={v}' for k, v in sorted(told.items()))})" if told else name
+            found.append(Sweep(title, key, dict(sorted(values.items(), key=lambda item: item[1]))))
+    return found
 
 
 def axis_title(parameter: str) -> str:
@@ -66,9 +66,4 @@ def axis_title(parameter: str) -> str:
 
 
 def _number(value: Any) -> float | None:
-    if isinstance(value, bool):
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
