@@ -13,11 +13,11 @@ import pytest
 
 from mergesec.errors import UsageError
 from mergesec.evidence.boards import make_boards
-from mergesec.evidence.records import Count, Record, count
+from mergesec.evidence.records import Component, Count, Record, count
 from mergesec.figures.backdoor import mask_sparsity
 from mergesec.figures.canvas import Caption, Picture, look_of, require_matplotlib
 from mergesec.figures.gallery import make_figures, write_figures
-from mergesec.figures.sweeps import find_sweeps, parse_label
+from mergesec.figures.sweeps import find_sweeps
 
 KINDS = ("query", "up", "all")
 
@@ -42,6 +42,12 @@ def _record(threat: str, counts: dict[str, Count], **fields: Any) -> Record:
         "target_class": 0, "experts": ["s/a", "s/b"], "seed": 0, "status": "done", "counts": counts,
     }  # fmt: skip
     return Record(**{**given, **fields})
+
+
+def _scaled(x: float) -> dict[str, Any]:
+    """Fields of a record of task arithmetic with this coefficient."""
+    method = Component(name="task_arithmetic", parameters={"scaling": x})
+    return {"merging": f"task_arithmetic(scaling={x})", "components": {"merging": method}}
 
 
 def _accuracies(tasks: str, **roles: int) -> dict[str, Count]:
@@ -142,9 +148,9 @@ def test_accuracies_of_merges_are_the_boards() -> None:
 
 
 def test_methods_that_differ_in_their_coefficient_make_a_curve() -> None:
-    # 0.3 is task arithmetic's default, which labels leave out
-    labels = {"task_arithmetic(scaling=0.1)": 40, "task_arithmetic": 60, "task_arithmetic(scaling=0.8)": 50}
-    pictures = _drawn([_clean(label, k) for label, k in labels.items()])
+    # 0.3 is task arithmetic's default, which labels leave out and parameters do not
+    given = [(0.1, 40, {}), (0.3, 60, {"merging": "task_arithmetic"}), (0.8, 50, {})]
+    pictures = _drawn([_clean(accurate=k, **{**_scaled(x), **label}) for x, k, label in given])
     found = _lines(pictures["clean-coefficient"], "2 experts")
     assert found["task_arithmetic"] == ([0.1, 0.3, 0.8], pytest.approx([40.5, 60.5, 50.5]))
     assert found["experts"][1] == pytest.approx([90.5, 90.5])
@@ -178,9 +184,7 @@ def test_more_settings_than_defenses_turn_the_heat_map() -> None:
 
 def test_the_landscape_has_a_curve_for_each_attack_and_both_sides() -> None:
     records = [
-        _protection(
-            "p", attack, 20 + place + (9 if attack == "aga" else 0), merging=f"task_arithmetic(scaling={x})"
-        )
+        _protection("p", attack, 20 + place + (9 if attack == "aga" else 0), **_scaled(x))
         for place, x in enumerate((0.1, 0.5, 0.9))
         for attack in ("none", "aga")
     ]
@@ -267,10 +271,7 @@ def test_accuracy_against_asr_and_the_heat_map() -> None:
 
 
 def test_asr_along_the_coefficient_and_against_clean_experts() -> None:
-    records = [
-        _backdoor(hit=10 * i, merging=f"task_arithmetic(scaling={x})")
-        for i, x in enumerate((0.1, 0.5, 0.9), 1)
-    ]
+    records = [_backdoor(hit=10 * i, **_scaled(x)) for i, x in enumerate((0.1, 0.5, 0.9), 1)]
     records += [_backdoor(hit=k, tasks=tasks) for k, tasks in ((80, "ab"), (50, "abc"), (20, "abcd"))]
     pictures = _drawn(records)
     found = _lines(
@@ -306,30 +307,19 @@ def test_masks_are_drawn_per_layer() -> None:
 # --------------------------------------------------------------------------- labels and titles
 
 
-def test_labels_are_read_with_what_is_nested_in_them() -> None:
-    assert parse_label("ties") == ("ties", {})
-    nested = "knots(base_method=ties(merge_func=mean, scaling=0.6), grid=[0.1, 0.2], rank=4)"
-    assert parse_label(nested) == (
-        "knots", {"base_method": "ties(merge_func=mean, scaling=0.6)", "grid": "[0.1, 0.2]", "rank": "4"}
-    )  # fmt: skip
-
-
 def test_a_sweep_changes_one_number_and_nothing_else() -> None:
-    labels = [
-        "m",
-        "m(x=2)",
-        "m(x=3)",
-        "m(x=tuned)",
-        "m(x=2, y=b)",
-        "m(x=3, y=b)",
-        "n(x=1)",
-        "n(x=2)",
-        "n(x=3)",
-    ]
-    sweeps = find_sweeps(labels, lambda name: {"x": 1.0, "y": "a"} if name == "m" else {})
+    given = {
+        "m": ("m", {"x": 1.0, "y": "a"}), "m(x=2)": ("m", {"x": 2.0, "y": "a"}), "m(x=3)": ("m", {"x": 3, "y": "a"}),
+        "m(x=tuned)": ("m", {"x": "tuned", "y": "a"}), "m(x=2, y=b)": ("m", {"x": 2.0, "y": "b"}),
+        "m(x=3, y=b)": ("m", {"x": 3.0, "y": "b"}),
+        "n(x=1)": ("n", {"x": 1}), "n(x=2)": ("n", {"x": 2}), "n(x=3)": ("n", {"x": 3}),
+    }  # fmt: skip
+    methods = {label: Component(name=name, parameters=bound) for label, (name, bound) in given.items()}
+    sweeps = find_sweeps(methods)
     assert [(s.title, s.parameter, dict(s.values)) for s in sweeps] == [
-        ("m", "x", {"m": 1.0, "m(x=2)": 2.0, "m(x=3)": 3.0}), ("n", "x", {"n(x=1)": 1.0, "n(x=2)": 2.0, "n(x=3)": 3.0}),
-    ]  # fmt: skip
+        ("m(y=a)", "x", {"m": 1.0, "m(x=2)": 2.0, "m(x=3)": 3.0}),
+        ("n", "x", {"n(x=1)": 1.0, "n(x=2)": 2.0, "n(x=3)": 3.0}),
+    ]
 
 
 def test_titles_tell_grid_seeds_protocol_and_partial_data() -> None:
