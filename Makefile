@@ -1,17 +1,24 @@
 # make quickstart : install into .venv, run the quickstart grid, print the boards
-# make test       : install into .venv, lint, type-check, run all tests
+# make check      : format, lint, types, the core of the tests: about a minute
+# make test       : format, lint, types, all tests (both install into .venv first)
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
+# a worker for each core, four at most; make WORKERS=0 ... runs the tests in one process
+WORKERS ?= auto
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 4 --durations=10
 
-.PHONY: quickstart test install install-dev lint types clean
+.PHONY: quickstart check test install install-dev lint types clean
 
 quickstart: install
 	$(BIN)/bench run --grid quickstart
 
+check: install-dev lint types
+	$(PYTEST) -m "not slow"
+
 test: install-dev lint types
-	$(BIN)/python -m pytest -q --durations=10
+	$(PYTEST)
 
 install: $(VENV)/.core
 install-dev: $(VENV)/.dev

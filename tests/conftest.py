@@ -1,17 +1,27 @@
-"""What every test folder may use: ``bench`` as a user runs it, and the development data folder."""
+"""What every test folder may use: ``bench`` as a user runs it, and the development data folder.
+
+And the rules of the suite: which tests are slow, which run alone, how parallel workers share them out, and
+that no test writes below the checkout.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+# Before torch is imported: the networks of tests are too small for more, and workers share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 MICRO = ROOT / "benchmark" / "mergesec" / "conformance" / "micro.py"
@@ -128,3 +138,116 @@ def shared() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip("no development data: set MERGESEC_SHARED or put shared/ beside the checkout")
     return folder
+
+
+# --------------------------------------------------------------------------- the rules of the suite
+
+SLOW = {"packaging", "perf"}
+"""Folders whose tests are slow by nature: one installs the package, one measures."""
+ALONE = {"perf"}
+"""Folders whose tests measure time or memory: while one of them runs, parallel workers wait."""
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+KEPT = {".pytest_cache", ".hypothesis", ".benchmarks", "__pycache__"}
+"""What test tools and Python may write below the checkout; they do without where they cannot."""
+
+
+def _folder(item: pytest.Item) -> str:
+    return item.path.relative_to(ROOT / "tests").parts[0]
+
+
+def _turn_in_line(item: pytest.Item) -> int:
+    """Installing takes longest, so it starts first; what runs alone comes last, when the others are done."""
+    return {"packaging": 0, "perf": 2}.get(_folder(item), 1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow is what starts ``bench`` in processes of its own, and whatever a folder or a test says is."""
+    for item in items:
+        if _folder(item) in SLOW or {"bench", "bench_class"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+    items.sort(key=_turn_in_line)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file stays on one worker, so its fixtures are made once; files go in the order of collection."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
+
+
+@contextmanager
+def _locked(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[int]:
+    with path.open("a") as file:
+        fcntl.flock(file, kind)
+        yield file.fileno()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Tests of parallel workers run beside each other, except those that run alone.
+
+    Who wants to be alone keeps the gate shut, so that nobody starts, and waits until the room is empty.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return (yield)
+    common = Path(item.config.option.basetemp).parent
+    alone = _folder(item) in ALONE
+    with ExitStack() as held:
+        gate = held.enter_context(_locked(common / "gate"))
+        held.enter_context(_locked(common / "room", fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
+        if not alone:
+            fcntl.flock(gate, fcntl.LOCK_UN)
+        return (yield)
+
+
+@pytest.fixture(scope="session")
+def once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``once(name, make)``: a folder that ``make`` filled, once for all parallel workers."""
+    base = tmp_path_factory.getbasetemp()
+    common = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(name: str, make: Callable[[Path], None]) -> Path:
+        folder, done = common / name, common / f"{name}.done"
+        with _locked(common / f"{name}.lock"):
+            if not done.exists():
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return made
+
+
+_written: list[str] = []
+
+
+def _is_written(event: str, arguments: tuple[Any, ...]) -> Any:
+    """The path that an audited event makes or changes, if it does."""
+    if event == "open":
+        path, mode, flags = arguments
+        return path if (flags or 0) & WRITES or set(mode or "") & set("wax+") else None
+    return {"os.mkdir": arguments[:1], "os.rename": arguments[1:2], "os.link": arguments[1:2],
+            "os.symlink": arguments[1:2]}.get(event, (None,))[0]  # fmt: skip
+
+
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:
+    path = _is_written(event, arguments)
+    if not isinstance(path, str | bytes | os.PathLike):
+        return
+    parts = Path(os.path.abspath(os.fsdecode(path))).parts
+    if parts[: len(ROOT.parts)] == ROOT.parts and not KEPT & set(parts):
+        _written.append(os.path.join(*parts[len(ROOT.parts) :]))
+
+
+sys.addaudithook(_watch)
+
+
+@pytest.fixture(autouse=True)
+def _checkout_stays_as_it_is() -> Iterator[None]:
+    """A test that writes below the checkout fails: it may be read-only, and others read it."""
+    yield
+    found = [*_written]
+    _written.clear()
+    assert not found, f"written below the checkout: {found}"

@@ -27,13 +27,16 @@ def whole() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def finished(bench_class: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def finished(bench_class: Any, once: Callable[..., Path]) -> Any:
     """An uninterrupted run of the grid ``whole``: read its store and results, do not change them."""
-    bench = bench_class(tmp_path_factory.mktemp("finished"))
-    ran = bench.run(bench.grid("whole", **WHOLE))
-    assert ran.code == 0, ran.err
-    bench.ran = ran
-    return bench
+
+    def make(folder: Path) -> None:
+        bench = bench_class(folder)
+        ran = bench.run(bench.grid("whole", **WHOLE))
+        assert ran.code == 0, ran.err
+        (folder / "out.txt").write_text(ran.out)
+
+    return bench_class(once("finished", make))
 
 
 @pytest.fixture

@@ -24,8 +24,9 @@ def test_a_run_leaves_records_csv_and_markdown(finished: Any) -> None:
     }  # fmt: skip
     manifest = json.loads((finished.results / "records" / "whole" / "grid.json").read_text())
     assert len(manifest["cells"]) == 18
-    assert "18 of 18 cells done, 59 steps run" in finished.ran.out
-    assert str(boards / "clean.csv") in finished.ran.out
+    out = (finished.home / "out.txt").read_text()
+    assert "18 of 18 cells done, 59 steps run" in out
+    assert str(boards / "clean.csv") in out
     # CSV keeps all digits: 128 test images make k/128, which needs more than the four that Markdown shows
     accuracy = pd.read_csv(boards / "clean.csv")["micro/bars"]
     assert ((accuracy * 128 - (accuracy * 128).round()).abs() < 1e-9).all()

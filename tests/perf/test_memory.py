@@ -1,0 +1,68 @@
+"""What ``bench merge`` needs in memory: a few tensors, however large the files are."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+PROBE = """
+import json, sys
+from pathlib import Path
+from mergesec.planning.catalog import load_catalog
+from mergesec.streaming.merging import merge_files
+from mergesec.streaming.reading import open_weights
+
+def peak():
+    text = Path("/proc/self/status").read_text()
+    return 1024 * int(text.split("VmHWM:")[1].split()[0])
+
+def merge(folder, method):
+    entry = load_catalog().get("merging", method)
+    made = entry.create(entry.card.bind(method, {}))
+    experts = {n: open_weights(folder / f"{n}.safetensors", n) for n in ("a", "b")}
+    merge_files(made, open_weights(folder / "base.safetensors", "base"), experts, folder / "out.safetensors", force=True)
+
+small, large = Path(sys.argv[1]), Path(sys.argv[2])
+for method in sys.argv[3:]:
+    merge(small, method)
+imported = peak()
+for method in sys.argv[3:]:
+    merge(large, method)
+print(json.dumps(peak() - imported))
+"""
+
+
+def generate(folder: Path, width: int, layers: int, dtype: torch.dtype) -> int:
+    """A base and two experts with ``layers`` square matrices; bytes of the largest tensor."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.01 * torch.randn(width + 7, width, generator=generator)
+    for position, name in enumerate(("base", "a", "b")):
+        tensors = {"norm": torch.ones(width, dtype=dtype), "steps": torch.arange(3)}
+        for layer in range(layers):
+            tensors[f"layer{layer}"] = (
+                noise[layer % 7 :][:width] * (layer + 1) + position * 0.01 * noise[:width]
+            ).to(dtype)
+        save_file(tensors, folder / f"{name}.safetensors")
+    return width * width * dtype.itemsize
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory from /proc")
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 2560), (torch.bfloat16, 3584)])
+def test_memory_stays_below_three_tensors_per_expert(dtype: torch.dtype, width: int, tmp_path: Path) -> None:
+    """Three files of 210 MB: what a process needs beyond its imports, for averaging, TIES and DARE."""
+    generate(tmp_path / "small", 8, 1, dtype)
+    largest = generate(tmp_path / "large", width, 8, dtype)
+    assert (tmp_path / "large" / "base.safetensors").stat().st_size > 200e6
+    methods = ["task_arithmetic", "ties", "dare"]
+    arguments = [str(tmp_path / "small"), str(tmp_path / "large"), *methods]
+    ran = subprocess.run(
+        [sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, check=True
+    )
+    assert json.loads(ran.stdout) < 3 * 2 * largest
