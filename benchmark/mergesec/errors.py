@@ -12,7 +12,7 @@ class UsageError(ValueError):
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")
-        self.field = field
+        self.field, self.message = field, message
 
 
 def nearest(value: Any, choices: Iterable[str]) -> str:

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergesec.errors import UsageError, nearest
-from mergesec.planning.cards import Parameter, read_cards
+from mergesec.planning.cardfiles import read_cards
+from mergesec.planning.cards import Parameter
 from mergesec.planning.catalog import Catalog, Entry, add_plugin, load_catalog
 
 BASIC: dict[str, Any] = {
@@ -27,6 +28,7 @@ def _module(folder: Path, card: Any, body: str = "raise RuntimeError('imported')
         if isinstance(card, str)
         else "{\n" + "".join(f"    {k!r}: {v!r},\n" for k, v in card.items()) + "}"
     )
+    lines = lines.replace(": inf", ": 1e999").replace("[inf", "[1e999")  # infinity has no literal of its own
     path.write_text(f"CARD = {lines}\n\n{body}")
     return path
 
@@ -62,7 +64,7 @@ def test_a_module_without_a_card_has_none(tmp_path: Path) -> None:
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({**BASIC, "sumary": "x"}, "unknown field 'sumary'; did you mean 'summary'?"),
-    ({k: v for k, v in BASIC.items() if k != "class"}, "lacks 'class'"),
+    ({k: v for k, v in BASIC.items() if k != "class"}, "card.class: missing or not a string"),
     ({k: v for k, v in BASIC.items() if k != "title"}, "card.title: missing"),
     ({**BASIC, "version": 1}, "card.version: missing or not a string"),
     ({**BASIC, "kind": "mergin"}, "did you mean 'merging'?"),
@@ -83,6 +85,24 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({**DEFENSE, "siblings": "number"}, "card.siblings: 'number'"),
     ({**BASIC, "trial": {"step": 1}}, "card.trial.step: mine has no such parameter"),
     ({**BASIC, "requires": ["fusion_bench"]}, "card.requires: expected module → package to install"),
+    ({**BASIC, "modalities": "image"}, "card.modalities: expected a list of strings, got 'image'"),
+    ({**BASIC, "seeded": "no"}, "card.seeded: expected true or false, got 'no'"),
+    ({**BASIC, "experts": 2}, "card.experts: expected [fewest, most] experts, got 2"),
+    ({**BASIC, "classes": -1}, "card.classes: expected a whole number, got -1"),
+    ({**BASIC, "images": {"train": "many"}}, "card.images: expected split → number of rows"),
+    ({**BASIC, "hub": []}, "card.hub: expected a dictionary, got []"),
+    ({**BASIC, "recipe": {"epoch": 1}}, "card.recipe.epoch: unknown; did you mean 'epochs'?"),
+    ({**BASIC, "recipe": {"learning_rate": 1e999}}, "card.recipe.learning_rate: must be finite"),
+    ({**BASIC, "parameters": {"a": {"type": ["int"], "default": 1}}}, "card.parameters.a.type: type ['int']"),
+    (
+        {**BASIC, "parameters": {"a": {"type": "choice", "default": "a", "choices": "abc"}}},
+        "a list of strings",
+    ),
+    ({**BASIC, "parameters": {"a": {"type": "float", "default": 1e999}}}, "a.default: inf is outside"),
+    (
+        {**BASIC, "parameters": {"a": {"type": "list", "default": [1e999]}}},
+        "holds a number that is not finite",
+    ),
 ]
 
 
@@ -92,6 +112,63 @@ def test_a_wrong_card_is_refused_by_field(tmp_path: Path, card: dict[str, Any], 
         read_cards(_module(tmp_path, card))
     assert message in str(caught.value)
     assert str(caught.value).startswith("mine.py")
+
+
+def test_all_mistakes_are_told_at_once_each_with_its_line(tmp_path: Path) -> None:
+    path = _module(tmp_path, {**BASIC, "seeded": "no", "parameters": {"a": {"type": "int"}}, "sumary": "x"})
+    with pytest.raises(UsageError) as caught:
+        read_cards(path)
+    told = str(caught.value).splitlines()
+    assert [line.partition(": ")[0] for line in told] == ["mine.py:10", "mine.py:8", "mine.py:9"]
+    assert [line.split(": ")[1] for line in told] == ["card.sumary", "card.seeded", "card.parameters.a"]
+
+
+PARENT = {
+    **BASIC,
+    "parameters": {"a": {"type": "int", "default": 1, "max": 5}, "b": {"type": "bool", "default": True}},
+}
+
+
+def _written(folder: Path, name: str, *cards: dict[str, Any]) -> Path:
+    path = folder / f"{name}.py"
+    path.write_text(f"CARDS = {list(cards)!r}\n")
+    return path
+
+
+def test_a_card_takes_over_what_it_does_not_say_itself(tmp_path: Path) -> None:
+    changed = {"a": {"default": 2}, "b": None, "c": {"type": "str", "default": ""}}
+    own = {"extends": "mine", "name": "other", "title": "o", "parameters": changed}
+    path = _written(tmp_path, "both", PARENT, own)
+    _, card = read_cards(path)
+    assert (card.name, card.title, card.summary, card.class_name) == ("other", "o", "s", "Mine")
+    assert card.parameters == {"a": Parameter("int", 2, max=5), "c": Parameter("str", "")}
+
+
+def test_a_card_extends_the_module_of_that_name_beside_it(tmp_path: Path) -> None:
+    _written(tmp_path, "mine", PARENT)
+    (card,) = read_cards(_written(tmp_path, "other", {"extends": "mine", "name": "other"}))
+    assert card.parameters["a"].default == 1
+
+
+def test_a_template_is_not_registered(tmp_path: Path) -> None:
+    template = {**PARENT, "name": "_base"}
+    cards = read_cards(_written(tmp_path, "both", template, {"extends": "_base", "name": "own"}))
+    assert [c.name for c in cards] == ["own"]
+
+
+@pytest.mark.parametrize(
+    ("parent", "message"),
+    [
+        ("mien", "card.extends: no card 'mien' here or in mien.py beside it; did you mean 'mine'?"),
+        (3, "card.extends: expected another card's name, got 3"),
+        ("third", "card.extends: expected another card's name, got 'third'"),  # a circle
+    ],
+)
+def test_a_parent_that_is_not_there_is_refused(tmp_path: Path, parent: Any, message: str) -> None:
+    third = {"extends": "child", "name": "third"}
+    with pytest.raises(UsageError) as caught:
+        read_cards(_written(tmp_path, "both", PARENT, {"extends": parent, "name": "child"}, third))
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mergesec.errors import UsageError, nearest
-from mergesec.planning.cards import KINDS, Card, file_digest, read_cards
+from mergesec.planning.cardfiles import file_digest, read_cards
+from mergesec.planning.cards import KINDS, Card
 
 GROUPS = {
     "mergesec.tasks": "task",
