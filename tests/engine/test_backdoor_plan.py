@@ -108,8 +108,8 @@ def test_wrong_coordinates_are_refused_by_field(catalog: Catalog, axes: Any, mes
         ('"off_task": True, "threat": "protection", "hooks": ["recover"]', "card.off_task: belongs to a backdoor attack"),
         ('"per_task": True', "card.per_task: belongs to a backdoor defense"),
         ('"after_trigger": ["alfa"], "parameters": {"alpha": {"type": "int", "default": 1}}', "did you mean 'alpha'?"),
-        ('"after_trigger": "alpha"', "card.after_trigger: a list of parameters"),
-        ('"trigger_of": 1', "card.trigger_of: the name of another attack"),
+        ('"after_trigger": "alpha"', "card.after_trigger: expected a list of strings"),
+        ('"trigger_of": 1', "card.trigger_of: expected a string"),
     ],
     ids=str,
 )  # fmt: skip

@@ -345,6 +345,17 @@ def test_the_key_version_enters_the_key(monkeypatch: pytest.MonkeyPatch) -> None
     assert step_key("merge", [], [], "{}") != before
 
 
+def test_the_version_of_a_kind_of_step_enters_its_keys_once_it_is_raised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = {kind: step_key(kind, [], [], "{}") for kind in ("merge", "evaluate")}
+    monkeypatch.setitem(planning.STEP_VERSIONS, "merge", 1)
+    assert step_key("merge", [], [], "{}") == before["merge"]
+    monkeypatch.setitem(planning.STEP_VERSIONS, "merge", 2)
+    assert step_key("merge", [], [], "{}") != before["merge"]
+    assert step_key("evaluate", [], [], "{}") == before["evaluate"]
+
+
 def _experts(plan: Plan) -> set[str]:
     return {k for k, s in plan.steps.items() if s.kind == "expert"}
 

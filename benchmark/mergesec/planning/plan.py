@@ -13,8 +13,8 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, TypeVar
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple, TypeVar, cast
 
 from mergesec.planning.cards import Card
 from mergesec.planning.cells import Cell, cells
@@ -24,8 +24,10 @@ from mergesec.threats import TRIGGERED, Hook, Role, Threat
 
 KEY_VERSION = 1
 """Version of the key algorithm; a golden test pins it."""
+STEP_VERSIONS: dict[str, int] = {}
+"""What a kind of step does besides calling its components (training, evaluation, ...), by kind: raised when that
+changes results, so that old artifacts are not taken for new ones. 1 where it is not named, and then not in the key."""
 
-T = TypeVar("T")
 TRAINED = ("expert", "poison", "guard", "forge")
 """Kinds of step that train, or work on training data, and so always carry a seed."""
 _canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
@@ -60,7 +62,9 @@ def step_key(
     ``components`` are (role, digest of identity), ``inputs`` (role, key), ``args`` canonical JSON.
     Roles, digests and keys hold neither newline nor tab, so the text below is unambiguous.
     """
-    rows = [f"{KEY_VERSION}\t{kind}", *map("\t".join, components), "", *map("\t".join, inputs), "", args]
+    version = STEP_VERSIONS.get(kind, 1)
+    known = kind if version == 1 else f"{kind}\t{version}"
+    rows = [f"{KEY_VERSION}\t{known}", *map("\t".join, components), "", *map("\t".join, inputs), "", args]
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:40]
 
 
@@ -89,6 +93,34 @@ class Plan:
     left_out: Counter[str]
 
 
+class Controls(NamedTuple):
+    """What every cell of these experts and this merge is read beside."""
+
+    experts: tuple[tuple[str, str], ...]
+    """(task, key of its clean expert)"""
+    merge: str
+    """Key of the clean merge."""
+    roles: tuple[tuple[str, str], ...]
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def once(build: F) -> F:
+    """A planner's method whose answer is remembered by its arguments: nothing is planned twice."""
+    name = build.__name__
+
+    @wraps(build)
+    def remembered(self: Planner, *args: Any, **named: Any) -> Any:
+        memo = (name, *args, *named.items()) if named else (name, *args)
+        found = self._memo.get(memo)
+        if found is None:
+            found = self._memo[memo] = build(self, *args, **named)
+        return found
+
+    return cast(F, remembered)
+
+
 @dataclass
 class Planner:
     """Builds steps on demand and never twice."""
@@ -101,21 +133,18 @@ class Planner:
 
     # ----- the steps, in the order of the road
 
+    @once
     def data(self, task: str) -> str:
-        return self._once(("data", task), self._data)
-
-    def _data(self, task: str) -> str:
         ref, card = self.grid.task(task), self._card("task", task)
         source = self.fingerprint(task) if card.local else ""
         return self._add("data", [("task", ref)], [], task=task, source=source)
 
+    @once
     def base(self) -> str:
-        return self._once(("base",), lambda: self._add("base", [self._backbone], []))
+        return self._add("base", [self._backbone], [])
 
+    @once
     def head(self, task: str) -> str:
-        return self._once(("head", task), self._head)
-
-    def _head(self, task: str) -> str:
         told: dict[str, Any] = {}
         if self._card("backbone", self.grid.backbone.name).zero_shot:
             told["templates"] = list(self._card("task", task).templates)
@@ -132,10 +161,8 @@ class Planner:
             task=task, recipe=self.grid.recipe, **args,
         )  # fmt: skip
 
+    @once
     def expert(self, task: str, seed: int, replica: int = 0) -> str:
-        return self._once(("expert", task, seed, replica), self._expert)
-
-    def _expert(self, task: str, seed: int, replica: int) -> str:
         published = self.grid.published.get(task)
         if published is not None and not replica:  # one for all seeds; siblings are trained here
             parts = [self._backbone, ("published", published)]
@@ -144,8 +171,9 @@ class Planner:
 
     def trigger(self, attack: Ref, task: str, target: int, seed: int, aim: str = "") -> str:
         """``aim``: off-task, the task that ``target`` belongs to. Variants of one attack share triggers."""
-        return self._once(("trigger", self.trigger_of(attack), task, target, seed, aim), self._trigger)
+        return self._trigger(self.trigger_of(attack), task, target, seed, aim)
 
+    @once
     def _trigger(self, attack: Ref, task: str, target: int, seed: int, aim: str) -> str:
         drawn = self._seed(attack, "trigger", task, target, seed)
         components, extra, told = self._aimed(aim, target, seed)
@@ -153,9 +181,10 @@ class Planner:
             "trigger", task, [("attack", attack), *components], extra, target=target, **drawn, **told
         )
 
+    @once
     def trigger_of(self, attack: Ref) -> Ref:
         """The attack without what matters neither to its trigger nor to applying it."""
-        return self._once(("trigger_of", attack), lambda a: trigger_ref(a, self.grid.catalog))
+        return trigger_ref(attack, self.grid.catalog)
 
     def _aimed(self, aim: str, target: int, seed: int) -> tuple[Any, Any, dict[str, Any]]:
         """Components, inputs and arguments that say what an off-task backdoor aims at; nothing on-task."""
@@ -172,9 +201,9 @@ class Planner:
         ``defense`` matters only to an attack that adapts to it."""
         if not self._card("attack", attack.name).adapts:
             defense = NONE
-        memo = ("poisoned", attack, task, target, seed, leader or task, aim, defense)
-        return self._once(memo, self._poisoned)
+        return self._poisoned(attack, task, target, seed, leader or task, aim, defense)
 
+    @once
     def _poisoned(
         self, attack: Ref, task: str, target: int, seed: int, leader: str, aim: str, defense: Ref
     ) -> str:
@@ -194,10 +223,8 @@ class Planner:
             result = self._train("forge", task, components, inputs, **told)
         return result
 
+    @once
     def published(self, defense: Ref, task: str, seed: int, secrets: str = "own") -> str:
-        return self._once(("published", defense, task, seed, secrets), self._published)
-
-    def _published(self, defense: Ref, task: str, seed: int, secrets: str) -> str:
         result = self.expert(task, seed)
         if defense is NONE:
             return result
@@ -217,10 +244,8 @@ class Planner:
             return []
         return [("secret", self.secret(defense, task, seed, secrets))]
 
+    @once
     def secret(self, defense: Ref, task: str, seed: int, secrets: str) -> str:
-        return self._once(("secret", defense, task, seed, secrets), self._secret)
-
-    def _secret(self, defense: Ref, task: str, seed: int, secrets: str) -> str:
         drawn = draw_seed(defense.name, "secret", *_whose(task, secrets), seed)
         extra = [("weights", self.expert(task, seed))]
         return self._train("secret", task, [("defense", defense)], extra, seed=drawn)
@@ -232,10 +257,9 @@ class Planner:
         """``merging`` matters only to an attack that tries merges."""
         if attack is NONE or not self._card("attack", attack.name).tries:
             merging = NONE
-        return self._once(
-            ("recovered", attack, defense, task, experts, seed, secrets, merging), self._recovered
-        )
+        return self._recovered(attack, defense, task, experts, seed, secrets, merging)
 
+    @once
     def _recovered(
         self, attack: Ref, defense: Ref, task: str, experts: tuple[str, ...], seed: int, secrets: str,
         merging: Ref,
@@ -260,10 +284,8 @@ class Planner:
         drawn = self._seed(attack, "recover", task, seed)
         return self._add("recover", components, inputs, task=task, **drawn, **told)
 
+    @once
     def merged(self, merging: Ref, contributed: tuple[tuple[str, str], ...], defense: Ref, seed: int) -> str:
-        return self._once(("merged", merging, contributed, defense, seed), self._merged)
-
-    def _merged(self, merging: Ref, contributed: tuple[tuple[str, str], ...], defense: Ref, seed: int) -> str:
         tasks = tuple(t for t, _ in contributed)
         card = None if defense is NONE else self._card("defense", defense.name)
         hooks = card.hooks if card is not None and card.threat == Threat.BACKDOOR else ()
@@ -295,16 +317,12 @@ class Planner:
             key = self._add("repair", repair_parts, repair_inputs, **drawn, **protocol)
         return key
 
+    @once
     def evaluation(
         self, model: str, tasks: tuple[str, ...], producer: Ref = NONE,
         trigger: tuple[Ref, str] | None = None, cast: str = "",
     ) -> str:  # fmt: skip
         """``cast``: a floating type the weights are rounded to first."""
-        return self._once(("evaluation", model, tasks, producer, trigger, cast), self._evaluation)
-
-    def _evaluation(
-        self, model: str, tasks: tuple[str, ...], producer: Ref, trigger: tuple[Ref, str] | None, cast: str
-    ) -> str:
         components = list(self._parties(tasks))
         inputs = [("model", model), *self._views(tasks)]
         if producer is not NONE:
@@ -314,25 +332,19 @@ class Planner:
             inputs.append(("trigger", trigger[1]))
         return self._add("evaluate", components, inputs, **({"cast": cast} if cast else {}))
 
+    @once
     def comparison(self, first: str, second: str, task: str, producer: Ref) -> str:
-        return self._once(("comparison", first, second, task, producer), self._comparison)
-
-    def _comparison(self, first: str, second: str, task: str, producer: Ref) -> str:
         components = [self._backbone, (f"task:{task}", self.grid.task(task))]
         if producer is not NONE:
             components.append(("producer", producer))
         inputs = [("first", first), ("second", second), ("base", self.base()), *self._views((task,))]
         return self._add("compare", components, inputs, task=task)
 
+    @once
     def verification(
         self, model: str, task: str, defense: Ref, seed: int, secrets: str, producer: Ref
     ) -> str:
         """The owner of ``task`` looks for its mark in ``model``."""
-        return self._once(("verify", model, task, defense, seed, secrets, producer), self._verification)
-
-    def _verification(
-        self, model: str, task: str, defense: Ref, seed: int, secrets: str, producer: Ref
-    ) -> str:
         components = [self._backbone, (f"task:{task}", self.grid.task(task)), ("defense", defense)]
         if producer is not NONE:
             components.append(("producer", producer))
@@ -347,17 +359,16 @@ class Planner:
 
     def cell(self, cell: Cell) -> CellPlan:
         """The evaluations a cell's metrics are read from."""
-        clean, merge, controls = self._once(
-            ("controls", cell.merging, cell.experts, cell.seed), self._controls
-        )
-        roles = list(controls)
+        controls = self._controls(cell.merging, cell.experts, cell.seed)
+        roles = list(controls.roles)
         if cell.threat == Threat.PROTECTION:
-            roles += self._protection(cell, dict(clean))
+            roles += self._protection(cell, dict(controls.experts))
         elif cell.threat == Threat.BACKDOOR:
-            roles += self._backdoor(cell, dict(clean), merge)
+            roles += self._backdoor(cell, dict(controls.experts), controls.merge)
         return CellPlan(cell, tuple(roles))
 
-    def _controls(self, merging: Ref, experts: tuple[str, ...], seed: int) -> Any:
+    @once
+    def _controls(self, merging: Ref, experts: tuple[str, ...], seed: int) -> Controls:
         """Clean experts, their merge, and the evaluations every cell on them is read beside."""
         roles: list[tuple[str, str]] = [
             (Role.BASE, self.evaluation(self.base(), tuple(t.name for t in self.grid.tasks)))
@@ -366,7 +377,7 @@ class Planner:
         roles += [(Role.EXPERT.of(t), self.evaluation(k, (t,))) for t, k in clean]
         merge = self.merged(merging, clean, NONE, seed)
         roles.append((Role.CLEAN_MERGE, self.evaluation(merge, experts, merging)))
-        return clean, merge, tuple(roles)
+        return Controls(clean, merge, tuple(roles))
 
     def _protection(self, cell: Cell, clean: dict[str, str]) -> list[tuple[str, str]]:
         victim, seed, defense, own = cell.subject, cell.seed, cell.defense, cell.secrets
@@ -431,11 +442,9 @@ class Planner:
         roles.append((Role.VISIBILITY, self.visibility(*trigger, cell.aim)))
         return roles
 
+    @once
     def visibility(self, attack: Ref, trigger: str, task: str) -> str:
         """How much the trigger changes test inputs of ``task``."""
-        return self._once(("visibility", attack, trigger, task), self._visibility)
-
-    def _visibility(self, attack: Ref, trigger: str, task: str) -> str:
         components = [("task", self.grid.task(task)), ("attack", attack)]
         return self._add(
             "visibility", components, [("data", self.data(task)), ("trigger", trigger)], task=task
@@ -456,18 +465,14 @@ class Planner:
             return {}
         return {"seed": draw_seed(ref.name, *coordinates)}
 
+    @once
     def _views(self, tasks: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
         """Data and heads of the tasks, as inputs."""
-        return self._once(("views", tasks), self._make_views)
-
-    def _make_views(self, tasks: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
         return tuple(p for t in tasks for p in ((f"data:{t}", self.data(t)), (f"head:{t}", self.head(t))))
 
+    @once
     def _parties(self, tasks: tuple[str, ...]) -> tuple[tuple[str, Ref], ...]:
         """Backbone and tasks, as components."""
-        return self._once(("parties", tasks), self._make_parties)
-
-    def _make_parties(self, tasks: tuple[str, ...]) -> tuple[tuple[str, Ref], ...]:
         return (self._backbone, *((f"task:{t}", self.grid.task(t)) for t in tasks))
 
     def _siblings(self, card: Card, defense: Ref, tasks: tuple[str, ...], seed: int) -> list[tuple[str, str]]:
@@ -475,13 +480,6 @@ class Planner:
             return []
         count = int(dict(defense.parameters)[card.siblings])
         return [(f"sibling:{t}:{i}", self.expert(t, seed, i)) for t in tasks for i in range(1, count + 1)]
-
-    def _once(self, memo: tuple[Any, ...], build: Callable[..., T]) -> T:
-        found = self._memo.get(memo)
-        if found is None:
-            found = self._memo[memo] = build(*memo[1:])
-        result: T = found
-        return result
 
     def _add(
         self, kind: str, components: Iterable[tuple[str, Ref]], inputs: Iterable[tuple[str, str]], **args: Any
