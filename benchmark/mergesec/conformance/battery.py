@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -174,18 +174,34 @@ PER_TASK = ["tall_masks"]
 
 
 _BASIC = ("data", "base", "head", "expert")
+"""Kinds of steps in which no method has a part."""
 _made: dict[str, tuple[bytes, dict[str, Any]]] = {}
-"""The micro world's own steps by key, made once per process: no method under test has a part in them."""
+"""Steps by key that have nothing to do with a component under test, made once per process."""
 
 
-def run_here(plan: Plan, bench: Bench) -> dict[str, dict[str, str]]:
-    """Run a plan's missing steps in this process, in order; tensor digests by step key."""
+def _untouched(entry: Entry, plan: Plan) -> set[str]:
+    """Keys of the steps in which the component has no part, neither itself nor through what they read."""
+    touched: set[str] = set()
+    for key, step in plan.steps.items():
+        own = any((ref.kind, ref.name) == (entry.card.kind, entry.card.name) for _, ref in step.components)
+        if own or any(read in touched for _, read in step.inputs):
+            touched.add(key)
+    return plan.steps.keys() - touched
+
+
+def run_here(plan: Plan, bench: Bench, shared: Set[str] | None = None) -> dict[str, dict[str, str]]:
+    """Run a plan's missing steps in this process, in order; tensor digests by step key.
+
+    What ``shared`` names (the basic steps, unless it is given) is made once per process.
+    """
     kinds = {key: step.kind for key, step in plan.steps.items()}
+    if shared is None:
+        shared = {key for key, kind in kinds.items() if kind in _BASIC}
     digests = {}
     for key, step in plan.steps.items():
         if not bench.store.has(step.kind, key):
-            blob, info = _made.get(key) or run(step, bench, kinds)
-            if step.kind in _BASIC:
+            blob, info = (key in shared and _made.get(key)) or run(step, bench, kinds)
+            if key in shared:
                 _made[key] = blob, info
             bench.store.put(step.kind, key, blob, dict(info))
         digests[key] = bench.store.read(step.kind, key)[1]["digests"]
@@ -202,13 +218,14 @@ def _check_method(entry: Entry, component: Any, catalog: Catalog, battery: Batte
         return
     grid = resolve(parse_grid(_grid(entry), "conformance"), catalog)
     plan = make_plan(grid, lambda task: "")
+    shared = _untouched(entry, plan)
     results: list[dict[str, dict[str, str]]] = []
     with tempfile.TemporaryDirectory() as folder:
 
         def road() -> None:
             for name in ("first", "second"):
                 bench = Bench(Store(Path(folder) / name), catalog, torch.device("cpu"))
-                results.append(run_here(plan, bench))
+                results.append(run_here(plan, bench, shared))
 
         if not battery.check(
             "runs down the whole road: finite, right names and shapes, inputs untouched", road
