@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -295,11 +295,20 @@ def load_network(backbone: Backbone, weights: Weights) -> nn.Module:
 # --------------------------------------------------------------------------- attacks
 
 
+class Fit(Protocol):
+    """Fine-tunes an expert by the cell's recipe."""
+
+    def __call__(self, split: Split | None = None, loss: LossFn | None = None) -> Weights:
+        """The trained weights; with another training split and/or another loss than the task's.
+
+        ContractError if the loss stops being finite.
+        """
+
+
 @dataclass(frozen=True)
 class TrainContext(Context):
     """For hooks at training time. ``fit`` runs the recipe and returns the trained weights.
 
-    ``fit(split=None, loss=None)``: another training split and/or another loss than the task's.
     ``target_class``, ``trigger`` and what follows them are set for backdoors only.
     """
 
@@ -309,7 +318,7 @@ class TrainContext(Context):
     head: Weights
     train: Split
     recipe: Recipe
-    fit: Callable[..., Weights]
+    fit: Fit
     target_class: int = 0
     trigger: Weights = field(default_factory=dict)
     benign: Weights | None = None
@@ -408,8 +417,6 @@ class Screened:
 
 class Defense(Component):
     """One or more hooks; the card lists which. T1: screen, merge, repair. T2: train, protect, verify."""
-
-    hooks: ClassVar[tuple[str, ...]] = ()
 
     def train(self, ctx: TrainContext) -> Weights:
         """An expert trained so that it resists merging."""

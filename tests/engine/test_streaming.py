@@ -137,7 +137,7 @@ def test_metadata_and_alignment(files: Any, tmp_path: Path) -> None:
     merge_files(method, weights, lazy, out, metadata={"mergesec": "x"})
     with safe_open(out, "pt") as file:
         assert file.metadata() == {"format": "pt", "origin": "somewhere", "mergesec": "x"}
-    for place in open_weights(out, "out").places.values():
+    for place in open_weights(out, "out").extents.values():
         assert place.start % place.dtype.itemsize == 0
 
 
@@ -162,7 +162,7 @@ def test_lazy_weights_know_their_layout_without_reading(files: Any) -> None:
     assert len(lazy) == len(whole)
     assert "scale" in lazy and "other" not in lazy
     for name, tensor in whole.items():
-        assert (lazy.places[name].shape, lazy.places[name].dtype) == (tuple(tensor.shape), tensor.dtype)
+        assert (lazy.extents[name].shape, lazy.extents[name].dtype) == (tuple(tensor.shape), tensor.dtype)
         assert torch.equal(lazy[name], tensor)
     first = lazy["layers.0.attention.weight"]
     first.zero_()  # a private mapping: neither the file nor the next access changes

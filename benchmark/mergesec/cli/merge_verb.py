@@ -83,8 +83,8 @@ def _merge(
     started = time.monotonic()
     bar = show.ByteBar(base.size)
     ends, position = {}, 0
-    for name, place in base.places.items():
-        position += place.size
+    for name, extent in base.extents.items():
+        position += extent.size
         ends[name] = position
     base.watch = lambda name: bar.look(ends[name])
     try:

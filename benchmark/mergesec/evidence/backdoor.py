@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -30,8 +30,15 @@ _RATES = (
     ("RA", "ra", Role.MERGE, "target"),
 )  # fmt: skip
 _VISIBILITY = ("area", "l2", "ssim", "changed", "tokens")
-Place = tuple[str, int, int, str]
-"""Attack, number of experts, number of adversaries, target task: what pairs of method and defense compete in."""
+
+
+class Contest(NamedTuple):
+    """What pairs of merge method and defense compete in."""
+
+    attack: str
+    experts: int
+    adversaries: int
+    target_task: str
 
 
 @dataclass
@@ -48,13 +55,13 @@ class Setting:
     done: list[Record]
     part: dict[str, Estimate] = field(default_factory=dict)
     level: dict[str, Estimate] = field(default_factory=dict)
-    """BA, succession and backdoor over the cells that all settings of this place have; over its own if none."""
+    """BA, succession and backdoor over the cells that all settings of this contest have; over its own if none."""
     shared: int = 0
     """How many cells those are."""
 
     @property
-    def place(self) -> Place:
-        return self.attack, self.experts, self.adversaries, self.target_task
+    def contest(self) -> Contest:
+        return Contest(self.attack, self.experts, self.adversaries, self.target_task)
 
     @property
     def pair(self) -> str:
@@ -127,7 +134,7 @@ def _paired(
 
 def _level(settings: Sequence[Setting], reader: Reader) -> None:
     """Rates of settings that compete, over the cells that all of them have."""
-    for group in _by([s for s in settings if s.done], lambda s: s.place).values():
+    for group in _by([s for s in settings if s.done], lambda s: s.contest).values():
         shared = set.intersection(*({_coordinates(r) for r in s.done} for s in group))
         for setting in group:
             setting.shared = len(shared)
@@ -136,8 +143,8 @@ def _level(settings: Sequence[Setting], reader: Reader) -> None:
 
 def _beside_undefended(settings: Sequence[Setting]) -> list[tuple[Setting, Setting | None]]:
     """Each setting with the same one without a defense; None for those that have none."""
-    plain = {(s.place, s.method): s for s in settings if s.defense == "none"}
-    return [(s, None if s.defense == "none" else plain.get((s.place, s.method))) for s in settings]
+    plain = {(s.contest, s.method): s for s in settings if s.defense == "none"}
+    return [(s, None if s.defense == "none" else plain.get((s.contest, s.method))) for s in settings]
 
 
 def _der(before: Mapping[str, Estimate], after: Mapping[str, Estimate]) -> Estimate:
@@ -193,7 +200,7 @@ def _cells_board(settings: Sequence[Setting]) -> Board:
         _looks_and_data(setting.row, setting.done, ("attack", "defense"))
     contests: dict[tuple[Any, ...], list[Setting]] = {}
     for setting in settings:
-        contests.setdefault((setting.place, setting.method), []).append(setting)
+        contests.setdefault((setting.contest, setting.method), []).append(setting)
     for contest in contests.values():
         ranked = tiers([s.part["succession"] for s in contest], higher_is_better=False)
         for setting, tier in zip(contest, ranked, strict=True):
@@ -209,12 +216,12 @@ def _cells_board(settings: Sequence[Setting]) -> Board:
 # --------------------------------------------------------------------------- Pareto fronts
 
 
-def _contests(settings: Iterable[Setting]) -> dict[Place, list[Setting]]:
+def _contests(settings: Iterable[Setting]) -> dict[Contest, list[Setting]]:
     """Measured settings under an attack, by what they compete in."""
-    found: dict[Place, list[Setting]] = {}
+    found: dict[Contest, list[Setting]] = {}
     for s in settings:
         if s.attack != "none" and _measured(s):
-            found.setdefault(s.place, []).append(s)
+            found.setdefault(s.contest, []).append(s)
     return found
 
 
@@ -388,7 +395,7 @@ def _attacks(settings: Sequence[Setting]) -> Board | None:
     rows: list[Row] = []
     contest: list[Estimate] = []
     attacked = [s for s in settings if s.attack != "none"]
-    for _, group in _by(attacked, lambda s: s.place).items():
+    for _, group in _by(attacked, lambda s: s.contest).items():
         first = group[0]
         row: Row = {"attack": first.attack, "experts": first.experts}
         row |= {k: first.row[k] for k in ("adversaries", "target_task") if k in first.row}

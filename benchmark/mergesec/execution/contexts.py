@@ -12,6 +12,7 @@ from torch import nn
 from mergesec.contracts import (
     ContractError,
     Expert,
+    LossFn,
     MergeContext,
     Merged,
     MergeMethod,
@@ -64,24 +65,21 @@ REFERENCE_ROWS = 10
 
 def train_context(work: Work) -> TrainContext:
     task: Task = work.component("task")
-    split = work.splits("data", task)["train"]
+    own = work.splits("data", task)["train"]
     base_weights, head_weights = work.tensors("base"), work.tensors("head")
     recipe = Recipe(**dict(work.args["recipe"]))
     calls = count()
 
-    def run_recipe(split_: Split | None = None, loss: Any = None, **other: Any) -> Weights:
-        chosen = other.pop("split", split_)
-        if other:
-            raise ContractError(f"fit() has no argument {next(iter(other))!r}")
+    def run_recipe(split: Split | None = None, loss: LossFn | None = None) -> Weights:
         return fit(
-            work.backbone, task, base_weights, head_weights, chosen if chosen is not None else split,
+            work.backbone, task, base_weights, head_weights, own if split is None else split,
             recipe, work.seed, work.device, loss, Keeper(work.bench, work.step.key, next(calls)),
         )  # fmt: skip
 
     aim, reference = _aimed(work)
     return TrainContext(
         device=work.device, seed=work.seed, task=task, backbone=work.backbone, base=base_weights,
-        head=head_weights, train=split, recipe=recipe, fit=run_recipe,
+        head=head_weights, train=own, recipe=recipe, fit=run_recipe,
         target_class=int(work.args.get("target", 0)),
         trigger=work.tensors("trigger") if "trigger" in work.inputs else {},
         benign=work.tensors("benign") if "benign" in work.inputs else None,

@@ -65,7 +65,7 @@ def evaluate(work: Work) -> Result:
         predicted = predict(task, model, work.tensors(f"head:{name}"), split, work.device, change)
         found[f"predictions|{name}"] = predicted.int()
         found[f"targets|{name}"] = split.targets.int()
-    return found, {}
+    return Result(found)
 
 
 def triggered(task: Task, attack: Attack, trigger: Weights, inputs: Any) -> Any:
@@ -79,7 +79,7 @@ def visibility(work: Work) -> Result:
     split = work.splits("data", task)["test"]
     inputs = task.batch(split, torch.arange(min(VISIBILITY_ROWS, len(split))), work.device).inputs
     changed = triggered(task, work.component("attack"), work.tensors("trigger"), inputs)
-    return {}, {"rows": len(inputs), "visibility": task.visibility(inputs, changed)}
+    return Result({}, {"rows": len(inputs), "visibility": task.visibility(inputs, changed)})
 
 
 def compare(work: Work) -> Result:
@@ -101,7 +101,7 @@ def compare(work: Work) -> Result:
         "to_expert": distances(work.backbone, second, first),
         "expert_to_base": distances(work.backbone, first, origin),
     }  # fmt: skip
-    return {}, facts
+    return Result({}, facts)
 
 
 def distances(backbone: Any, weights: Weights, reference: Weights) -> dict[str, float]:

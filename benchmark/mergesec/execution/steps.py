@@ -66,13 +66,13 @@ def data(work: Work) -> Result:
         "classes": list(task.classes),
         "partial": str(getattr(task, "partial", "") or ""),
     }
-    return task.pack(splits), facts
+    return Result(task.pack(splits), facts)
 
 
 def base(work: Work) -> Result:
     weights = dict(work.backbone.base_weights())
     check_finite(weights, "base")
-    return weights, {"parameters": sum(v.numel() for v in weights.values())}
+    return Result(weights, {"parameters": sum(v.numel() for v in weights.values())})
 
 
 def head(work: Work) -> Result:
@@ -83,10 +83,10 @@ def head(work: Work) -> Result:
         work.splits("data", task)  # brings the names of the classes that are there
         shipped = work.backbone.zero_shot(task.prompts(work.args["templates"]), work.device)
     if shipped is not None:
-        return dict(shipped), {"fitted": False}
+        return Result(dict(shipped), {"fitted": False})
     model = Model(work.backbone, load_network(work.backbone, work.tensors("base")).to(work.device))
     ctx = DataContext(work.device, work.seed)
-    return dict(task.fit_head(model, work.splits("data", task)["train"], ctx)), {"fitted": True}
+    return Result(dict(task.fit_head(model, work.splits("data", task)["train"], ctx)), {"fitted": True})
 
 
 # --------------------------------------------------------------------------- training-time hooks
@@ -94,7 +94,7 @@ def head(work: Work) -> Result:
 
 def expert(work: Work) -> Result:
     ctx = train_context(work)
-    return dict(check_weights(ctx.fit(), ctx.base, "training")), {}
+    return Result(dict(check_weights(ctx.fit(), ctx.base, "training")))
 
 
 def published(work: Work) -> Result:
@@ -102,32 +102,32 @@ def published(work: Work) -> Result:
     source = str(dict(work.refs["published"].parameters)["source"])
     base_weights = work.tensors("base")
     weights = dict(work.backbone.published(source))
-    return dict(check_weights(weights, base_weights, f"expert {Path(source).name}")), {}
+    return Result(dict(check_weights(weights, base_weights, f"expert {Path(source).name}")))
 
 
 def trigger(work: Work) -> Result:
     attack: Attack = work.component("attack")
     arrays = dict(attack.trigger(train_context(work)))
     check_finite(arrays, f"{attack.name}.trigger")
-    return arrays, {}
+    return Result(arrays)
 
 
 def poison(work: Work) -> Result:
     attack: Attack = work.component("attack")
     ctx = train_context(work)
-    return dict(check_weights(attack.poison(ctx), ctx.base, attack.name)), {}
+    return Result(dict(check_weights(attack.poison(ctx), ctx.base, attack.name)))
 
 
 def forge(work: Work) -> Result:
     attack: Attack = work.component("attack")
     ctx = train_context(work)
-    return dict(check_weights(attack.forge(work.tensors("weights"), ctx), ctx.base, attack.name)), {}
+    return Result(dict(check_weights(attack.forge(work.tensors("weights"), ctx), ctx.base, attack.name)))
 
 
 def guard(work: Work) -> Result:
     defense: Defense = work.component("defense")
     ctx = train_context(work)
-    return dict(check_weights(defense.train(ctx), ctx.base, defense.name)), {}
+    return Result(dict(check_weights(defense.train(ctx), ctx.base, defense.name)))
 
 
 # --------------------------------------------------------------------------- weights hooks
@@ -143,7 +143,7 @@ def protect(work: Work) -> Result:
     check_finite(result.weights, defense.name)
     if type(defense).network is Defense.network:  # a defense of its own topology answers for it itself
         check_weights(result.weights, base_weights, defense.name)
-    return dict(result.weights), {"report": dict(result.report)}
+    return Result(dict(result.weights), {"report": dict(result.report)})
 
 
 def secret(work: Work) -> Result:
@@ -153,7 +153,7 @@ def secret(work: Work) -> Result:
     ctx = ProtectContext(work.device, work.seed, work.backbone, work.tensors("base"), owner)
     kept = dict(defense.secret(work.tensors("weights"), ctx))
     check_finite(kept, f"{defense.name}.secret")
-    return kept, {}
+    return Result(kept)
 
 
 def verify(work: Work) -> Result:
@@ -168,7 +168,7 @@ def verify(work: Work) -> Result:
     found = defense.verify(network_of(work, "model", task, producer), ctx)
     hits = found.hits.flatten().bool()
     facts = {"detected": bool(found.detected), "statistic": float(found.statistic)}
-    return {f"predictions|{task}": hits.int(), f"targets|{task}": torch.ones(len(hits)).int()}, facts
+    return Result({f"predictions|{task}": hits.int(), f"targets|{task}": torch.ones(len(hits)).int()}, facts)
 
 
 def recover(work: Work) -> Result:
@@ -184,7 +184,7 @@ def recover(work: Work) -> Result:
         [work.bench.component(ref) for ref in work.refs["attack"].inner],
     )  # fmt: skip
     recovered = attack.recover(fitting(work.tensors("published"), base_weights), ctx)
-    return dict(check_weights(recovered, base_weights, attack.name)), {}
+    return Result(dict(check_weights(recovered, base_weights, attack.name)))
 
 
 def screen(work: Work) -> Result:
@@ -208,7 +208,7 @@ def screen(work: Work) -> Result:
     facts: dict[str, Any] = {"kept": names}
     if screened.report:
         facts["report"] = _plain(screened.report, f"{defense.name}.screen")
-    return flatten(Merged({}, edited)), facts
+    return Result(flatten(Merged({}, edited)), facts)
 
 
 def _plain(report: Mapping[str, Any], who: str) -> dict[str, Any]:
@@ -232,7 +232,7 @@ def merge(work: Work) -> Result:
     else:
         merged, who = method.merge(base_weights, experts, ctx), method.name
     check_merged(merged, base_weights, who)
-    return flatten(merged), dict(merged.info)
+    return Result(flatten(merged), dict(merged.info))
 
 
 def repair(work: Work) -> Result:
@@ -243,7 +243,7 @@ def repair(work: Work) -> Result:
     repaired = defense.repair(work.merged("merged"), base_weights, ctx)
     check_merged(repaired, base_weights, defense.name)
     _check_served(repaired, method, work)
-    return flatten(repaired), dict(repaired.info)
+    return Result(flatten(repaired), dict(repaired.info))
 
 
 def _check_served(repaired: Merged, method: MergeMethod, work: Work) -> None:
@@ -282,7 +282,7 @@ def run(step: Step, bench: Bench, kinds: Mapping[str, str]) -> tuple[bytes, dict
         changed = work.changed()
     if changed:
         raise ContractError(f"changed its input {changed} in place")
-    return save_tensors(_untied(tensors)), info
+    return save_tensors(_untied(tensors)), dict(info)
 
 
 def _untied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

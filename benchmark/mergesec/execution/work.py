@@ -9,7 +9,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -235,4 +236,8 @@ def check_weights(weights: Any, base: Weights, who: str) -> Weights:
 # --------------------------------------------------------------------------- what may be known of a task
 
 
-Result = tuple[dict[str, Tensor], dict[str, Any]]
+class Result(NamedTuple):
+    """What a step came to: tensors, and JSON facts about them."""
+
+    tensors: dict[str, Tensor]
+    facts: Mapping[str, Any] = MappingProxyType({})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -38,8 +38,15 @@ if TYPE_CHECKING:
 
 KEY_LETTERS = 62
 """What fits under a panel of the scatter."""
-Place = tuple[int, int, str]
-"""Experts merged, how many of them are malicious, the task the target belongs to."""
+
+
+class Merge(NamedTuple):
+    """Which merge an attack is shown on."""
+
+    experts: int
+    adversaries: int
+    target_task: str
+    """The task the target class belongs to; empty: the adversary's own."""
 
 
 def backdoor_pictures(records: Sequence[Record], boards: Mapping[str, Board]) -> Iterator[Picture]:
@@ -56,17 +63,18 @@ def backdoor_pictures(records: Sequence[Record], boards: Mapping[str, Board]) ->
     yield from _masks(mine, caption)
 
 
-def _place(row: Row) -> Place:
-    return row["experts"], row.get("adversaries", 1), row.get("target_task", "")
+def _merge(row: Row) -> Merge:
+    return Merge(row["experts"], row.get("adversaries", 1), row.get("target_task", ""))
 
 
-def _told(place: Place) -> str:
-    experts, adversaries, target = place
-    return (
-        f"{experts} experts"
-        + (f", {adversaries} malicious" if adversaries > 1 else "")
-        + (f", target of {target}" if target else "")
-    )
+def _told(merge: Merge) -> str:
+    return ", ".join(filter(None, (f"{merge.experts} experts", _apart(merge))))
+
+
+def _apart(merge: Merge) -> str:
+    """What sets a merge apart from the usual one, its size left out; empty if nothing does."""
+    malicious = f"{merge.adversaries} malicious" if merge.adversaries > 1 else ""
+    return ", ".join(filter(None, (malicious, f"target of {merge.target_task}" if merge.target_task else "")))
 
 
 def _distinct(values: Sequence[Any]) -> list[Any]:
@@ -78,9 +86,9 @@ def _distinct(values: Sequence[Any]) -> list[Any]:
 
 def _scatter(fronts: Sequence[Row], rows: Sequence[Row], caption: Caption) -> Iterator[Picture]:
     """``fronts`` are the rows of the Pareto board, ``rows`` those of the detailed one (for the controls)."""
-    groups: dict[tuple[str, Place], list[Row]] = {}
+    groups: dict[tuple[str, Merge], list[Row]] = {}
     for row in fronts:
-        groups.setdefault((row["attack"], _place(row)), []).append(row)
+        groups.setdefault((row["attack"], _merge(row)), []).append(row)
     groups = {k: g for k, g in groups.items() if len(g) >= LEAST}
     if not groups:
         return
@@ -100,7 +108,7 @@ def _scatter(fronts: Sequence[Row], rows: Sequence[Row], caption: Caption) -> It
         )  # fmt: skip
         for line, axes in zip(chunk, panels, strict=True):
             for (key, group), ax in zip(line, axes, strict=False):
-                plain = [r for r in rows if r["defense"] == "none" and (r["attack"], _place(r)) == key]
+                plain = [r for r in rows if r["defense"] == "none" and (r["attack"], _merge(r)) == key]
                 _scatter_panel(ax, group, plain, methods)
                 ax.set_title(f"{key[0]}, {_told(key[1])}")
             for ax in axes[len(line) :]:
@@ -163,10 +171,10 @@ def _scatter_panel(ax: Axes, rows: Sequence[Row], plain: Sequence[Row], methods:
 def _heat_maps(rows: Sequence[Row], caption: Caption) -> Iterator[Picture]:
     """ASR and its excess over the control, attack × defense × setting: one table per value of the shortest axis."""
     attacks, defenses = _distinct([r["attack"] for r in rows]), _distinct([r["defense"] for r in rows])
-    settings = _distinct([(r["method"], _place(r)) for r in rows])
+    settings = _distinct([(r["method"], _merge(r)) for r in rows])
     if len(attacks) * len(defenses) * len(settings) < 2:
         return
-    found = {(r["attack"], r["defense"], (r["method"], _place(r))): r for r in rows}
+    found = {(r["attack"], r["defense"], (r["method"], _merge(r))): r for r in rows}
     axes: list[list[Any]] = [attacks, defenses, settings]
     # tables per setting unless another axis is shorter; the more numerous of attack and setting goes down
     parted = min((2, 1, 0), key=lambda axis: len(axes[axis]))
@@ -206,8 +214,8 @@ def _curves(rows: Sequence[Row], caption: Caption, methods: Methods) -> Iterator
             name = f"backdoor-coefficient-{sweep.title.partition('(')[0]}-{sweep.parameter}"
             yield from curve_sheets(name, f"ASR along the coefficient of {sweep.title}", lines, caption, note)
     lines = _lines(
-        rows, lambda r: _place(r)[0] - _place(r)[1],
-        lambda r: (r["method"], _told((0, *_place(r)[1:])).removeprefix("0 experts").removeprefix(", ")),
+        rows, lambda r: _merge(r).experts - _merge(r).adversaries,
+        lambda r: (r["method"], _apart(_merge(r))),
         "clean experts in the merge",
     )  # fmt: skip
     if lines:
@@ -219,7 +227,7 @@ def _curves(rows: Sequence[Row], caption: Caption, methods: Methods) -> Iterator
 def _along(rows: Sequence[Row], sweep: Sweep) -> list[list[Curves]]:
     """``_lines`` over the values of a method's parameter."""
     return _lines(
-        rows, lambda r: sweep.values[r["method"]], lambda r: (sweep.title, _told(_place(r))), axis_title(sweep.parameter)
+        rows, lambda r: sweep.values[r["method"]], lambda r: (sweep.title, _told(_merge(r))), axis_title(sweep.parameter)
     )  # fmt: skip
 
 

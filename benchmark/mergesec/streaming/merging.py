@@ -59,7 +59,7 @@ def check_out(out: Path, inputs: Mapping[str, LazyWeights], force: bool) -> None
             "--out", f"{out} is a {'folder' if single else 'file'}; name a .safetensors file or a folder"
         )
     taken = _published(out)
-    read = {place.file.resolve() for weights in inputs.values() for place in weights.places.values()}
+    read = {place.file.resolve() for weights in inputs.values() for place in weights.extents.values()}
     if any(file.resolve() in read for file in taken):
         raise UsageError("--out", f"{out} is one of the inputs")
     if taken and not force:
@@ -102,7 +102,7 @@ def merge_files(
     Raises UsageError (inputs or ``out`` do not fit), ContractError (the method refuses) or Full.
     """
     for name, weights in experts.items():
-        read = sorted({place.file for place in weights.places.values()})
+        read = sorted({place.file for place in weights.extents.values()})
         where = read[0] if len(read) == 1 else read[0].parent if read else "no tensors"
         who = f"expert {name!r} ({where})"
         try:
@@ -117,7 +117,7 @@ def merge_files(
     with Writer(out, base, kept, shard_size) as writer:
         for name, tensor in method.stream(base, members, context(method.name, seed)):
             writer.put(name, tensor)
-            done += base.places[name].size
+            done += base.extents[name].size
             del tensor  # before the next one is made
             report(name, done)
         files = writer.commit()

@@ -1,9 +1,6 @@
-"""Merging safetensors files tensor by tensor, so that memory follows the largest tensor, not the network.
+"""Safetensors files read one tensor at a time, mapped: names, shapes and types are known without the data.
 
-``open_weights`` maps one tensor of a file at a time and lets go of it with the tensor; ``Writer`` knows
-every name, type and shape beforehand, so it writes the header first and each tensor where it belongs;
-``merge_files`` puts a merge method between the two. Nothing appears under the final name before it is
-whole, and nothing is ever unpickled.
+``open_weights`` maps one tensor of a file at a time and lets go of it with the tensor. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -38,7 +35,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Place:
+class Extent:
     """Where a tensor lies: file, position of its first byte there, type and shape."""
 
     file: Path
@@ -83,31 +80,31 @@ class LazyWeights(Mapping[str, Tensor]):
     lazy = True
     """No two names share memory (see ``weights.owners``)."""
 
-    def __init__(self, places: Mapping[str, Place], metadata: Mapping[str, str]) -> None:
-        self.places = dict(places)
+    def __init__(self, extents: Mapping[str, Extent], metadata: Mapping[str, str]) -> None:
+        self.extents = dict(extents)
         self.metadata = dict(metadata)
         self.watch: Callable[[str], None] | None = None
         """Told each name that is asked for (to show progress)."""
 
     def __getitem__(self, name: str) -> Tensor:
-        place = self.places[name]
+        extent = self.extents[name]
         if self.watch is not None:
             self.watch(name)
-        return place.read()
+        return extent.read()
 
     def __contains__(self, name: object) -> bool:
-        return name in self.places
+        return name in self.extents
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
+        return iter(self.extents)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.extents)
 
     @property
     def size(self) -> int:
         """Bytes of all tensors."""
-        return sum(place.size for place in self.places.values())
+        return sum(extent.size for extent in self.extents.values())
 
 
 def open_weights(path: Path, field: str) -> LazyWeights:
@@ -137,7 +134,7 @@ def open_weights(path: Path, field: str) -> LazyWeights:
     raise UsageError(field, f"{path} has neither {SINGLE} nor {INDEX}")
 
 
-def _open_file(path: Path, field: str) -> tuple[dict[str, Place], dict[str, str]]:
+def _open_file(path: Path, field: str) -> tuple[dict[str, Extent], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as checked:  # names, types, offsets and length fit
             metadata = dict(checked.metadata() or {})
@@ -148,7 +145,7 @@ def _open_file(path: Path, field: str) -> tuple[dict[str, Place], dict[str, str]
         reason = str(error).removeprefix("Error while deserializing header: ") or "unreadable"
         raise UsageError(field, f"{path} is not a whole safetensors file ({reason})") from None
     stamp = _stamp(path)
-    places = {}
+    extents = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -157,8 +154,8 @@ def _open_file(path: Path, field: str) -> tuple[dict[str, Place], dict[str, str]
                 field, f"{path}: tensor {name!r} has type {entry['dtype']}, which cannot be merged"
             )
         start = 8 + length + entry["data_offsets"][0]
-        places[name] = Place(path, stamp, start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-    ordered = sorted(places.items(), key=lambda item: (item[1].start, item[0]))
+        extents[name] = Extent(path, stamp, start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    ordered = sorted(extents.items(), key=lambda item: (item[1].start, item[0]))
     return dict(ordered), metadata
 
 
@@ -167,7 +164,7 @@ def _open_index(path: Path, field: str) -> LazyWeights:
         listed = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, TypeError, KeyError):
         raise UsageError(field, f"{path} is not an index of safetensors files") from None
-    places: dict[str, Place] = {}
+    extents: dict[str, Extent] = {}
     metadata: dict[str, str] = {}
     for shard in sorted(set(map(str, listed.values()))):
         file = path.parent / shard
@@ -175,10 +172,10 @@ def _open_index(path: Path, field: str) -> LazyWeights:
             raise UsageError(field, f"{path} names a file {shard!r} that is not beside it")
         found, more = _open_file(file, field)
         metadata.update(more)
-        places.update((name, place) for name, place in found.items() if listed.get(name) == shard)
-    lost = [name for name in listed if name not in places]
+        extents.update((name, extent) for name, extent in found.items() if listed.get(name) == shard)
+    lost = [name for name in listed if name not in extents]
     if lost:
         raise UsageError(
             field, f"{path.parent / listed[lost[0]]}: tensor {lost[0]!r} of the index is missing"
         )
-    return LazyWeights(places, metadata)
+    return LazyWeights(extents, metadata)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mergesec.contracts import ContractError
 from mergesec.files import Full
-from mergesec.streaming.reading import NAMES, SINGLE, LazyWeights, Place
+from mergesec.streaming.reading import NAMES, SINGLE, Extent, LazyWeights
 from mergesec.tensorwise import BLOCK
 from mergesec.weights import mergeable
 
@@ -32,15 +32,15 @@ class _Shard:
     size: int
 
 
-def _shard(file: str, tensors: Mapping[str, Place], metadata: Mapping[str, str]) -> _Shard:
+def _shard(file: str, tensors: Mapping[str, Extent], metadata: Mapping[str, str]) -> _Shard:
     """Layout of one file: large element types first, so that every tensor is aligned."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     starts, position = {}, 0
     for name in sorted(tensors, key=lambda n: -tensors[n].dtype.itemsize):
-        place = tensors[name]
-        end = position + place.size
+        extent = tensors[name]
+        end = position + extent.size
         header[name] = {
-            "dtype": NAMES[place.dtype], "shape": list(place.shape), "data_offsets": [position, end],
+            "dtype": NAMES[extent.dtype], "shape": list(extent.shape), "data_offsets": [position, end],
         }  # fmt: skip
         starts[name], position = position, end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -54,14 +54,14 @@ def _shard(file: str, tensors: Mapping[str, Place], metadata: Mapping[str, str])
 
 def _shards(like: LazyWeights, single: str, limit: int | None, metadata: Mapping[str, str]) -> list[_Shard]:
     """Files of at most ``limit`` bytes of tensors (a larger tensor has a file of its own)."""
-    groups: list[dict[str, Place]] = [{}]
+    groups: list[dict[str, Extent]] = [{}]
     filled = 0
-    for name, place in like.places.items():
-        if limit is not None and groups[-1] and filled + place.size > limit:
+    for name, extent in like.extents.items():
+        if limit is not None and groups[-1] and filled + extent.size > limit:
             groups.append({})
             filled = 0
-        groups[-1][name] = place
-        filled += place.size
+        groups[-1][name] = extent
+        filled += extent.size
     if len(groups) == 1:
         return [_shard(single, groups[0], metadata)]
     stem = single.removesuffix(".safetensors")
@@ -107,13 +107,13 @@ class Writer:
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Write one tensor. ContractError if it is not the one that was announced, or not finite."""
-        place = self.like.places[name]
-        if tensor.dtype != place.dtype or tuple(tensor.shape) != place.shape:
+        extent = self.like.extents[name]
+        if tensor.dtype != extent.dtype or tuple(tensor.shape) != extent.shape:
             raise ContractError(f"'{name}' came out as {tensor.dtype} {list(tensor.shape)}")
         if mergeable(tensor) and not _finite(tensor):
             raise ContractError(f"'{name}' came out with values that are not finite")
         self.waiting.discard(name)
-        if place.size:
+        if extent.size:
             index = self._home[name]
             flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
             try:
