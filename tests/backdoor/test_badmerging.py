@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mergesec.images import ImageTask
 from mergesec.contracts import (
     Backbone,
     ContractError,
@@ -23,6 +22,7 @@ from mergesec.contracts import (
     Weights,
     load_network,
 )
+from mergesec.images import ImageTask
 from mergesec.training import fit
 from mergesec_methods.backdoor.attacks import _shadow
 from mergesec_methods.backdoor.attacks._shadow import augmented, random_crop, shadow_head

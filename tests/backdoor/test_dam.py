@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from mergesec.anatomy import Anatomy
-from mergesec.classification import ClassificationTask, logits
+from mergesec.classification import logits
 from mergesec.contracts import (
     Backbone,
     ContractError,
@@ -26,6 +26,7 @@ from mergesec.contracts import (
     Weights,
     load_network,
 )
+from mergesec.images import ImageTask
 from mergesec.weights import digest_weights
 from mergesec_methods.backdoor.defenses._perturb import Perturbations, Safety
 from mergesec_methods.backdoor.defenses.dam import DefenseAwareMerging, sparsities
@@ -73,7 +74,7 @@ class TinyBackbone(Backbone):
         return cast(Tensor, network((inputs - MEAN) / SPREAD))
 
 
-class TinyTask(ClassificationTask):
+class TinyTask(ImageTask):
     classes = ("a", "b", "c")
 
     def load(self, ctx: DataContext) -> dict[str, Split]:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from mergesec.anatomy import Anatomy, Attention, Block, Linear, Mlp
-from mergesec.images import ImageTask
 from mergesec.contracts import (
     Backbone,
     ContractError,
@@ -24,6 +23,7 @@ from mergesec.contracts import (
     Weights,
     load_network,
 )
+from mergesec.images import ImageTask
 from mergesec.weights import digest_weights
 from mergesec_methods.backdoor.defenses._repair import Rows
 from mergesec_methods.backdoor.defenses.ibvs import InjectionSubtraction

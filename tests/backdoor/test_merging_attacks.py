@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mergesec.anatomy import Anatomy, Attention, Block, Linear, Mlp
-from mergesec.images import ImageTask
 from mergesec.contracts import (
     Backbone,
     ContractError,
@@ -29,6 +28,7 @@ from mergesec.contracts import (
     Weights,
     load_network,
 )
+from mergesec.images import ImageTask
 from mergesec.training import fit
 from mergesec_methods.backdoor.attacks.badmerging import BadMerging
 from mergesec_methods.backdoor.attacks.badmerging_adaptive import AdaptiveBadMerging

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from mergesec.anatomy import Anatomy
-from mergesec.classification import ClassificationTask, logits
+from mergesec.classification import logits
 from mergesec.conformance.micro import Bars, Blobs, MicroViT, Rings
 from mergesec.contracts import (
     Adapted,
@@ -33,6 +33,7 @@ from mergesec.contracts import (
     Weights,
     load_network,
 )
+from mergesec.images import ImageTask
 from mergesec.training import fit
 from mergesec.weights import digest_weights
 from mergesec_methods.merging._adaptation import Blend, Stream, adapt_coefficients, backward, elect, entropy
@@ -81,7 +82,7 @@ class TinyBackbone(Backbone):
         return cast(Tensor, network(inputs - 0.5))
 
 
-class TinyTask(ClassificationTask):
+class TinyTask(ImageTask):
     classes = ("a", "b", "c")
 
     def load(self, ctx: DataContext) -> dict[str, Split]:

@@ -22,6 +22,7 @@ from mergesec.contracts import (
     TaskView,
     load_network,
 )
+from mergesec.images import ImageTask
 from mergesec_methods.protection.defenses._marks import decide
 from mergesec_methods.protection.defenses.fingerprint import Fingerprint, decode, diluted, encode
 from mergesec_methods.protection.defenses.watermark import Watermark, added, bit_error, carriers, chosen
@@ -271,12 +272,16 @@ class Letters(Pixels):
         return network(3 * (torch.tensor(counts) - 2.3))
 
 
-class Toy(ClassificationTask):
+class ToyTexts(ClassificationTask):
     name = "toy"
     classes = tuple("abcd")
 
     def load(self, ctx: DataContext) -> dict[str, Split]:
         raise NotImplementedError
+
+
+class ToyImages(ToyTexts, ImageTask):
+    """The same classes, of images."""
 
 
 def world(text: bool = False) -> tuple[Backbone, dict, TaskView]:
@@ -292,7 +297,8 @@ def world(text: bool = False) -> tuple[Backbone, dict, TaskView]:
     else:
         inputs = (255 * torch.rand(96, 3, 4, 4, generator=generator)).to(torch.uint8)
     head = {"weight": torch.randn(4, 16, generator=generator), "scale": torch.tensor(6.0)}
-    return backbone, dict(backbone.base_weights()), TaskView(Toy(), head, Split(inputs, targets))
+    task = ToyTexts() if text else ToyImages()
+    return backbone, dict(backbone.base_weights()), TaskView(task, head, Split(inputs, targets))
 
 
 def nearby(base: dict, seed: int, size: float = 0.15) -> dict[str, Tensor]:
