@@ -7,6 +7,7 @@ that no test writes below the checkout.
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import signal
 import subprocess
@@ -123,6 +124,12 @@ def bench(tmp_path: Path) -> BenchRunner:
 def bench_class() -> type[BenchRunner]:
     """For fixtures of wider scope, which choose their own folder."""
     return BenchRunner
+
+
+@pytest.fixture
+def no_forced_collections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FusionBench's gossip collects garbage after every step, half a second each; Python does anyway."""
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)
 
 
 @pytest.fixture(scope="session")

@@ -241,6 +241,7 @@ def unchanged(capture: pytest.CaptureFixture[str]) -> Iterator[None]:
 
 
 @pytest.mark.fusionbench
+@pytest.mark.usefixtures("no_forced_collections")
 @pytest.mark.parametrize("name", NAMES)
 def test_every_listed_name_runs_twice_alike_and_leaves_no_trace(
     name: str, capfd: pytest.CaptureFixture[str]
