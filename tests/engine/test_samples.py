@@ -97,6 +97,22 @@ def test_attacks_come_in_order_on_the_same_images_each_trigger_once(made: Any) -
     assert float((samples.rows[0].inputs - samples.inputs).abs().mean()) > 0.02
 
 
+TAKES_OVER = ["mergebackdoor", PATCH | {"name": "sparse_backdoor_vector"}, "lora_attack", PATCH]
+"""Two of them with the trigger of an attack that the grid lacks."""
+
+
+def test_attacks_with_anothers_trigger_share_its_row(catalog: Catalog, tmp_path: Path) -> None:
+    plan, bench, records = _made(
+        catalog, tmp_path, {**_raw(attacks=TAKES_OVER, merging=["ties"]), "seeds": [0]}
+    )
+    triggers = {dict(s.components)["attack"].name for s in plan.steps.values() if s.kind == "trigger"}
+    assert triggers == {"badmerging", "badnets"}  # of which the grid names the first alone
+    (samples,), missing = collect_samples(plan, bench, records)
+    assert not missing
+    patched = "sparse_backdoor_vector(trigger=checkerboard), badmerging(trigger=checkerboard)"
+    assert [row.attack for row in samples.rows] == ["mergebackdoor", patched, "lora_attack"]
+
+
 def test_measures_are_the_records_or_else_the_stores(made: Any) -> None:
     plan, bench, records = made
     (samples,), _ = collect_samples(plan, bench, records)
@@ -183,21 +199,21 @@ def test_the_verb_draws_tells_and_spares(
     results = tmp_path / "results"
     write_records(results / "records", records, plan.grid)
     given_: dict[str, Any] = {"results": str(results), "plugin": [str(MICRO), str(MICRO_TEXT)]}
-    figures_verb.main(str(grid), samples=True, **given_)
+    figures_verb.main([str(grid)], samples=True, **given_)
     shown = capsys.readouterr()
     stem = "backdoor-samples-micro_bars-2"
     assert {f"{stem}.svg", f"{stem}.png"} <= {Path(line).name for line in shown.out.splitlines()}
     assert not shown.err
     with pytest.raises(UsageError, match=r"are for --samples"):
-        figures_verb.main("g", **given_)
-    figures_verb.main("g", results=str(results))
+        figures_verb.main(["g"], **given_)
+    figures_verb.main(["g"], results=str(results))
     assert (results / "figures" / "g" / f"{stem}.png").exists()  # pictures from records alone spare it
     monkeypatch.setenv("MERGESEC_CACHE", str(tmp_path / "empty"))
     message = (
         rf"--samples: not in the store: .*trigger {BARS} blended.*make it with: bench run --grid .*g\.yaml"
     )
     with pytest.raises(UsageError, match=message):
-        figures_verb.main(str(grid), samples=True, **given_)
+        figures_verb.main([str(grid)], samples=True, **given_)
 
 
 def _yaml(raw: dict[str, Any]) -> str:

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from mergesec.cli.options import Results
+from mergesec.cli.options import Results, RunName, RunOption, one_grid, run_name
 
 
-def main(
-    grid: Annotated[str, typer.Option("--grid", help="name of a grid that was run")],
-    results: Results = "results",
-) -> None:
+def main(name: RunName = None, grid: RunOption = None, results: Results = "results") -> None:
+    run = run_name(one_grid(name, grid))
     from mergesec.cli.run_verb import print_boards
     from mergesec.evidence.records import read_records
     from mergesec.execution.session import publish
 
-    records = read_records(Path(results) / "records", grid)
-    boards, paths = publish(records, Path(results), grid)
+    records = read_records(Path(results) / "records", run)
+    boards, paths = publish(records, Path(results), run)
     print_boards(boards)
     for path in paths:
         print(path)

@@ -15,6 +15,7 @@ def main(
     kind: Annotated[str | None, typer.Option(help="only steps of this kind, e.g. merge")] = None,
 ) -> None:
     from mergesec.errors import UsageError, nearest
+    from mergesec.execution.failures import Failures
     from mergesec.execution.store import CorruptArtifact, Store
     from mergesec.files import default_root
 
@@ -49,4 +50,5 @@ def main(
     else:
         for name, key, _ in found:
             store.remove(name, key)
+        Failures(store.root).clear(kind)
         print(f"removed {len(found)} artifacts")

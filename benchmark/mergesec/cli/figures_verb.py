@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergesec.cli.options import DataRoot, Overrides, Plugins, Results
+from mergesec.cli.options import DataRoot, Plugins, Results, RunOption, Words, asked_for, run_name
 
 if TYPE_CHECKING:
+    from mergesec.cli.options import Asked
     from mergesec.evidence.records import Record
     from mergesec.execution.session import Session
     from mergesec.figures.canvas import Picture
 
 
 def main(
-    grid: Annotated[str, typer.Option("--grid", help="name of a grid that was run")],
-    overrides: Overrides = None,
+    words: Words = None,
+    grid: RunOption = None,
     results: Results = "results",
     out: Annotated[str | None, typer.Option(help="folder; default: figures/<grid> under --results")] = None,
     samples: Annotated[
@@ -40,27 +41,28 @@ def main(
     from mergesec.figures.sample_sheets import STEM
     from mergesec.files import check_writable
 
+    asked = asked_for(words, grid)
     require_matplotlib()
-    if not samples and (overrides or plugin or data_root):
+    if not samples and (asked.overrides or plugin or data_root):
         raise UsageError("figures", "key=value, --plugin and --data-root are for --samples")
-    session = _open(grid, overrides or (), plugin or (), data_root) if samples else None
-    name = session.grid.spec.name if session else grid
+    session = _open(asked, plugin or (), data_root) if samples else None
+    name = session.grid.spec.name if session else run_name(asked.grid)
     records = read_records(Path(results) / "records", name)
     folder = Path(out) if out else Path(results) / "figures" / name
     check_writable(folder, "--out" if out else "--results")
     pictures = make_figures(records)
     if session is not None:
-        pictures += _samples(session, records, grid)
+        pictures += _samples(session, records, asked.grid)
     if not pictures:
         raise UsageError("--grid", f"no cell of {name!r} is done: nothing to draw")
     for path in write_figures(folder, pictures, tidy=out is None, spare="" if samples else STEM):
         print(path)
 
 
-def _open(grid: str, overrides: Sequence[str], plugins: Sequence[str], data_root: str | None) -> Session:
+def _open(asked: Asked, plugins: Sequence[str], data_root: str | None) -> Session:
     from mergesec.execution.session import open_session
 
-    return open_session(grid, overrides, plugins, data_root)
+    return open_session(*asked, plugins, data_root)
 
 
 def _samples(session: Session, records: Sequence[Record], source: str) -> list[Picture]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -26,30 +26,54 @@ VERBS = {
     "doctor": "Is this machine fit to run?",
     "pretrain": "Make a shipped pretrained backbone again.",
 }
+HELP = {"help_option_names": ["-h", "--help"]}
 
 
 class _Lazy(TyperGroup):
-    """Knows every verb's name and help, imports a verb's module only to run it."""
+    """Knows every verb's name and help, imports a verb's module only to run it or to complete its words."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(VERBS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in VERBS:
-            raise UsageError("bench", f"no verb {cmd_name!r}{nearest(cmd_name, VERBS)}")
-        if ctx.resilient_parsing or "--help" in sys.argv[1:2] or len(sys.argv) < 2:
-            return TyperCommand(cmd_name, help=VERBS[cmd_name])
-        module = import_module(f"mergesec.cli.{cmd_name}_verb")
-        verb = typer.Typer(add_completion=False)
-        verb.command(cmd_name, help=VERBS[cmd_name])(module.main)
-        return typer.main.get_command(verb)
+        """What lists of verbs show."""
+        return TyperCommand(cmd_name, help=VERBS[cmd_name]) if cmd_name in VERBS else None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The verb that is called, and the words after it."""
+        name, *words = args
+        if name in VERBS:
+            return name, _verb(name), words
+        if ctx.resilient_parsing:  # a shell completes after a verb that is none
+            return None, None, words
+        raise UsageError("bench", f"no verb {name!r}{nearest(name, VERBS)}")
 
 
-app = typer.Typer(cls=_Lazy, add_completion=False, no_args_is_help=True)
+def _verb(name: str) -> Any:
+    module = import_module(f"mergesec.cli.{name}_verb")
+    verb = typer.Typer(add_completion=False, context_settings=HELP)
+    verb.command(name, help=VERBS[name])(module.main)
+    return typer.main.get_command(verb)
+
+
+app = typer.Typer(cls=_Lazy, no_args_is_help=True, context_settings=HELP)
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        from mergesec import __version__
+
+        print(f"mergesec {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
     """MergeSec: the security of model merging, as one reproducible grid."""
 
 
@@ -60,7 +84,8 @@ def main() -> None:
     try:
         app()
     except (UsageError, Full) as error:
-        print(f"error: {error}", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(0)

@@ -8,20 +8,24 @@ from typing import Annotated
 import typer
 
 from mergesec.cli import show
-from mergesec.cli.options import DataRoot, GridOption, Overrides, Plugins
+from mergesec.cli.options import DataRoot, GridOption, Plugins, Words, asked_for
+from mergesec.errors import UsageError
 
 
 def main(
-    grid: GridOption,
-    overrides: Overrides = None,
+    words: Words = None,
+    grid: GridOption = None,
     plugin: Plugins = None,
     data_root: DataRoot = None,
     jobs: Annotated[int, typer.Option(help="workers to divide the time by")] = 2,
 ) -> None:
+    asked = asked_for(words, grid)
+    if jobs < 1:
+        raise UsageError("--jobs", f"must be at least 1, got {jobs}")
     from mergesec.execution.scheduler import History
     from mergesec.execution.session import open_session, wanted_steps
 
-    session = open_session(grid, overrides or (), plugin or (), data_root)
+    session = open_session(*asked, plugin or (), data_root)
     plan = session.plan
     wanted = wanted_steps(session)
     history = History(session.store.root)
@@ -53,6 +57,6 @@ def main(
         print(f"  {n:>6} × {reason}")
     work = sum(seconds.values())
     print(
-        f"steps to run: {len(wanted)}; work {show.duration(work)}, about {show.duration(work / max(1, jobs))} on {jobs} workers; disk {sum(size.values()) / 1e6:.0f} MB"
+        f"steps to run: {len(wanted)}; work {show.duration(work)}, about {show.duration(work / jobs)} on {jobs} workers; disk {sum(size.values()) / 1e6:.0f} MB"
     )
     print("times are means of earlier runs of the same step here, or rough defaults before there are any")

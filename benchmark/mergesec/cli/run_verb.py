@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mergesec.cli import show
-from mergesec.cli.options import DataRoot, GridOption, Overrides, Plugins, Results
+from mergesec.cli.options import DataRoot, GridOption, Plugins, Results, Words, asked_for
 
 if TYPE_CHECKING:
     from mergesec.evidence.estimates import Board
     from mergesec.execution.session import Finished
 
+SHOWN = 20
+"""Reasons of failures that are listed."""
+
 
 def main(
-    grid: GridOption,
-    overrides: Overrides = None,
+    words: Words = None,
+    grid: GridOption = None,
     plugin: Plugins = None,
     jobs: Annotated[
         int | None, typer.Option(help="workers (per GPU, or on the CPU; default one per core)")
@@ -32,12 +35,13 @@ def main(
 ) -> None:
     from mergesec.execution.session import open_session, run_session
 
+    asked = asked_for(words, grid)
     if not step_timeout >= 0:
         from mergesec.errors import UsageError
 
         raise UsageError("--step-timeout", f"must not be negative, got {step_timeout}")
     started = time.monotonic()
-    session = open_session(grid, overrides or (), plugin or (), data_root)
+    session = open_session(*asked, plugin or (), data_root)
     if not session.plan.cells:
         from mergesec.errors import UsageError
 
@@ -49,7 +53,7 @@ def main(
     finally:
         progress.stop()
     print_boards(finished.boards)
-    _summary(finished, time.monotonic() - started)
+    _summary(finished, time.monotonic() - started, session.grid.spec.name)
 
 
 def print_boards(boards: list[Board]) -> None:
@@ -61,7 +65,7 @@ def print_boards(boards: list[Board]) -> None:
             print(board.note + "\n")
 
 
-def _summary(finished: Finished, seconds: float) -> None:
+def _summary(finished: Finished, seconds: float, grid: str) -> None:
     for path in finished.paths:
         print(path)
     total = len(finished.records)
@@ -73,8 +77,12 @@ def _summary(finished: Finished, seconds: float) -> None:
             reasons[record.reason] = reasons.get(record.reason, 0) + 1
     for reason in dict.fromkeys(finished.outcome.failed.values()):
         reasons.setdefault(reason, 0)
-    for reason, n in list(reasons.items())[:20]:
+    for reason, n in list(reasons.items())[:SHOWN]:
         print(f"failed ({n} cells): {reason}", file=sys.stderr)
+    if len(reasons) > SHOWN:
+        print(f"... and {len(reasons) - SHOWN} more reasons", file=sys.stderr)
+    if reasons:
+        print(f"tracebacks: bench status {grid} --why (and your --results)", file=sys.stderr)
     if finished.outcome.interrupted:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130)

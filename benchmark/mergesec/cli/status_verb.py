@@ -1,34 +1,136 @@
-"""``bench status``: how far a grid is, from what is stored."""
+"""``bench status``: how far a grid is, from what is stored; of a run known by name alone, from its records."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from mergesec.cli import show
-from mergesec.cli.options import DataRoot, GridOption, Overrides, Plugins, Results
+from mergesec.cli.options import Asked, DataRoot, GridOption, Plugins, Results, Words, asked_for
+from mergesec.errors import UsageError, nearest
+from mergesec.planning.presets import preset_names
+
+if TYPE_CHECKING:
+    from mergesec.evidence.records import Record
+    from mergesec.execution.failures import Failure
+    from mergesec.execution.session import Session
+
+    Told = tuple[Failure, list[str]]
+    """A failed step and the cells that wait for it."""
+
+SHOWN = 5
+"""Cells named under a failed step."""
 
 
 def main(
-    grid: GridOption,
-    overrides: Overrides = None,
+    words: Words = None,
+    grid: GridOption = None,
     plugin: Plugins = None,
     data_root: DataRoot = None,
     results: Results = "results",
+    why: Annotated[
+        bool, typer.Option("--why", help="of each failed step the cells that wait for it, and its traceback")
+    ] = False,
 ) -> None:
-    from mergesec.errors import UsageError
+    asked = asked_for(words, grid)
+    folder = Path(results) / "records"
+    if _is_run(asked, folder):
+        if asked.overrides or plugin or data_root:
+            told = f"{asked.grid} is known from its records alone; key=value, --plugin and --data-root need its file"
+            raise UsageError("GRID", told)
+        failed = _from_records(asked.grid, folder)
+    else:
+        failed = _from_plan(asked, plugin or (), data_root, folder)
+    if why:
+        _explain(failed)
+    elif failed:
+        print(f"{len(failed)} steps failed; --why shows their tracebacks")
+
+
+def _is_run(asked: Asked, folder: Path) -> bool:
+    """Whether a grid is neither a preset nor a file, but was run; UsageError if it is nothing at all."""
+    grid = asked.grid
+    if grid in preset_names() or "/" in grid or grid.endswith((".yaml", ".yml")):
+        return False
+    runs = [path.parent.name for path in folder.glob("*/grid.json")]
+    if grid not in runs:
+        known = nearest(grid, {*preset_names(), *runs})
+        raise UsageError("GRID", f"no preset {grid!r}, and no run of that name in {folder.parent}{known}")
+    return True
+
+
+def _from_plan(asked: Asked, plugins: Sequence[str], data_root: str | None, folder: Path) -> list[Told]:
     from mergesec.evidence.records import read_records
     from mergesec.execution.session import open_session, wanted_steps
 
-    session = open_session(grid, overrides or (), plugin or (), data_root)
+    session = open_session(*asked, plugins, data_root)
     wanted = wanted_steps(session)
     ready = sum(all(k not in wanted for _, k in c.roles) for c in session.plan.cells)
     print(f"cells: {ready} of {len(session.plan.cells)} computed; steps still to run: {len(wanted)}")
     try:
-        records = read_records(Path(results) / "records", session.grid.spec.name)
+        _table(read_records(folder, session.grid.spec.name))
     except UsageError:
-        print(f"no records in {results} yet")
-        return
+        print(f"no records in {folder.parent} yet")
+    return _failed_steps(session)
+
+
+def _failed_steps(session: Session) -> list[Told]:
+    """Steps of the plan that failed and did not succeed since, with the cells that wait for them."""
+    from mergesec.execution.failures import Failures
+    from mergesec.execution.harvest import cell_name
+
+    done = session.store.keys()
+    found = []
+    for failure in Failures(session.store.root):
+        if failure.key in done or failure.key not in session.plan.steps:
+            continue
+        waiting = {failure.key}
+        for key, step in session.plan.steps.items():  # in an order that respects dependencies
+            if key not in done and any(needed in waiting for _, needed in step.inputs):
+                waiting.add(key)
+        cells = [c.cell for c in session.plan.cells if any(key in waiting for _, key in c.roles)]
+        found.append((failure, list(map(cell_name, cells))))
+    return found
+
+
+def _from_records(run: str, folder: Path) -> list[Told]:
+    from mergesec.evidence.records import read_records
+    from mergesec.execution.failures import Failures
+    from mergesec.files import default_root
+
+    records = read_records(folder, run)
+    done = sum(record.status == "done" for record in records)
+    print(
+        f"cells: {done} of {len(records)} done in {folder.parent}; its file would tell the steps still to run"
+    )
+    _table(records)
+    bad = [record for record in records if record.status in ("failed", "blocked")]
+    told = [(f, [r.cell for r in bad if _waits(r, f)]) for f in Failures(default_root())]
+    return [(failure, cells) for failure, cells in told if cells]
+
+
+def _waits(record: Record, failure: Failure) -> bool:
+    return failure.key in record.steps.values() or record.reason == failure.blocks
+
+
+def _table(records: Iterable[Record]) -> None:
     counts = Counter((r.status, r.reason) for r in records)
     rows = [[status, str(n), reason] for (status, reason), n in counts.most_common()]
     show.table("last run's records", ["status", "cells", "reason"], rows)
+
+
+def _explain(failed: Sequence[Told]) -> None:
+    if not failed:
+        print("no failure is kept in the store for this grid")
+    for failure, cells in failed:
+        print(f"failed: {failure.label}; {len(cells)} cells wait for it")
+        for cell in cells[:SHOWN]:
+            print(f"  {cell}")
+        if len(cells) > SHOWN:
+            print(f"  ... and {len(cells) - SHOWN} more")
+        print(failure.trace.rstrip() or failure.reason)
+        print()

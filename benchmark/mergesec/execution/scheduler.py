@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mergesec.execution.engines.worker import Answer
+from mergesec.execution.failures import Failure, Failures, explain
 from mergesec.execution.store import Store
 from mergesec.files import Full
 from mergesec.planning.plan import Step
@@ -220,14 +221,18 @@ class Scheduler:
             return
         expected = self._expected.pop(step.key, 0.0)
         self._spent = [self._spent[0] + expected, self._spent[1] + answer.seconds]
+        failures = Failures(self.store.root)
         if answer.status == "ok":
+            failures.forget(step.key)
             self.outcome.done += 1
             if answer.seconds:
                 self.history.add(step, answer)
             self._release(step.key)
         else:
-            self.outcome.failed[step.key] = answer.message
-            self._block(step)
+            failure = Failure(step.key, step.kind, step.label, answer.message, answer.trace)
+            failures.note(failure)
+            self.outcome.failed[step.key] = failure.reason
+            self._block(failure)
         # what is left by prediction, corrected by how predictions fared so far
         pace = self._spent[1] / self._spent[0] if self._spent[0] else 1.0
         left = pace * sum(self._expected.values()) / max(1, len(self.executor.slots))
@@ -240,13 +245,13 @@ class Scheduler:
             if not needs and not self.outcome.interrupted:
                 self._push(other)
 
-    def _block(self, failed: Step) -> None:
+    def _block(self, failure: Failure) -> None:
         """Everything that needs the failed step will not run; say why."""
-        stack, why = [failed.key], self.outcome.failed[failed.key]
+        stack = [failure.key]
         while stack:
             for other in self._waiters.get(stack.pop(), ()):
                 if other not in self.outcome.blocked:
-                    self.outcome.blocked[other] = f"needs {failed.label}, which failed: {why}"
+                    self.outcome.blocked[other] = failure.blocks
                     stack.append(other)
 
 
@@ -254,7 +259,7 @@ def _answer(future: Future[Answer]) -> Answer:
     try:
         return future.result()
     except Exception as error:
-        return Answer("error", f"{type(error).__name__}: {error}")
+        return Answer("error", *explain(error))
 
 
 def completed(store: Store, steps: Mapping[str, Step]) -> Callable[[str], bool]:

@@ -19,6 +19,8 @@ from mergesec.execution.harvest import cell_name
 from mergesec.execution.store import CorruptArtifact
 from mergesec.execution.work import Bench, Work
 from mergesec.planning.plan import Plan, Step
+from mergesec.planning.refs import NONE, Ref, make_ref, trigger_ref
+from mergesec.planning.resolve import Grid
 from mergesec.threats import Role
 
 IMAGES, TEXTS = 6, 3
@@ -40,7 +42,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Triggered:
-    """Inputs under one attack's trigger, and the record's measures of visibility (empty: none yet)."""
+    """Inputs under the trigger of one attack (or several), and the record's measures of visibility (empty: none yet)."""
 
     attack: str
     inputs: Any
@@ -70,6 +72,7 @@ def collect_samples(
     Attacks that share a trigger share a row; of several seeds the first one whose trigger is there.
     """
     known = {record.cell: record for record in records}
+    names = row_names(plan.grid)
     found: dict[Place, Samples] = {}
     drawn: set[tuple[Place, str]] = set()
     missing: dict[tuple[Place, str], tuple[str, bool]] = {}
@@ -85,21 +88,40 @@ def collect_samples(
         absent = _absent(plan, bench, step)
         if not absent:
             try:
-                _add(found, where[0], step, plan, bench, record)
+                _add(found, where[0], names[where[1]], step, plan, bench, record)
                 drawn.add(where)
             except CorruptArtifact as error:  # removed by the store
                 absent = plan.steps[error.key].label
         if absent:
             missing.setdefault(where, (absent, bench.store.has(step.kind, key)))
     for samples in found.values():
-        _sort(samples, [ref.name for ref in plan.grid.attacks])
+        _sort(samples, list(names.values()))
     return list(found.values()), dict(told for where, told in missing.items() if where not in drawn)
+
+
+def row_names(grid: Grid) -> dict[str, str]:
+    """What the row of each trigger is called, by the trigger's label, in the order of the grid's attacks: the
+    attacks that share it, with the parameters that it depends on."""
+    names: dict[str, list[str]] = {}
+    for attack in grid.attacks:
+        if attack is not NONE:
+            names.setdefault(trigger_ref(attack, grid.catalog).label, []).append(_own_name(attack, grid))
+    return {label: ", ".join(dict.fromkeys(users)) for label, users in names.items()}
+
+
+def _own_name(attack: Ref, grid: Grid) -> str:
+    """The attack's label without what its trigger does not depend on."""
+    entry = grid.catalog.get("attack", attack.name)
+    if not entry.card.trigger_of:
+        return trigger_ref(attack, grid.catalog).label
+    kept = {k: v for k, v in attack.parameters if k not in entry.card.after_trigger}
+    return make_ref(entry, kept, attack.name, grid.catalog).label
 
 
 def _sort(samples: Samples, names: Sequence[str]) -> None:
     """Rows in the order of the grid's attacks."""
     pairs = list(zip(samples.rows, samples.records, strict=True))
-    pairs.sort(key=lambda pair: names.index(pair[0].attack.partition("(")[0]))
+    pairs.sort(key=lambda pair: names.index(pair[0].attack))
     samples.rows, samples.records = [row for row, _ in pairs], [record for _, record in pairs]
 
 
@@ -110,7 +132,7 @@ def _absent(plan: Plan, bench: Bench, step: Step) -> str:
 
 
 def _add(
-    found: dict[Place, Samples], place: Place, step: Step, plan: Plan, bench: Bench, record: Record
+    found: dict[Place, Samples], place: Place, name: str, step: Step, plan: Plan, bench: Bench, record: Record
 ) -> None:
     """Put one attack's row into its place's samples."""
     work = Work(step, bench, {key: plan.steps[key].kind for _, key in step.inputs})
@@ -124,9 +146,8 @@ def _add(
     if not measured or record.steps.get(Role.VISIBILITY) != step.key:  # not done, or of another version
         told = bench.store.info("visibility", step.key).get("visibility", {})
         measured = {f"visibility/{n}": float(v) for n, v in told.items()}
-    label = work.refs["attack"].label
     samples.rows.append(
-        Triggered(label, shown, {n.removeprefix("visibility/"): v for n, v in measured.items()})
+        Triggered(name, shown, {n.removeprefix("visibility/"): v for n, v in measured.items()})
     )
     samples.records.append(record)
     found[place] = samples

@@ -13,7 +13,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -26,42 +26,99 @@ TIMED_OUT = "TimeoutError: the step took longer than --step-timeout and was stop
 
 
 def visible_gpus() -> list[str]:
-    """GPU indices on this machine, without loading torch."""
+    """The GPUs that CUDA would show here, as ``CUDA_VISIBLE_DEVICES`` names them, without loading torch."""
+    present = _present_gpus()
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed is not None:
-        return [g for g in listed.split(",") if g.strip()]
+    if listed is None:
+        return [name for name in present or () if name.isdigit()]
+    return parse_visible(listed, present)
+
+
+def parse_visible(listed: str, present: Sequence[str] | None) -> list[str]:
+    """What ``CUDA_VISIBLE_DEVICES`` shows of the GPUs that are ``present`` (None: not known, all are believed).
+
+    CUDA's own rules: all indices or all UUIDs (the first entry says which; an unambiguous beginning of a UUID
+    will do); spaces around a name do not count; the first entry that is no GPU ends the list; a name given
+    twice shows nothing at all.
+    """
+    entries = [entry.strip() for entry in listed.split(",")]
+    uuids = entries[0].startswith(("GPU-", "MIG-"))
+    kind = re.compile(rf"{entries[0][:4]}.+" if uuids else r"\+?(\d+).*")
+    found: list[str] = []
+    for entry in entries:
+        match = kind.fullmatch(entry)
+        if match is None:
+            break
+        name = entry if uuids else str(int(match[1]))
+        if name in found:
+            return []
+        if present is not None and not _is_one(name, present):
+            break
+        found.append(name)
+    return found
+
+
+def _is_one(name: str, present: Sequence[str]) -> bool:
+    return name in present or (not name.isdigit() and sum(other.startswith(name) for other in present) == 1)
+
+
+def _present_gpus() -> list[str] | None:
+    """Indices and UUIDs of all GPUs and their parts; None where the driver's tool cannot tell."""
     try:
         out = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [m[1] for m in re.finditer(r"^GPU (\d+):", out.stdout, re.MULTILINE)]
+        return None
+    if out.returncode:
+        return None
+    indices = re.findall(r"^GPU (\d+):", out.stdout, re.MULTILINE)
+    return [*indices, *re.findall(r"UUID: ([\w/-]+)", out.stdout)]
 
 
 def make_slots(device: str, jobs: int | None) -> list[Slot]:
     """Slots for ``--device auto|cpu|cuda|cuda:0,1`` and ``--jobs`` (per GPU, or in all on the CPU)."""
     if jobs is not None and jobs < 1:
         raise UsageError("--jobs", f"must be at least 1, got {jobs}")
-    match = re.fullmatch(r"(auto|cpu|cuda)(?::([\d,]+))?", device)
+    match = re.fullmatch(r"(auto|cpu|cuda)(?::([\w, /-]+))?", device.strip())
     if match is None or (match[2] and match[1] != "cuda"):
         raise UsageError("--device", f"{device!r}; valid: auto, cpu, cuda, cuda:0,1")
     gpus = visible_gpus() if match[1] != "cpu" else []
     if match[2]:
-        chosen = match[2].strip(",").split(",")
-        missing = [g for g in chosen if g not in gpus]
-        if missing:
-            raise UsageError("--device", f"no GPU {missing[0]}; found {', '.join(gpus) or 'none'}")
-        gpus = chosen
+        gpus = _chosen(match[2], gpus)
     if match[1] == "cuda" and not gpus:
-        raise UsageError("--device", "cuda was asked for, but no GPU is visible; try --device cpu")
+        raise UsageError("--device", f"cuda was asked for, but {_none_visible()}; try --device cpu")
     if gpus:
         return [Slot("cuda", g) for g in gpus for _ in range(jobs or 1)]
     return [Slot("cpu")] * (jobs or _cores())
+
+
+def _chosen(asked: str, visible: Sequence[str]) -> list[str]:
+    """The GPUs named after ``cuda:``, as CUDA_VISIBLE_DEVICES names them."""
+    chosen = [name.strip() for name in asked.strip(", ").split(",")]
+    for place, name in enumerate(chosen):
+        if name not in visible:
+            raise UsageError("--device", f"no GPU {name}; found {', '.join(visible) or _none_visible()}")
+        if name in chosen[:place]:
+            raise UsageError("--device", f"GPU {name} is named twice; --jobs says how many workers each has")
+    return chosen
+
+
+def _none_visible() -> str:
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return "no GPU is visible" if listed is None else f"CUDA_VISIBLE_DEVICES={listed!r} shows none"
 
 
 def _cores() -> int:
     with contextlib.suppress(AttributeError):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _ending(code: int | None) -> str:
+    """An exit code, with the signal that it stands for."""
+    if code is None or code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name if -code in signal.valid_signals() else "a signal"
+    return f"exit code {code}, {name}" + ("; perhaps out of memory" if name == "SIGKILL" else "")
 
 
 @contextlib.contextmanager
@@ -101,7 +158,7 @@ class _Seat:
                 self.note = answer
         except (EOFError, OSError):
             code = self._end(kill=True)
-            return Answer("died", f"WorkerDied: the worker ended while running it (exit code {code})")
+            return Answer("died", f"WorkerDied: the worker ended while running it ({_ending(code)})")
         finally:
             self.note = ""
 

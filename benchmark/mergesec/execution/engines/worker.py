@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from mergesec.execution.failures import explain
 from mergesec.planning.plan import Step
 
 
@@ -36,10 +37,14 @@ class Workplace:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a step. ``status``: ok, error, died, corrupt (``key`` names the input) or full."""
+    """What came of a step. ``status``: ok, error, died, corrupt (``key`` names the input) or full.
+
+    ``message`` is one line; ``trace`` an error's whole traceback.
+    """
 
     status: str
     message: str = ""
+    trace: str = ""
     key: str = ""
     seconds: float = 0.0
     peak_mb: float = 0.0
@@ -116,21 +121,12 @@ def _work(step: Step, kinds: dict[str, str]) -> Answer:
         facts = {**info, "seconds": seconds, "peak_mb": peak, "device": _device_name(bench)}
         bench.store.put(step.kind, step.key, blob, facts)
     except CorruptArtifact as error:
-        return Answer("corrupt", str(error), error.key)
+        return Answer("corrupt", str(error), key=error.key)
     except Full as error:
         return Answer("full", str(error))
     except BaseException as error:  # a component may raise anything, SystemExit included
-        return Answer("error", _explain(error), seconds=time.perf_counter() - start)
+        return Answer("error", *explain(error), seconds=time.perf_counter() - start)
     return Answer("ok", seconds=seconds, peak_mb=peak, bytes=len(blob))
-
-
-def _explain(error: BaseException) -> str:
-    """``Type: message (file:line)`` of the innermost frame, without machine paths."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    spot = f" ({Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno})" if trace else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}{spot}"
 
 
 def _peak_mb(bench: Any) -> float:

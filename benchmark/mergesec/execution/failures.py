@@ -1,0 +1,126 @@
+"""What went wrong with a step: told in a line and in full, and kept beside the store until the step succeeds.
+
+``<root>/failures/<key>.json`` holds what a step failed with. Nothing here names a place of this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from traceback import TracebackException
+
+from mergesec.files import write_atomic
+
+LONGEST = 500
+"""Letters of a message that a reason keeps; the traceback has them all."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A step that failed. ``trace`` is empty where there was nobody left to tell it (death, time-out)."""
+
+    key: str
+    kind: str
+    label: str
+    reason: str
+    trace: str = ""
+
+    @property
+    def blocks(self) -> str:
+        """The reason of all that needs the step."""
+        return f"needs {self.label}, which failed: {self.reason}"
+
+
+class Failures:
+    """The last failure of each step that did not succeed since."""
+
+    def __init__(self, root: Path) -> None:
+        self._folder = root / "failures"
+
+    def note(self, failure: Failure) -> None:
+        """Keep it, in the place of an older one. Full if there is no room."""
+        write_atomic(self._folder / f"{failure.key}.json", json.dumps(asdict(failure)).encode())
+
+    def clear(self, kind: str | None = None) -> None:
+        """Forget all, or those of one kind of step."""
+        for failure in self:
+            if kind in (None, failure.kind):
+                self.forget(failure.key)
+
+    def forget(self, key: str) -> None:
+        """The step succeeded, or its failure is of no interest any more."""
+        (self._folder / f"{key}.json").unlink(missing_ok=True)
+
+    def read(self, key: str) -> Failure | None:
+        """What a step failed with last; None if it did not, or the file is unreadable."""
+        try:
+            return Failure(**json.loads((self._folder / f"{key}.json").read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def __iter__(self) -> Iterator[Failure]:
+        for path in sorted(self._folder.glob("*.json")):
+            if found := self.read(path.stem):
+                yield found
+
+
+# --------------------------------------------------------------------------- telling
+
+
+def reason_of(error: BaseException, trace: TracebackException | None = None) -> str:
+    """``Type: message (file:line)`` of the innermost frame, on one line."""
+    told = trace or _told(error)
+    message = " ".join(portable(str(told)).split())[:LONGEST]
+    spot = f" ({Path(told.stack[-1].filename).name}:{told.stack[-1].lineno})" if told.stack else ""
+    return f"{type(error).__name__}: {message}{spot}"
+
+
+def explain(error: BaseException) -> tuple[str, str]:
+    """A reason of one line and the whole traceback, of whatever a component raised.
+
+    Even an error that cannot be told in words is told by its type: its own code runs here.
+    """
+    try:
+        told = _told(error)
+        return reason_of(error, told), portable("".join(told.format()))
+    except BaseException as second:
+        return f"{type(error).__name__}: it cannot be told ({type(second).__name__} while trying)", ""
+
+
+def _told(error: BaseException) -> TracebackException:
+    told = TracebackException.from_exception(error)
+    _shorten(told)
+    return told
+
+
+def _shorten(told: TracebackException) -> None:
+    """Files of frames, of causes and members too, relative to where Python finds modules."""
+    for frame in told.stack:
+        frame.filename = shown_file(frame.filename)
+    if issubclass(told.exc_type, SyntaxError) and isinstance(told.filename, str):
+        told.filename = shown_file(told.filename)
+    for other in (told.__cause__, told.__context__, *(told.exceptions or ())):
+        if other is not None:
+            _shorten(other)
+
+
+def shown_file(name: str) -> str:
+    """A source file as its module is found: relative to the nearest entry of ``sys.path``, else its name."""
+    path = Path(name)
+    if not path.is_absolute():
+        return name
+    homes = [Path(entry) for entry in sys.path if entry and path.is_relative_to(entry)]
+    nearest = max(homes, key=lambda home: len(home.parts), default=path.parent)
+    return path.relative_to(nearest).as_posix()
+
+
+def portable(text: str) -> str:
+    """``text`` without this machine's folders, and without what no file or terminal takes."""
+    known = dict.fromkeys(sys.path, "") | {str(Path.cwd()): "", str(Path.home()): "~/"}
+    for place in sorted(known, key=len, reverse=True):
+        if len(Path(place).parts) > 1:
+            text = text.replace(place.rstrip("/") + "/", known[place])
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
