@@ -76,9 +76,10 @@ def _summary(finished: Finished, seconds: float, grid: str) -> None:
         if record.status in ("failed", "blocked"):
             reasons[record.reason] = reasons.get(record.reason, 0) + 1
     for reason in dict.fromkeys(finished.outcome.failed.values()):
-        reasons.setdefault(reason, 0)
+        if not any(told.endswith(reason) for told in reasons):
+            reasons[reason] = 0
     for reason, n in list(reasons.items())[:SHOWN]:
-        print(f"failed ({n} cells): {reason}", file=sys.stderr)
+        print(f"failed ({show.many(n, 'cell')}): {reason}", file=sys.stderr)
     if len(reasons) > SHOWN:
         print(f"... and {len(reasons) - SHOWN} more reasons", file=sys.stderr)
     if reasons:

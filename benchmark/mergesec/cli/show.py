@@ -18,12 +18,13 @@ def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> N
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         grid = Table(title=title or None, title_justify="left", header_style="bold")
         for name in header:
             grid.add_column(name)
         for row in rows:
-            grid.add_row(*row)
+            grid.add_row(*map(Text, row))  # what stands in brackets is no markup
         Console().print(grid)
         return
     widths = [max(len(str(r[i])) for r in [list(header), *rows]) for i in range(len(header))]
@@ -43,6 +44,11 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
 
 
+def many(count: int, thing: str) -> str:
+    """``1 cell``, ``2 cells``."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
 class Progress:
     """A live bar on a terminal; elsewhere one plain line per step that took a while, or failed."""
 
@@ -56,13 +62,13 @@ class Progress:
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
-                BarColumn(30), MofNCompleteColumn(), TextColumn("{task.description}"),
+                BarColumn(30), MofNCompleteColumn(), TextColumn("{task.description}", markup=False),
                 console=Console(stderr=True), transient=True,
             )  # fmt: skip
 
     def start(self, total: int, cached: int) -> None:
         self._total = total
-        print(f"{total} steps to run, {cached} in the store", file=sys.stderr)
+        print(f"{many(total, 'step')} to run, {cached} in the store", file=sys.stderr)
         if self._bar is not None:
             self._task = self._bar.add_task("", total=total)
             self._bar.start()
@@ -81,7 +87,8 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, total=max(self._total, self._done))
             if bad:
-                self._bar.console.print(f"[red]failed[/] {step.label}: {answer.message}", highlight=False)
+                told = f"failed {step.label}: {answer.message}"
+                self._bar.console.print(told, markup=False, highlight=False, style="red")
         elif bad or answer.seconds > 5 or time.monotonic() - self._spoken > 15:
             self._spoken = time.monotonic()
             what = f"failed: {answer.message}" if bad else duration(answer.seconds)

@@ -48,7 +48,7 @@ def main(
     if why:
         _explain(failed)
     elif failed:
-        print(f"{len(failed)} steps failed; --why shows their tracebacks")
+        print(f"{show.many(len(failed), 'step')} failed; --why shows why in full")
 
 
 def _is_run(asked: Asked, folder: Path) -> bool:
@@ -127,7 +127,7 @@ def _explain(failed: Sequence[Told]) -> None:
     if not failed:
         print("no failure is kept in the store for this grid")
     for failure, cells in failed:
-        print(f"failed: {failure.label}; {len(cells)} cells wait for it")
+        print(f"failed: {failure.label}; waiting for it: {show.many(len(cells), 'cell')}")
         for cell in cells[:SHOWN]:
             print(f"  {cell}")
         if len(cells) > SHOWN:

@@ -73,7 +73,7 @@ class Failures:
 def reason_of(error: BaseException, trace: TracebackException | None = None) -> str:
     """``Type: message (file:line)`` of the innermost frame, on one line."""
     told = trace or _told(error)
-    message = " ".join(portable(str(told)).split())[:LONGEST]
+    message = portable(" ".join(str(told).split()))[:LONGEST]
     spot = f" ({Path(told.stack[-1].filename).name}:{told.stack[-1].lineno})" if told.stack else ""
     return f"{type(error).__name__}: {message}{spot}"
 
