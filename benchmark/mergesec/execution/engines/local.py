@@ -96,7 +96,8 @@ def _chosen(asked: str, visible: Sequence[str]) -> list[str]:
     chosen = [name.strip() for name in asked.strip(", ").split(",")]
     for place, name in enumerate(chosen):
         if name not in visible:
-            raise UsageError("--device", f"no GPU {name}; found {', '.join(visible) or _none_visible()}")
+            shown = ", ".join(visible) or f"none ({_none_visible()})"
+            raise UsageError("--device", f"no GPU {name or repr(name)}; found {shown}")
         if name in chosen[:place]:
             raise UsageError("--device", f"GPU {name} is named twice; --jobs says how many workers each has")
     return chosen
@@ -104,7 +105,9 @@ def _chosen(asked: str, visible: Sequence[str]) -> list[str]:
 
 def _none_visible() -> str:
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return "no GPU is visible" if listed is None else f"CUDA_VISIBLE_DEVICES={listed!r} shows none"
+    return (
+        "no GPU is visible" if listed is None else f"with CUDA_VISIBLE_DEVICES={listed!r} no GPU is visible"
+    )
 
 
 def _cores() -> int:

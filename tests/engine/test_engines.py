@@ -1,0 +1,145 @@
+"""Devices: which GPUs there are by CUDA's own rules, what ``--device`` may name, how a death is told."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from mergesec.errors import UsageError
+from mergesec.execution.engines.local import _ending, make_slots, parse_visible, visible_gpus
+from mergesec.execution.engines.worker import Slot
+
+UUIDS = ["GPU-0a0a-11", "GPU-0b0b-22", "GPU-0b0c-33", "MIG-aaaa", "MIG-bbbb"]
+PRESENT = ["0", "1", "2", *UUIDS]
+
+
+@pytest.mark.parametrize(
+    ("listed", "shown"),
+    [
+        ("", []),
+        (" ", []),
+        ("-1", []),
+        ("none", []),
+        ("NoDevFiles", []),
+        ("0", ["0"]),
+        ("0, 1", ["0", "1"]),
+        (" 2 ,0", ["2", "0"]),
+        ("1,-1,0", ["1"]),
+        ("1,,0", ["1"]),
+        ("0,7,1", ["0"]),
+        ("7", []),
+        ("01", ["1"]),
+        ("+1", ["1"]),
+        ("1gpu2,2ampere", ["1", "2"]),
+        ("0,1,0", []),
+        ("0,-1,0", ["0"]),
+        ("0,GPU-0a0a-11", ["0"]),
+        ("GPU-0a0a-11", ["GPU-0a0a-11"]),
+        ("GPU-0a, GPU-0b0c", ["GPU-0a", "GPU-0b0c"]),
+        ("GPU-0a,GPU-0b,GPU-0b0c", ["GPU-0a"]),  # the second could be either of two
+        ("GPU-0a,1", ["GPU-0a"]),
+        ("GPU-9", []),
+        ("GPU-", []),
+        ("GPU-0a,GPU-0a", []),
+        ("MIG-bbbb,MIG-aaaa", ["MIG-bbbb", "MIG-aaaa"]),
+        ("MIG-bbbb,GPU-0a", ["MIG-bbbb"]),
+    ],
+)
+def test_what_is_visible_follows_cudas_rules(listed: str, shown: list[str]) -> None:
+    assert parse_visible(listed, PRESENT) == shown
+
+
+@pytest.mark.parametrize(
+    "listed", ["", "-1", "0,1", " 1, 0", "1,-1", "0,0", "3x,4", "GPU-a,GPU-b", "GPU-a,0", "MIG-a,MIG-a"]
+)
+def test_torch_reads_the_same(listed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.cuda import _parse_visible_devices
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    assert parse_visible(listed, None) == list(map(str, _parse_visible_devices()))
+
+
+SMI = """#!/bin/sh
+echo "GPU 0: NVIDIA A100 (UUID: GPU-0a0a-11)"
+echo "  MIG 1g.5gb     Device  0: (UUID: MIG-aaaa)"
+echo "GPU 1: NVIDIA A100 (UUID: GPU-0b0b-22)"
+exit {code}
+"""
+
+
+def _driver(folder: Path, monkeypatch: pytest.MonkeyPatch, code: int = 0) -> None:
+    tool = folder / "nvidia-smi"
+    tool.write_text(SMI.replace("{code}", str(code)))
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+@pytest.fixture(autouse=True)
+def _no_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def test_without_a_list_all_are_visible_and_with_one_those_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _driver(tmp_path, monkeypatch)
+    assert visible_gpus() == ["0", "1"]
+    for listed, shown in (("1, 0", ["1", "0"]), ("1,2,0", ["1"]), ("MIG-aaaa", ["MIG-aaaa"]), ("-1", [])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+        assert visible_gpus() == shown
+
+
+def test_where_the_driver_cannot_tell_a_list_is_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _driver(tmp_path, monkeypatch, code=9)
+    assert visible_gpus() == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, 6")
+    assert visible_gpus() == ["5", "6"]
+
+
+def test_devices_are_named_with_or_without_spaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0, 1,3")
+    wanted = [Slot("cuda", "0"), Slot("cuda", "3")]
+    for device in ("cuda:0,3", "cuda:0, 3", " cuda: 0 ,3 ", "cuda:0,3,"):
+        assert make_slots(device, None) == wanted
+    assert make_slots("auto", 2) == [Slot("cuda", g) for g in "001133"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a")
+    assert make_slots("cuda:GPU-a", None) == [Slot("cuda", "GPU-a")]
+
+
+@pytest.mark.parametrize(
+    ("listed", "device", "said"),
+    [
+        ("0,1", "cuda:2", "no GPU 2; found 0, 1"),
+        ("0,1", "cuda:0,0", "GPU 0 is named twice; --jobs"),
+        ("0,1", "cuda:-1", "no GPU -1; found 0, 1"),
+        ("0,1", "cuda:0,,1", "no GPU ''"),
+        ("-1", "cuda", "but with CUDA_VISIBLE_DEVICES='-1' no GPU is visible; try --device cpu"),
+        ("-1", "cuda:0", "no GPU 0; found none (with CUDA_VISIBLE_DEVICES='-1' no GPU is visible)"),
+    ],
+)
+def test_a_device_that_is_not_there(
+    listed: str, device: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    with pytest.raises(UsageError) as caught:
+        make_slots(device, None)
+    assert said in str(caught.value)
+
+
+def test_minus_one_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert make_slots("auto", 3) == [Slot("cpu")] * 3
+
+
+def test_a_death_by_signal_is_named() -> None:
+    assert _ending(0) == "exit code 0"
+    assert _ending(None) == "exit code None"
+    assert _ending(-11) == "exit code -11, SIGSEGV"
+    assert _ending(-9) == "exit code -9, SIGKILL; perhaps out of memory"
+    assert _ending(-250) == "exit code -250, a signal"
