@@ -59,7 +59,7 @@ def display(board: Board) -> tuple[list[str], list[list[str]]]:
     extra = [c for c in ("tier", "cells") if (c == "cells" and "cells_done" in frame) or c in frame.columns]
     rows = []
     for _, row in frame.iterrows():
-        texts = [_text(row, c, board.measures) for c in columns]
+        texts = [cell_text(row, c, board.measures) for c in columns]
         for c in extra:
             if c == "tier":
                 texts.append("" if pd.isna(row["tier"]) or row["tier"] == 0 else str(int(row["tier"])))
@@ -70,7 +70,7 @@ def display(board: Board) -> tuple[list[str], list[list[str]]]:
     return [*columns, *extra], rows
 
 
-def _text(row: Any, column: str, measures: Sequence[str]) -> str:
+def cell_text(row: Any, column: str, measures: Sequence[str]) -> str:
     value = row[column]
     if isinstance(value, str):
         return value
