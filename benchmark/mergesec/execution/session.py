@@ -20,6 +20,7 @@ from mergesec.execution.store import CorruptArtifact, Store
 from mergesec.files import check_writable, default_root, fingerprint
 from mergesec.planning.catalog import Catalog, importable, load_catalog
 from mergesec.planning.gridspec import load_grid
+from mergesec.planning.places import placed
 from mergesec.planning.plan import Plan, Step, make_plan, needed_steps
 from mergesec.planning.resolve import Grid, resolve
 
@@ -55,7 +56,7 @@ def open_session(
         raise UsageError("--data-root", f"no folder {str(root)!r}")
     home = store or default_root()
     check_writable(home, "MERGESEC_CACHE")
-    grid = resolve(load_grid(source, overrides), catalog)
+    grid = resolve(placed(load_grid(source, overrides), source, overrides, catalog), catalog)
     return Session(
         catalog, grid, make_plan(grid, _task_fingerprints(root, catalog)), Store(home), plugins, root
     )

@@ -69,7 +69,7 @@ def make_ref(entry: Entry, given: Mapping[str, Any], where: str, catalog: Catalo
     content = {
         k: readers[card.parameters[k].type](f"{where}.{k}", v)
         for k, v in bound.items()
-        if card.parameters[k].type in readers
+        if card.parameters[k].type in readers and v is not None
     }
     kept = {k: v for k, v in bound.items() if k in changed or not card.parameters[k].later}
     identity = {
@@ -143,10 +143,8 @@ def _series(distribution: str) -> str:
     return f"{major}.{rest[0]}" if major == "0" and rest else major
 
 
-def _path_content(where: str, value: Any) -> str | None:
+def _path_content(where: str, value: str) -> str:
     """What a path parameter contributes to identity: the content, never the place."""
-    if value is None:
-        return None
     if not Path(value).exists():
         raise UsageError(where, f"no file or folder {value!r}")
     return fingerprint(Path(value))
