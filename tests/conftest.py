@@ -151,6 +151,8 @@ def shared() -> Path:
 
 SLOW = {"packaging", "perf"}
 """Folders whose tests are slow by nature: one installs the package, one measures."""
+HEAVY = {"bench", "bench_class", "shared"}
+"""Fixtures whose tests are: they start ``bench`` in processes of its own, or read real data."""
 ALONE = {"perf"}
 """Folders whose tests measure time or memory: while one of them runs, parallel workers wait."""
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
@@ -167,10 +169,15 @@ def _turn_in_line(item: pytest.Item) -> int:
     return {"packaging": 0, "perf": 2}.get(_folder(item), 1)
 
 
+def _is_slow(item: pytest.Item) -> bool:
+    uses = set(getattr(item, "fixturenames", ()))
+    return _folder(item) in SLOW or item.get_closest_marker("fusionbench") is not None or bool(HEAVY & uses)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow is what starts ``bench`` in processes of its own, and whatever a folder or a test says is."""
+    """Marks what is slow by nature; what trains until an outcome shows says so itself."""
     for item in items:
-        if _folder(item) in SLOW or {"bench", "bench_class"} & set(getattr(item, "fixturenames", ())):
+        if _is_slow(item):
             item.add_marker("slow")
     items.sort(key=_turn_in_line)
 

@@ -37,6 +37,7 @@ def run(code: str, folder: Path, package: str | None = None) -> subprocess.Compl
 ASK = "from mergesec.compat import ensure_torchvision as e; print(e(), e()); "
 
 
+@pytest.mark.slow
 def test_missing_operators_are_repaired(tmp_path: Path) -> None:
     code = ASK + "import gc, torch; gc.collect(); import torchvision; print(torch.ops.torchvision.nms)"
     plain = run("import torchvision", tmp_path, BROKEN)
@@ -64,6 +65,7 @@ def test_other_errors_pass_through(tmp_path: Path, error: str) -> None:
     assert error.split("'")[1] in result.stderr
 
 
+@pytest.mark.slow
 def test_installed_torchvision_lets_open_clip_and_transformers_load(tmp_path: Path) -> None:
     code = ASK + "import open_clip; from transformers import ViTModel; print(ViTModel.__name__)"
     result = run(code, tmp_path)

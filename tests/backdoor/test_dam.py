@@ -380,6 +380,7 @@ def test_sparsity_of_a_discrete_mask_is_its_share_of_zeros() -> None:
     assert 0.1 < wanted < 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masks", ["single", "two"])
 def test_the_safety_term_makes_predictions_surer_under_the_perturbation(masks: str) -> None:
     """What it minimises, measured after the merge: entropy on perturbed images, against the ablation."""

@@ -105,6 +105,7 @@ def test_the_least_suspicious_one_stays() -> None:
     assert let_in(given_, torch.tensor([9.0, 7.0, 8.0]), 3.0) == [given_[1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "statistics", "sides"), [(3, 1, 2), (8, 2, 2), (8, 1, 1), (20, 2, 2)])
 def test_the_critical_score_holds_its_level_on_normal_statistics(
     count: int, statistics: int, sides: int
@@ -297,6 +298,7 @@ def screened(method: Any, chosen: Sequence[Expert] | None = None) -> list[str]:
     return [e.task for e in found.experts]
 
 
+@pytest.mark.slow
 def test_inverted_triggers_are_smallest_for_the_planted_class() -> None:
     backbone, _, views, made = world()
     ctx = nowhere(views, backbone)

@@ -145,6 +145,7 @@ def _records(plan: Plan, bench: Bench) -> list[Record]:
     return make_records(plan, bench.store, Outcome())
 
 
+@pytest.mark.slow
 def test_what_hooks_of_an_attack_are_handed(catalog: Catalog, tmp_path: Path) -> None:
     plan = _plan(
         catalog, attacks=[{"name": "spy", "alpha": [1.0, 5.0]}], defenses=["none", {"name": "damper", "drop": BLOBS}],
@@ -243,6 +244,7 @@ def test_a_screen_may_not_invent_experts(catalog: Catalog, tmp_path: Path) -> No
     assert any("kept" in c.message and "of micro/bars" in c.message for c in found)
 
 
+@pytest.mark.slow
 def test_a_screen_may_report_plain_json_only(catalog: Catalog, tmp_path: Path) -> None:
     path = tmp_path / "bad.py"
     path.write_text(SCREEN.replace("BODY", "return Screened(experts, {'score': float('nan')})"))
@@ -308,6 +310,7 @@ FAULTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_battery_finds_an_attack_whose_trigger_is_not_its_parents(tmp_path: Path) -> None:
     for said, wanted in (("0.5", []), ("0.6", ["the trigger is not first's"])):
         text = ATTACK
@@ -327,6 +330,7 @@ def test_the_battery_finds_an_attack_whose_trigger_is_not_its_parents(tmp_path: 
         assert bool(found) == bool(wanted), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_battery_finds_what_is_wrong_with_a_backdoor(fault: str, tmp_path: Path) -> None:
     changes, expected = FAULTS[fault]

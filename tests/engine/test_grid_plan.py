@@ -460,6 +460,7 @@ def test_nothing_is_needed_when_all_evaluations_are_stored() -> None:
     assert needed_steps(PLAN, roles.__contains__) == {}
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_cells_share_their_steps() -> None:
     scalings = [round(0.001 * i, 3) for i in range(1, 120)]
     plan = _plan(

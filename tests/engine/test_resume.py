@@ -81,6 +81,7 @@ def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [1, 3, 4, 5, 7])
 @pytest.mark.parametrize(
     "change",
@@ -195,6 +196,7 @@ def go(bench: Bench, plan: Any, key: str) -> dict[str, Tensor]:
     return load_tensors(bench.store.read("expert", key)[0])
 
 
+@pytest.mark.slow
 def test_a_killed_expert_goes_on_and_comes_out_the_same(tmp_path: Path) -> None:
     arguments = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path / "killed")]
     ended = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)

@@ -189,6 +189,7 @@ def test_another_seed_stands_in_for_a_missing_one(catalog: Catalog, tmp_path: Pa
     torch.testing.assert_close(samples.rows[0].inputs, again)
 
 
+@pytest.mark.slow
 def test_the_verb_draws_tells_and_spares(
     made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

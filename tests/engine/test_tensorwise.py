@@ -143,6 +143,7 @@ def tensorwise_methods() -> list[Entry]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", tensorwise_methods(), ids=lambda entry: entry.card.name)
 def test_rules_may_run_in_several_threads(entry: Entry) -> None:
     """Tensors of more than two blocks, so that threads meet; the result is that of one thread, bit by bit."""

@@ -116,6 +116,7 @@ def test_watermark_update_is_the_smallest_with_its_readings() -> None:
     assert protected.report["update"] == pytest.approx(float(update.norm()) / scale, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("others", [1, 3, 7])
 def test_watermark_survives_merging_as_the_theory_says_at_any_coefficient(others: int) -> None:
     defense = Watermark(bits=512, margin=2.0)

@@ -452,6 +452,7 @@ def test_trap2_takes_the_published_strengths() -> None:
     assert losses[0] != losses[2]
 
 
+@pytest.mark.slow
 def test_trap2_makes_half_the_task_vector_worse_than_plain_training() -> None:
     """The effect itself, with a large λ: good at scale 1, worse at 1/2 than an expert trained as usual."""
     world, losses = World(epochs=8, max_train=128), {}

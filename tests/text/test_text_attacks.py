@@ -124,6 +124,7 @@ def test_poisoned_rows_are_those_of_other_classes(world: dict[str, Any]) -> None
         Phrase("  ", "end", 0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "attack",
     [

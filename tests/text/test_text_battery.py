@@ -17,6 +17,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", BAD)
 def test_battery_catches(fault: str, tmp_path: Path) -> None:
     body, expected = BAD[fault]
