@@ -128,13 +128,16 @@ def test_a_cuda_device_that_is_not_there(
     [
         ("x = 1\n", "--plugin: p.py has no top-level CARD"),
         ("CARD = {\n    'name': f(),\n}\n", "p.py: CARD is not a plain literal"),
-        ("CARD = {\n    'name': 'p',\n}\n", "p.py: the card lacks 'class'"),
+        ("CARD = {\n    'name': 'p',\n}\n", "p.py:1: card.class: missing or not a string"),
         ("CARD = {\n", "p.py, line 1: not valid Python"),
     ],
 )
 def test_a_broken_plugin(invoke: Invoke, tmp_path: Path, text: str, expected: str) -> None:
     (tmp_path / "p.py").write_text(text)
-    _one_line(*invoke("list", "--plugin", "p.py"), expected)
+    code, err = invoke("list", "--plugin", "p.py")
+    assert code == 2
+    assert f"error: {expected}" in err
+    assert all(line.startswith("error: ") for line in err.splitlines())
 
 
 @pytest.mark.parametrize(

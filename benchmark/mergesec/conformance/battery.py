@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Set
@@ -32,6 +33,7 @@ from mergesec.conformance.triggers import (
 )
 from mergesec.contracts import Attack, Backbone, DataContext, Task
 from mergesec.errors import UsageError
+from mergesec.execution.failures import explain, shown_file
 from mergesec.execution.steps import run
 from mergesec.execution.store import Store
 from mergesec.execution.work import Bench
@@ -87,30 +89,50 @@ class Check:
     name: str
     passed: bool | None
     message: str = ""
+    """With the line of the component's file to look at."""
+    trace: str = ""
+    """The whole traceback of a check that raised."""
 
 
 class Battery:
     """Gathers checks; one that raises is a failed check, not the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, entry: Entry) -> None:
         self.checks: list[Check] = []
+        self._file = shown_file(str(entry.path))
+        self._spot = f"({entry.path.name}:{_class_line(entry)})"
 
     def check(self, name: str, test: Callable[[], str | None]) -> bool:
         """Run ``test``; it returns None if all is well, else what is wrong."""
+        trace = ""
         try:
             wrong = test()
-        except Exception as error:
-            wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        self.checks.append(Check(name, wrong is None, wrong or ""))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a component may raise anything, SystemExit included
+            wrong, trace = explain(error, within=self._file, otherwise=self._spot)
+        else:
+            wrong = f"{wrong} {self._spot}" if wrong else None
+        self.checks.append(Check(name, wrong is None, wrong or "", trace))
         return wrong is None
 
     def skip(self, name: str, why: str) -> None:
         self.checks.append(Check(name, None, why))
 
 
-def check_component(entry: Entry, catalog: Catalog) -> list[Check]:
-    """All checks that apply to this component."""
-    battery = Battery()
+def _class_line(entry: Entry) -> int:
+    """Where a component's class begins in its file; the first line if it has none there."""
+    try:
+        tree = ast.parse(entry.path.read_bytes())
+    except SyntaxError:
+        return 1
+    found = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == entry.card.class_name]
+    return found[-1].lineno if found else 1
+
+
+def check_component(entry: Entry, catalog: Catalog, data_root: Path | None = None) -> list[Check]:
+    """All checks that apply to this component; a task that reads a local folder finds it in ``data_root``."""
+    battery = Battery(entry)
     torch.set_num_threads(1)  # the micro world is far too small for more
     for world in WORLDS.values():
         if world.backbone not in catalog.entries["backbone"]:
@@ -124,7 +146,7 @@ def check_component(entry: Entry, catalog: Catalog) -> list[Check]:
         return battery.checks
     kind = entry.card.kind
     if kind == "task":
-        _check_task(entry, made[0], battery)
+        _check_task(entry, made[0], battery, data_root)
     elif kind == "backbone":
         _check_backbone(entry, made[0], battery)
     else:
@@ -308,14 +330,20 @@ def _first_input(plan: Plan, bench: Bench) -> Any:
 # --------------------------------------------------------------------------- tasks and backbones
 
 
-def _check_task(entry: Entry, task: Task, battery: Battery) -> None:
-    if entry.card.local:
-        battery.skip("loads", "reads a local folder; run it with --data-root")
+def _check_task(entry: Entry, task: Task, battery: Battery, data_root: Path | None) -> None:
+    folder = data_root / entry.card.name if data_root is not None else None
+    if entry.card.local and folder is None:
+        battery.skip("loads", f"reads a local folder: give --data-root DIR with DIR/{entry.card.name}/ in it")
+        return
+    if entry.card.local and folder is not None and not folder.is_dir():
+        battery.skip("loads", f"reads a local folder, and --data-root has no {entry.card.name}/ in it")
         return
     loaded: list[dict[str, Any]] = []
 
     def load() -> str | None:
-        loaded.extend(task.load(DataContext(torch.device("cpu"), 0)) for _ in range(2))
+        loaded.extend(
+            task.load(DataContext(torch.device("cpu"), 0, str(folder) if folder else None)) for _ in range(2)
+        )
         splits = loaded[0]
         if set(splits) < {"train", "tuning", "test"}:
             return f"splits are {sorted(splits)}"
@@ -370,11 +398,12 @@ def _check_backbone(entry: Entry, backbone: Backbone, battery: Battery) -> None:
             battery.check(WORLDS[modality].features, partial(WORLDS[modality].has_features, backbone))
 
 
-def check_file(path: Path, catalog: Catalog) -> list[tuple[str, Check]]:
+def check_file(path: Path, catalog: Catalog, data_root: Path | None = None) -> list[tuple[str, Check]]:
     """(component, check) for every card in a plugin file; UsageError if the file has none."""
     found: list[tuple[str, Check]] = []
     for entry in add_plugin(catalog, path):
-        found += [(f"{entry.card.kind} {entry.card.name}", c) for c in check_component(entry, catalog)]
+        checks = check_component(entry, catalog, data_root)
+        found += [(f"{entry.card.kind} {entry.card.name}", check) for check in checks]
     if not found:
         raise UsageError(str(path), "nothing to check")
     return found

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from traceback import TracebackException
+from typing import NamedTuple
 
 from mergesec.files import write_atomic
 
@@ -70,30 +71,30 @@ class Failures:
 # --------------------------------------------------------------------------- telling
 
 
-def reason_of(error: BaseException, trace: TracebackException | None = None) -> str:
-    """``Type: message (file:line)`` of the innermost frame, on one line."""
-    told = trace or _told(error)
-    message = portable(" ".join(str(told).split()))[:LONGEST]
-    spot = f" ({Path(told.stack[-1].filename).name}:{told.stack[-1].lineno})" if told.stack else ""
-    return f"{type(error).__name__}: {message}{spot}"
+class Explained(NamedTuple):
+    """An error in words."""
+
+    reason: str
+    """``Type: message (file:line)``, on one line."""
+    trace: str
 
 
-def explain(error: BaseException) -> tuple[str, str]:
+def explain(error: BaseException, within: str = "", otherwise: str = "") -> Explained:
     """A reason of one line and the whole traceback, of whatever a component raised.
 
-    Even an error that cannot be told in words is told by its type: its own code runs here.
+    The line is the innermost frame's; with ``within`` that of the innermost frame of this file, or
+    ``otherwise`` if it has none. Even an error that cannot be told is told by its type: its own code runs here.
     """
     try:
-        told = _told(error)
-        return reason_of(error, told), portable("".join(told.format()))
+        told = TracebackException.from_exception(error)
+        _shorten(told)
+        frames = [f for f in told.stack if not within or f.filename == within]
+        spot = f"({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else otherwise
+        message = portable(" ".join(str(told).split()))[:LONGEST]
+        reason = f"{type(error).__name__}: {message} {spot}".rstrip()
+        return Explained(reason, portable("".join(told.format())))
     except BaseException as second:
-        return f"{type(error).__name__}: it cannot be told ({type(second).__name__} while trying)", ""
-
-
-def _told(error: BaseException) -> TracebackException:
-    told = TracebackException.from_exception(error)
-    _shorten(told)
-    return told
+        return Explained(f"{type(error).__name__}: cannot be told ({type(second).__name__} while trying)", "")
 
 
 def _shorten(told: TracebackException) -> None:

@@ -50,16 +50,21 @@ def open_session(
     """Read, resolve and plan a grid; UsageError for anything the user can mend."""
     plugins = tuple(str(Path(p).resolve()) if Path(p).is_file() else p for p in plugins)
     catalog = load_catalog(plugins)
-    given = data_root or os.environ.get("MERGESEC_DATA")
-    root = Path(given) if given else None
-    if root is not None and not root.is_dir():
-        raise UsageError("--data-root", f"no folder {str(root)!r}")
+    root = local_data(data_root)
     home = store or default_root()
     check_writable(home, "MERGESEC_CACHE")
     grid = resolve(placed(load_grid(source, overrides), source, overrides, catalog), catalog)
     return Session(
         catalog, grid, make_plan(grid, _task_fingerprints(root, catalog)), Store(home), plugins, root
     )
+
+
+def local_data(given: str | None) -> Path | None:
+    """The folder of local tasks: what was given, else ``$MERGESEC_DATA``; UsageError if it is not there."""
+    place = given or os.environ.get("MERGESEC_DATA")
+    if place and not Path(place).is_dir():
+        raise UsageError("--data-root", f"no folder {place!r}")
+    return Path(place) if place else None
 
 
 def _task_fingerprints(root: Path | None, catalog: Catalog) -> Callable[[str], str]:

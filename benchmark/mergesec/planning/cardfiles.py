@@ -50,17 +50,18 @@ class CardError(UsageError):
 def read_cards(path: Path) -> list[Card]:
     """The cards in one module, read as literals; empty if it has none. Nothing is executed.
 
-    CardError names file, line and field of all that is wrong with the first card that is.
+    CardError names file, line and field of all that is wrong with them.
     """
     raws = _raws(path)
-    cards = []
+    cards, told = [], list[Mistake]()
     for place, raw in enumerate(raws):
         whole = _extended(raw, raws, path)
         mistakes = list(_mistakes(whole))
-        if mistakes:
-            raise CardError(_placed(mistakes, path, place))
-        if not whole["name"].startswith(TEMPLATE):
+        told += _placed(mistakes, path, place) if mistakes else []
+        if not mistakes and not whole["name"].startswith(TEMPLATE):
             cards.append(_card(whole))
+    if told:
+        raise CardError(told)
     return cards
 
 
