@@ -5,8 +5,11 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
+unexport PYTHONDONTWRITEBYTECODE  # compiling the tests anew takes longer than most of them
 # a worker for each core, four at most; make WORKERS=0 ... runs the tests in one process
 WORKERS ?= auto
+# the engine and the methods, not the modalities; what is slow says so (tests/conftest.py)
+CORE   := $(addprefix tests/,anatomy backdoor conformance engine merging protection)
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 4 --durations=10
 
 .PHONY: quickstart check test install install-dev lint types clean
@@ -15,7 +18,7 @@ quickstart: install
 	$(BIN)/bench run --grid quickstart
 
 check: install-dev lint types
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" $(CORE)
 
 test: install-dev lint types
 	$(PYTEST)

@@ -154,8 +154,9 @@ def load_catalog(plugins: Iterable[str | Path] = ()) -> Catalog:
     """
     catalog = Catalog()
     seen: set[tuple[str, str]] = set()
+    points = entry_points()  # one look through what is installed, not one a group
     for group, kind in GROUPS.items():
-        for point in entry_points(group=group):
+        for point in points.select(group=group):
             try:
                 _add_point(catalog, point, kind, seen)
             except UsageError as error:
@@ -168,8 +169,9 @@ def load_catalog(plugins: Iterable[str | Path] = ()) -> Catalog:
 
 
 def _add_point(catalog: Catalog, point: EntryPoint, kind: str, seen: set[tuple[str, str]]) -> None:
-    origin = f"{point.dist.name} {point.dist.version}" if point.dist else point.value
-    external = point.dist is None or point.dist.name != "mergesec"
+    facts = point.dist.metadata if point.dist else None  # read from a file at every access
+    origin = f"{facts['Name']} {facts['Version']}" if facts else point.value
+    external = facts is None or facts["Name"] != "mergesec"
     for module, path in _modules(point.value):
         for card in read_cards(path):
             if card.kind == kind and (module, card.name) not in seen:
