@@ -8,10 +8,15 @@ from typing import Annotated
 import typer
 
 from mergesec.cli import show
+from mergesec.cli.complete import one_of
+
+ACTIONS = ("show", "verify", "clear")
 
 
 def main(
-    action: Annotated[str, typer.Argument(help="show, verify or clear")] = "show",
+    action: Annotated[
+        str, typer.Argument(help="show, verify or clear", autocompletion=one_of(*ACTIONS))
+    ] = "show",
     kind: Annotated[str | None, typer.Option(help="only steps of this kind, e.g. merge")] = None,
 ) -> None:
     from mergesec.errors import UsageError, nearest
@@ -19,9 +24,8 @@ def main(
     from mergesec.execution.store import CorruptArtifact, Store
     from mergesec.files import default_root
 
-    actions = ("show", "verify", "clear")
-    if action not in actions:
-        raise UsageError("action", f"{action!r}{nearest(action, actions)}")
+    if action not in ACTIONS:
+        raise UsageError("action", f"{action!r}{nearest(action, ACTIONS)}")
     store = Store(default_root())
     found = [a for a in store.artifacts() if kind in (None, a[0])]
     if kind is not None and not found:

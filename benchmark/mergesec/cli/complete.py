@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from mergesec.planning.presets import preset_names
@@ -16,6 +17,11 @@ def run_names(incomplete: str) -> list[str]:
     """Grids that have records in the default folder, and grid files."""
     runs = sorted(path.parent.name for path in Path("results/records").glob("*/grid.json"))
     return [*_starting(runs, incomplete), *_yaml_files(incomplete)]
+
+
+def one_of(*names: str) -> Callable[[str], list[str]]:
+    """Words of a fixed choice."""
+    return lambda incomplete: _starting(list(names), incomplete)
 
 
 def component_names(incomplete: str) -> list[str]:

@@ -7,10 +7,14 @@ from typing import Annotated
 import typer
 
 from mergesec.cli import show
+from mergesec.cli.complete import component_names
 from mergesec.cli.options import Plugins
 
 
-def main(name: Annotated[str, typer.Argument(help="a registered name")], plugin: Plugins = None) -> None:
+def main(
+    name: Annotated[str, typer.Argument(help="a registered name", autocompletion=component_names)],
+    plugin: Plugins = None,
+) -> None:
     from mergesec.errors import UsageError, nearest
     from mergesec.planning.catalog import load_catalog
 

@@ -7,14 +7,20 @@ from typing import Annotated
 import typer
 
 from mergesec.cli import show
+from mergesec.cli.complete import one_of
+from mergesec.cli.options import Plugins
 from mergesec.planning.cards import KINDS
 
 
 def main(
     kind: Annotated[
-        str, typer.Argument(help="task, backbone, merging, attack, defense, grid, or all")
+        str,
+        typer.Argument(
+            help="task, backbone, merging, attack, defense, grid, or all",
+            autocompletion=one_of(*KINDS, "grid", "all"),
+        ),
     ] = "all",
-    plugin: Annotated[list[str] | None, typer.Option(help="a plugin file to include")] = None,
+    plugin: Plugins = None,
 ) -> None:
     from mergesec.errors import UsageError, nearest
     from mergesec.planning.catalog import load_catalog

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergesec.cli import show
+from mergesec.cli.complete import merge_names
 from mergesec.cli.options import Plugins
 from mergesec.errors import UsageError, nearest
 
@@ -23,7 +24,9 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "
 
 
 def main(
-    method: Annotated[str, typer.Argument(help="a merge method that needs no data")],
+    method: Annotated[
+        str, typer.Argument(help="a merge method that needs no data", autocompletion=merge_names)
+    ],
     parameters: Annotated[list[str] | None, typer.Argument(help="key=value, see bench info METHOD")] = None,
     base: Annotated[
         Path | None, typer.Option(help="the base: a .safetensors file, or a folder with one or with shards")

@@ -18,7 +18,7 @@ _SAME = "the same as GRID"
 Words = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[GRID] [KEY=VALUE]...",
+        metavar="GRID|KEY=VALUE",
         help="a preset's name or a YAML file; then what to change, in Hydra's override syntax",
         autocompletion=grid_names,
         show_default=False,

@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 
 from mergesec.cli import show
+from mergesec.cli.complete import one_of
 from mergesec.cli.options import DataRoot
 
 
 def main(
-    action: Annotated[str, typer.Argument(help="check", autocompletion=lambda: ["check"])],
+    action: Annotated[str, typer.Argument(help="check", autocompletion=one_of("check"))],
     file: Annotated[Path, typer.Argument(help="the plugin file")],
     data_root: DataRoot = None,
     why: Annotated[bool, typer.Option("--why", help="also the tracebacks of checks that raised")] = False,
