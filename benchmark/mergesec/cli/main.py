@@ -82,7 +82,7 @@ def main() -> None:
     from mergesec.files import Full
 
     try:
-        app()
+        app(prog_name="bench")
     except (UsageError, Full) as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
