@@ -20,13 +20,13 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
-from mergesec.errors import UsageError
+from mergesec.errors import UsageError, nearest
 from mergesec.evidence.tables import cell_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,8 +38,7 @@ _OPTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Marker:
+class Marker(NamedTuple):
     """One marker of a page: which board, which rows, and how they are shown."""
 
     kind: str
@@ -110,7 +109,7 @@ def content(marker: Marker) -> str:
 def _board(name: str) -> pd.DataFrame:
     path = BOARDS / f"{name}.csv"
     if not path.is_file():
-        raise UsageError(f"no board {name}: {path.relative_to(ROOT)} is not there")
+        raise UsageError(name, "no such board under results/leaderboards")
     return pd.read_csv(path)
 
 
@@ -120,7 +119,7 @@ def _chosen(marker: Marker) -> pd.DataFrame:
         fits = re.compile("|".join(re.escape(part).replace(r"\*", ".*") for part in pattern.split("|")))
         frame = frame[[fits.fullmatch(_plain(value)) is not None for value in frame[_known(marker, column)]]]
     if frame.empty:
-        raise UsageError(f"{marker}: no row fits")
+        raise UsageError(str(marker), "no row fits")
     return frame
 
 
@@ -132,8 +131,9 @@ def _plain(value: object) -> str:
 
 
 def _known(marker: Marker, column: str) -> str:
-    if column not in _board(marker.board).columns and column != "cells":
-        raise UsageError(f"{marker}: the board has no column {column!r}")
+    columns = list(_board(marker.board).columns)
+    if column not in columns and column != "cells":
+        raise UsageError(str(marker), f"the board has no column {column!r}{nearest(column, columns)}")
     return column
 
 
@@ -152,7 +152,7 @@ def _number(marker: Marker, frame: pd.DataFrame) -> str:
     if take == "count":
         return str(len(frame))
     if take is None and len(frame) != 1:
-        raise UsageError(f"{marker}: {len(frame)} rows fit; name one, or say take=min, max, mean or count")
+        raise UsageError(str(marker), f"{len(frame)} rows fit; name one, or say take=min, max, mean or count")
     if "minus" in marker.options:
         frame = frame.assign(**{column: frame[column] - frame[_known(marker, marker.options["minus"])]})
     row = frame.iloc[0].copy()
@@ -178,7 +178,7 @@ def _table(marker: Marker, frame: pd.DataFrame) -> str:
         head, rows = _spread(head, rows, seen, cells)
     notes: list[str] = []
     for at, name in enumerate(columns):
-        if frame[name].map(lambda cell: isinstance(cell, str)).any():
+        if name != "cells" and frame[name].map(lambda cell: isinstance(cell, str)).any():
             short, shared = shortened([row[at] for row in rows])
             rows = [[*row[:at], text, *row[at + 1 :]] for row, text in zip(rows, short, strict=True)]
             notes += shared
@@ -244,21 +244,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--check", action="store_true", help="write nothing; list where pages and boards differ"
     )
     check = parser.parse_args(argv).check
-    wrong = 0
+    differing, refused = 0, 0
     for page in pages():
-        text = page.read_text(encoding="utf-8")
-        name = page.relative_to(ROOT)
+        text, name = page.read_text(encoding="utf-8"), page.relative_to(ROOT)
         try:
             found = list(differences(text))
-            if found and not check:
-                page.write_text(filled(text), encoding="utf-8")
         except UsageError as error:
             print(f"{name}: {error}", file=sys.stderr)
-            return 2
-        wrong += len(found)
-        for line in found:
-            print(f"{name}: {line}" if check else f"{name}: filled {line.partition(': cell')[0]}")
-    return 1 if check and wrong else 0
+            refused += 1
+            continue
+        differing += len(found)
+        if check:
+            print("".join(f"{name}: {line}\n" for line in found), end="")
+        elif found:
+            page.write_text(filled(text), encoding="utf-8")
+            print(f"{name}: {len(found)} filled")
+    return 2 if refused else int(check and differing > 0)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,45 @@
-"""The pages against the code: links resolve, components, verbs and preset grids are told of."""
+"""The pages against the code and the boards: each test lists what offends."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from mergesec.cli.main import VERBS
-from mergesec.planning.catalog import Entry, load_catalog
+from mergesec.errors import UsageError
+from mergesec.planning.catalog import load_catalog
 from mergesec.planning.presets import preset_names
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "results").glob("*.md")])
-ENTRIES = list(load_catalog())
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
+WIDTH = 100
+
+
+def _generator() -> ModuleType:
+    """docs/generate.py, which is a script and in no package."""
+    spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+generate = _generator()
+
+
+def _said(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 @cache
@@ -53,9 +73,8 @@ def _broken(page: Path) -> Iterator[str]:
             yield f"{link} (no such heading)"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_relative_links_resolve(page: Path) -> None:
-    assert not list(_broken(page))
+def test_relative_links_resolve() -> None:
+    assert not [f"{_said(page)}: {link}" for page in PAGES for link in _broken(page)]
 
 
 def test_every_page_can_be_reached_from_the_readme() -> None:
@@ -71,12 +90,16 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
                 todo += target.glob("*.md")
             elif target.suffix == ".md" and target.is_file():
                 todo.append(target)
-    assert not [str(page.relative_to(ROOT)) for page in PAGES if page not in seen]
+    assert not [_said(page) for page in PAGES if page not in seen]
 
 
-@pytest.mark.parametrize("entry", ENTRIES, ids=[f"{e.card.kind}-{e.card.name}" for e in ENTRIES])
-def test_every_component_is_told_of(entry: Entry) -> None:
-    assert re.search(rf"`(?:[^`\n]*[\s,:\[/])?{re.escape(entry.card.name)}(?![\w/-])[^`\n]*`", _written())
+def test_every_component_is_told_of() -> None:
+    names = {entry.card.name for entry in load_catalog()}
+    assert not [
+        name
+        for name in sorted(names)
+        if not re.search(rf"`(?:[^`\n]*[\s,:\[/])?{re.escape(name)}(?![\w/-])[^`\n]*`", _written())
+    ]
 
 
 def test_readme_names_every_verb() -> None:
@@ -84,15 +107,113 @@ def test_readme_names_every_verb() -> None:
     assert not [verb for verb in VERBS if f"bench {verb}" not in text]
 
 
-@pytest.mark.parametrize("name", preset_names())
-def test_every_preset_grid_is_told_of(name: str) -> None:
-    assert re.search(rf"(?<![\w-]){name}(?![\w-])", _written())
+def test_every_preset_grid_is_told_of() -> None:
+    assert not [name for name in preset_names() if not re.search(rf"(?<![\w-]){name}(?![\w-])", _written())]
+
+
+def test_every_grid_with_records_has_a_page_of_results() -> None:
+    grids = {folder.name for folder in (ROOT / "results" / "records").iterdir() if folder.is_dir()}
+    assert grids == {page.stem for page in (DOCS / "results").glob("*.md")}
 
 
 def test_no_page_or_grid_names_a_place_on_somebodys_machine() -> None:
     files = [*PAGES, *ROOT.glob("benchmark/mergesec/conf/**/*.yaml"), *ROOT.glob("examples/*")]
+    files = [file for file in files if file.is_file()]
     files += ROOT.glob("results/records/*/grid.json")
     place = re.compile(r"(?<![\w.~-])/(?:home|root|Users|tmp|mnt|work)/\w")
-    assert not [
-        f"{file.relative_to(ROOT)}: {hit[0]}" for file in files if (hit := place.search(file.read_text()))
-    ]
+    assert not [f"{_said(file)}: {hit[0]}" for file in files if (hit := place.search(file.read_text()))]
+
+
+def _too_wide(page: Path) -> Iterator[str]:
+    """Lines of prose over the width; tables, code (fenced or indented) and comments are not prose."""
+    text = COMMENT.sub("", FENCE.sub(lambda block: "\n" * block[0].count("\n"), page.read_text()))
+    for number, line in enumerate(text.splitlines(), 1):
+        if len(line) > WIDTH and not line.startswith("    ") and not line.lstrip().startswith("|"):
+            yield f"{_said(page)}:{number}: {len(line)} columns"
+
+
+def test_prose_wraps_at_100_columns() -> None:
+    assert not [line for page in PAGES for line in _too_wide(page)]
+
+
+def test_pages_hold_what_their_boards_hold() -> None:
+    """``make docs`` fills them; the message says which marker, and its first cell that differs."""
+    texts = {page: page.read_text(encoding="utf-8") for page in generate.pages()}
+    found = [f"{_said(page)}: {line}" for page, text in texts.items() for line in generate.differences(text)]
+    assert not found, "run `make docs`:\n" + "\n".join(found)
+
+
+def test_no_line_begins_with_a_number_from_a_board() -> None:
+    """Markdown would read such a line as HTML, and bold text in it as stars."""
+    line = re.compile(r"^ *<!-- n:", re.MULTILINE)
+    assert not [_said(page) for page in PAGES if line.search(page.read_text())]
+
+
+CSV = """method,seeds,accuracy,accuracy_low,accuracy_high
+ties,3,0.76645,0.756,0.7762
+average,3,0.72041,0.71,0.73
+"""
+BOARD = '<!-- board: trial/clean columns="method,accuracy:mean" method=ties -->{}<!-- /board -->'
+NUMBER = "<!-- n: trial/clean method=ties column=accuracy -->{}<!-- /n -->"
+
+
+@pytest.fixture
+def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A board `trial/clean` in the place of the shipped ones."""
+    (tmp_path / "trial").mkdir()
+    (tmp_path / "trial" / "clean.csv").write_text(CSV)
+    monkeypatch.setattr(generate, "BOARDS", tmp_path)
+    generate._board.cache_clear()
+    yield
+    generate._board.cache_clear()
+
+
+@pytest.mark.usefixtures("board")
+def test_a_table_is_made_from_its_board() -> None:
+    text = generate.filled(BOARD.format(""))
+    assert "| method | mean |\n|---|---|\n| ties | 76.6 [75.6, 77.6] |\n" in text
+    assert not list(generate.differences(text))
+
+
+@pytest.mark.usefixtures("board")
+def test_a_difference_names_the_marker_and_its_first_cell() -> None:
+    text = generate.filled(BOARD.format("")).replace("75.6", "75.7")
+    (line,) = generate.differences(text + NUMBER.format("76.6"))
+    assert line.startswith("board: trial/clean")
+    assert line.endswith("cell 6 holds '76.6 [75.7, 77.6]', the board '76.6 [75.6, 77.6]'")
+    (line,) = generate.differences(NUMBER.format("76.7"))
+    assert line == "n: trial/clean column=accuracy method=ties: cell 1 holds '76.7', the board '76.6'"
+
+
+@pytest.mark.usefixtures("board")
+@pytest.mark.parametrize(
+    ("how", "number"),
+    [("method=* take=max", "76.6"), ("take=min", "72.0"), ("take=count", "2"),
+     ("method=ties minus=accuracy_low", "1.0"), ("method=ties interval=yes", "76.6 [75.6, 77.6]")],
+)  # fmt: skip
+def test_a_number_may_speak_of_several_rows_or_of_a_difference(how: str, number: str) -> None:
+    marker = f"<!-- n: trial/clean column=accuracy {how} -->{{}}<!-- /n -->"
+    assert generate.filled(marker.format("?")) == marker.format(number)
+
+
+@pytest.mark.usefixtures("board")
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("trial/clear column=accuracy", "trial/clear: no such board"),
+        ("trial/clean method=ties column=acuracy", "did you mean 'accuracy'"),
+        ("trial/clean method=tie column=accuracy", "no row fits"),
+        ("trial/clean column=accuracy", "2 rows fit"),
+    ],
+)
+def test_a_marker_that_fits_nothing_is_refused(said: str, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        generate.filled(f"<!-- n: {said} --><!-- /n -->")
+
+
+def test_labels_are_shortened_by_what_their_rows_share() -> None:
+    labels = ["bad(patch=6, steps=3)", "bad(patch=6, trigger=checkerboard)", "ties"]
+    assert generate.shortened(labels) == (
+        ["bad(steps=3)", "bad(trigger=checkerboard)", "ties"],
+        ["`bad` patch=6"],
+    )
