@@ -251,8 +251,9 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
     if not isinstance(path, str | bytes | os.PathLike):
         return
     parts = Path(os.path.abspath(os.fsdecode(path))).parts
-    if parts[: len(ROOT.parts)] == ROOT.parts and not KEPT & set(parts):
-        _written.append(os.path.join(*parts[len(ROOT.parts) :]))
+    above, below = parts[: len(ROOT.parts)], parts[len(ROOT.parts) :]
+    if above == ROOT.parts and below and not KEPT & set(below):
+        _written.append("/".join(below))
 
 
 sys.addaudithook(_watch)
