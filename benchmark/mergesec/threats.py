@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
+from typing import Literal
 
 
 class Threat(StrEnum):
@@ -12,6 +13,10 @@ class Threat(StrEnum):
     CLEAN = "clean"
     PROTECTION = "protection"
     BACKDOOR = "backdoor"
+
+
+Secrets = Literal["own", "shared"]
+"""Whether each protected expert has a secret of its own, or all share one."""
 
 
 class Hook(StrEnum):

@@ -117,7 +117,7 @@ def test_measures_are_the_records_or_else_the_stores(made: Any) -> None:
     plan, bench, records = made
     (samples,), _ = collect_samples(plan, bench, records)
     step = next(s for s in plan.steps.values() if s.kind == "visibility")
-    assert samples.rows[0].visibility == bench.store.info("visibility", step.key)["visibility"]
+    assert samples.rows[0].visibility == bench.store.meta("visibility", step.key)["info"]["visibility"]
     assert samples.rows[0].visibility["area"] > 0.9
     done = [r.model_copy(update={"values": {"visibility/area": 0.25, "screen/caught": 1.0}}) for r in records]
     (samples,), _ = collect_samples(plan, bench, done)

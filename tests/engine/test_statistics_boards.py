@@ -154,10 +154,8 @@ def test_reading_names_what_is_wrong(tmp_path: Path) -> None:
             read_records(tmp_path, "g")
     manifest.write_text('{"cells": ["c"]}')
     (tmp_path / "g" / "c.json").write_text("{}")
-    with pytest.raises(UsageError, match=r"c\.json: unreadable record"):
+    with pytest.raises(UsageError, match=r"c\.json: not a record: cell: Field required"):
         read_records(tmp_path, "g")
-    (tmp_path / "g" / "c.json").write_text(_record().model_dump_json())
-    assert read_records(tmp_path, "g") == [_record()]
 
 
 # --------------------------------------------------------------------------- boards

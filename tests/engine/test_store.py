@@ -176,9 +176,10 @@ def test_artifacts_and_remove(tmp_path: Path) -> None:
     ((kind, key, size),) = store.artifacts()
     assert (kind, key) == ("merge", "k")
     assert size == sum(p.stat().st_size for p in (tmp_path / "artifacts" / "merge").iterdir())
-    assert store.info("merge", "k") == INFO
+    assert store.meta("merge", "k")["info"] == INFO
     store.remove("merge", "k")
-    assert store.info("merge", "k") == {}
+    with pytest.raises(CorruptArtifact):
+        store.meta("merge", "k")
     assert list(store.artifacts()) == []
 
 

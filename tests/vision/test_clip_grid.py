@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from extras import needs
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -22,8 +23,8 @@ from mergesec.planning.resolve import resolve
 from mergesec_tasks.vision.clip import Clip
 
 pandas = pytest.importorskip("pandas")
-pytest.importorskip("pyarrow")
-transformers = pytest.importorskip("transformers")
+needs("pyarrow")
+transformers = needs("transformers")
 
 
 def square(colour: tuple[int, int, int], row: int) -> bytes:
@@ -98,7 +99,7 @@ def test_bench_run_end_to_end(bench: Any, images: Path, tiny_clip: Path, expert:
         kind: [key for k, key, _ in store.artifacts() if k == kind] for kind in ("head", "expert", "import")
     }
     assert {kind: len(keys) for kind, keys in found.items()} == {"head": 2, "expert": 1, "import": 1}
-    assert all(store.info("head", key)["fitted"] is False for key in found["head"])
+    assert all(store.meta("head", key)["info"]["fitted"] is False for key in found["head"])
     assert "partial" in "".join(p.read_text() for p in (bench.results / "leaderboards").rglob("*.md"))
     manifest = json.loads((bench.results / "records" / "tiny-clip" / "grid.json").read_text())
     assert manifest["spec"]["suite"]["backbone"]["model"] == tiny_clip.name

@@ -69,7 +69,7 @@ def _summary(finished: Finished, seconds: float, grid: str) -> None:
     for path in finished.paths:
         print(path)
     total = len(finished.records)
-    done = sum(r.status == "done" for r in finished.records)
+    done = sum(r.status == "done" for r in finished.records) - len(finished.older)
     print(f"{done} of {total} cells done, {finished.outcome.done} steps run, {show.duration(seconds)}")
     reasons: dict[str, int] = {}
     for record in finished.records:
@@ -84,6 +84,9 @@ def _summary(finished: Finished, seconds: float, grid: str) -> None:
         print(f"... and {len(reasons) - SHOWN} more reasons", file=sys.stderr)
     if reasons:
         print(f"tracebacks: bench status {grid} --why (and your --results)", file=sys.stderr)
+    if finished.older:
+        shown = ", ".join(finished.older[:SHOWN]) + (", ..." if len(finished.older) > SHOWN else "")
+        print(f"{len(finished.older)} cells stand as an earlier run left them: {shown}", file=sys.stderr)
     if finished.outcome.interrupted:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130)

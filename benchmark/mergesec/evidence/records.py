@@ -8,17 +8,25 @@ from __future__ import annotations
 
 import base64
 import json
+import math
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mergesec.errors import UsageError
+from mergesec.threats import TRIGGERED, Role, Secrets, Threat
 
-SCHEMA = 1
+SCHEMA: Literal[1] = 1
+GRID_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+CELL_NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,399}"
+MOST_SAMPLES = 100_000_000
+"""Test samples of a task that a record may tell of."""
 Bits = NDArray[np.bool_]
+Status = Literal["done", "failed", "blocked", "missing"]
 
 
 class Count(BaseModel):
@@ -27,12 +35,20 @@ class Count(BaseModel):
     ``mask`` is None where every sample counts (accuracy); for ASR it leaves out the target class.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    k: int
-    n: int
-    total: int
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    k: int = Field(ge=0)
+    n: int = Field(ge=0)
+    total: int = Field(ge=0, le=MOST_SAMPLES)
     hits: str
     mask: str | None = None
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        """``k`` and ``n`` are what the bits say, and no hit lies outside the mask."""
+        hits, mask = self.arrays()
+        if (self.k, self.n) != (int(hits.sum()), int(mask.sum())) or bool((hits & ~mask).any()):
+            raise ValueError(f"{self.k} of {self.n} is not what its bits say")
+        return self
 
     def arrays(self) -> tuple[Bits, Bits]:
         """(hits, mask), each bool ``[total]``."""
@@ -52,28 +68,28 @@ class Record(BaseModel):
     """What one cell came to. ``merging``, ``attack`` and ``defense`` are labels, for people."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    schema_version: int = SCHEMA
+    schema_version: Literal[1] = SCHEMA
     cell: str
     grid: str
     suite: str
     backbone: str
-    protocol: str
-    threat: str
+    protocol: Literal["inductive", "transductive"]
+    threat: Threat
     merging: str
     attack: str
     defense: str
     components: dict[str, Component] = {}
     """By ``merging``, ``attack``, ``defense``: what the labels stand for. Empty in records of before 0.1."""
     subject: str
-    target_class: int
+    target_class: int = Field(ge=0)
     experts: list[str]
     seed: int
-    protected: int = 1
-    secrets: str = "own"
-    adversaries: int = 1
+    protected: int = Field(default=1, ge=1)
+    secrets: Secrets = "own"
+    adversaries: int = Field(default=1, ge=1)
     target_task: str = ""
     """Off-task backdoors: the task that the target class belongs to; empty: the subject's own."""
-    status: str
+    status: Status
     reason: str = ""
     counts: dict[str, Count] = {}
     """``acc/<role>/<task>``, ``asr/<role>/<task>``, ``ra/<role>/<task>``, ``mark/<suspect>/<task>``."""
@@ -87,12 +103,56 @@ class Record(BaseModel):
     provenance: dict[str, Any] = {}
 
 
+def disagreement(record: Record) -> str:
+    """What in a record contradicts the rest of it, empty if nothing does: its cell's name, numbers that are not
+    finite, cost by halves, evaluations of a done cell without counts."""
+    shown = readable_name(
+        record.threat, record.merging, record.attack, record.defense, record.subject, record.seed
+    )
+    if record.cell.rpartition("-")[0] != shown:
+        return f"cell {record.cell} is not the name of its content ({shown}-…)"
+    if not all(math.isfinite(v) for v in record.values.values()):
+        return "a value is not finite"
+    for side, cost in record.cost.items():
+        if not all(math.isfinite(v) and v >= 0 for v in cost.values()):
+            return f"the cost of {side} is not seconds, MiB or rows"
+        if {"seconds", "peak_mb"} - cost.keys() or ("made_seconds" in cost) != ("made_peak_mb" in cost):
+            return f"the cost of {side} lacks seconds or peak_mb"
+    if record.status == "done":
+        counted = {key.split("/")[1] for key in record.counts}
+        evaluated = {role for role in map(_counted_role, record.steps) if role}
+        if counted != evaluated or not counted:
+            odd = ", ".join(sorted(counted ^ evaluated)) or "any role"
+            return f"done, but steps and counts disagree on {odd}"
+    return ""
+
+
+def readable_name(threat: str, merging: str, attack: str, defense: str, subject: str, seed: int) -> str:
+    """The part of a cell's name that people read; labels give their names."""
+    parts = [threat, *(label.partition("(")[0] for label in (merging, attack, defense)), subject, f"s{seed}"]
+    return "-".join(part.replace("/", "_") for part in parts if part and part != "none")
+
+
+def _counted_role(role: str) -> str:
+    """The name under which an evaluation's counts stand; empty for a step that is not counted."""
+    name, _, triggered = role.partition(TRIGGERED[0])
+    kind, _, whom = name.partition(":")
+    if kind in (Role.LOGITS, Role.GAP, Role.VISIBILITY) or triggered:
+        return ""
+    return whom if kind == Role.VERIFY else kind
+
+
 def _pack(bits: Bits) -> str:
     return base64.b64encode(np.packbits(bits).tobytes()).decode()
 
 
 def _unpack(text: str, total: int) -> Bits:
-    return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=total).astype(bool)
+    """``total`` bits; ValueError if the text holds another number of them."""
+    packed = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
+    bits = np.unpackbits(packed)
+    if len(packed) != (total + 7) // 8 or bits[total:].any():
+        raise ValueError(f"{len(packed)} bytes of bits for {total} samples")
+    return bits[:total].astype(bool)
 
 
 def count(hits: Bits, mask: Bits | None = None) -> Count:
@@ -108,21 +168,43 @@ def count(hits: Bits, mask: Bits | None = None) -> Count:
 # --------------------------------------------------------------------------- reading and writing
 
 
+def grid_folder(folder: Path, grid: str) -> Path:
+    """Where a grid's records lie; UsageError unless ``grid`` is a plain name."""
+    if not re.fullmatch(GRID_NAME, grid):
+        raise UsageError("grid", f"{grid!r} is not a grid's name: letters, digits, '.', '_' and '-'")
+    return folder / grid
+
+
 def read_records(folder: Path, grid: str) -> list[Record]:
-    """The records of a grid's current cells; UsageError if the grid was never run there."""
-    manifest = folder / grid / "grid.json"
+    """The records of a grid's current cells; UsageError if the grid was never run there, or if one is not a
+    record of this version that agrees with itself."""
+    home = grid_folder(folder, grid)
+    manifest = home / "grid.json"
     if not manifest.is_file():
         known = sorted(p.parent.name for p in folder.glob("*/grid.json"))
         raise UsageError("grid", f"no records of {grid!r} in {folder}; found: {', '.join(known) or 'none'}")
     try:
-        names = list(json.loads(manifest.read_text())["cells"])
-    except (ValueError, KeyError, TypeError):
+        names = [str(name) for name in json.loads(manifest.read_bytes())["cells"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UsageError(f"{grid}/grid.json", "unreadable; run the grid again to write it anew") from None
-    records = []
-    for name in names:
-        path = folder / grid / f"{name}.json"
-        try:
-            records.append(Record.model_validate_json(path.read_bytes()))
-        except (OSError, ValidationError) as error:
-            raise UsageError(str(path.name), f"unreadable record ({str(error).splitlines()[0]})") from None
-    return records
+    return [read_record(home, name) for name in names]
+
+
+def read_record(home: Path, name: str) -> Record:
+    """One cell's record in a grid's folder; UsageError names the file and what is wrong with it."""
+    where = f"{name}.json"[:200]
+    if not re.fullmatch(CELL_NAME, name):
+        raise UsageError(f"{home.name}/grid.json", f"{name[:80]!r} is not a cell's name")
+    try:
+        record = Record.model_validate_json((home / f"{name}.json").read_bytes())
+    except OSError as error:
+        raise UsageError(where, f"unreadable record ({error.strerror})") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        spot = ".".join(map(str, first["loc"]))
+        raise UsageError(where, f"not a record: {spot + ': ' if spot else ''}{first['msg']}"[:300]) from None
+    if record.cell != name or record.grid != home.name:
+        raise UsageError(where, f"holds cell {record.cell} of grid {record.grid}")
+    if wrong := disagreement(record):
+        raise UsageError(where, f"contradicts itself: {wrong}")
+    return record

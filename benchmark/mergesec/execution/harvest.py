@@ -11,18 +11,29 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mergesec import __version__
-from mergesec.evidence.records import SCHEMA, Component, Count, Record, count
+from mergesec.errors import UsageError
+from mergesec.evidence.records import (
+    SCHEMA,
+    Component,
+    Count,
+    Record,
+    Status,
+    count,
+    grid_folder,
+    read_record,
+    readable_name,
+)
 from mergesec.execution.scheduler import Outcome
-from mergesec.execution.store import Store, parse_safetensors
+from mergesec.execution.store import CorruptArtifact, Store, parse_safetensors
 from mergesec.files import write_atomic
 from mergesec.planning.cells import Cell
-from mergesec.planning.plan import CellPlan, Plan
+from mergesec.planning.plan import CellPlan, Plan, back, behind, data_steps
 from mergesec.planning.refs import HUB_NAME, NONE, Ref
 from mergesec.planning.resolve import Grid
 from mergesec.threats import TRIGGERED, Hook, Role, Threat
@@ -39,14 +50,6 @@ def read_evaluation(store: Store, kind: str, key: str) -> tuple[Evaluation, dict
 
 def cell_name(cell: Cell) -> str:
     """A readable, unique file name."""
-    parts = [
-        cell.threat,
-        cell.merging.name,
-        cell.attack.name,
-        cell.defense.name,
-        cell.subject,
-        f"s{cell.seed}",
-    ]
     text = "|".join(
         [cell.threat, cell.merging.text, cell.attack.text, cell.defense.text, cell.subject,
          str(cell.target_class), ",".join(cell.experts), str(cell.seed),
@@ -54,11 +57,13 @@ def cell_name(cell: Cell) -> str:
          *([f"adversaries {cell.adversaries}"] if cell.adversaries > 1 else []),
          *([f"aim {cell.target_task}"] if cell.target_task else [])]
     )  # fmt: skip
-    shown = "-".join(p.replace("/", "_") for p in parts if p and p != "none")
+    shown = readable_name(
+        cell.threat, cell.merging.name, cell.attack.name, cell.defense.name, cell.subject, cell.seed
+    )
     return f"{shown}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 
-def _status(plan: CellPlan, has: Mapping[str, Any], outcome: Outcome) -> tuple[str, str]:
+def _status(plan: CellPlan, has: Mapping[str, Any], outcome: Outcome) -> tuple[Status, str]:
     for _, key in plan.roles:
         if key in outcome.failed:
             return "failed", outcome.failed[key]
@@ -99,6 +104,8 @@ def make_records(plan: Plan, store: Store, outcome: Outcome) -> list[Record]:
     road = Road(plan, store)
     for planned in plan.cells:
         status, reason = _status(planned, found, outcome)
+        if status == "done" and (lost := road.lost(planned)):
+            status, reason = "missing", f"what {lost} measured is gone from the store; run the grid again"
         counts: dict[str, Count] = {}
         values: dict[str, float] = {}
         facts: dict[str, Any] = {}
@@ -109,7 +116,7 @@ def make_records(plan: Plan, store: Store, outcome: Outcome) -> list[Record]:
                 _note(role, info, values, facts)
             if planned.cell.threat == Threat.BACKDOOR:
                 _note_defended(planned, road, values, facts)
-        cost = _cost(plan, planned, store, found)
+        cost = _cost(road, planned, found) if status == "done" else {}
         if status == "done" and planned.cell.threat == Threat.BACKDOOR:
             cost |= _sides(planned, road)
         records.append(_record(plan, planned, status, reason, counts, values, facts, cost, found, shared))
@@ -146,31 +153,31 @@ class Road:
     _facts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def facts(self, key: str) -> dict[str, Any]:
+        """A step's facts, verified; CorruptArtifact if they are gone: nothing stands in for what was measured."""
         if key not in self._facts:
-            self._facts[key] = self.store.info(self.plan.steps[key].kind, key)
+            self._facts[key] = self.store.meta(self.plan.steps[key].kind, key)["info"]
         return self._facts[key]
 
     def inputs(self, key: str) -> dict[str, str]:
         return dict(self.plan.steps[key].inputs)
 
-    def back(self, key: str) -> list[str]:
-        """The step that made an evaluated model and those of the same side before it, the last one first:
-        repair, merge, screen, or forge, poison."""
-        keys = [self.inputs(key)["model"]]
-        before = {"repair": "merged", "merge": "screened", "forge": "weights"}
-        while (role := before.get(self.plan.steps[keys[-1]].kind)) and role in self.inputs(keys[-1]):
-            keys.append(self.inputs(keys[-1])[role])
-        return keys
+    def lost(self, planned: CellPlan) -> str:
+        """The label of the first step whose facts a record would need and the store lacks; empty if none."""
+        for key in sorted({*behind(self.plan, planned), *(self.data[t] for t in planned.cell.experts)}):
+            try:
+                self.facts(key)
+            except CorruptArtifact:
+                return self.plan.steps[key].label
+        return ""
 
     def rows(self, tasks: Iterable[str], split: str) -> int:
         """Rows of a split, summed over tasks."""
-        sizes = [self.facts(self.data[task]).get("sizes", {}).get(split, 0) for task in tasks]
-        return sum(sizes)
+        return sum(int(self.facts(self.data[task])["sizes"][split]) for task in tasks)
 
     @cached_property
     def data(self) -> dict[str, str]:
         """Keys of the data steps by task."""
-        return {json.loads(s.args)["task"]: k for k, s in self.plan.steps.items() if s.kind == "data"}
+        return data_steps(self.plan)
 
 
 def _note_defended(planned: CellPlan, road: Road, values: dict[str, float], facts: dict[str, Any]) -> None:
@@ -179,12 +186,12 @@ def _note_defended(planned: CellPlan, road: Road, values: dict[str, float], fact
     if cell.defense is NONE:
         return
     told: dict[str, Any] = {}
-    for key in reversed(road.back(roles[Role.MERGE])):
+    for key in reversed(back(road.plan, roles[Role.MERGE])):
         info = road.facts(key)
         if road.plan.steps[key].kind == "screen":
             if cell.attack is not NONE:
                 benign = [t for t in cell.experts if t not in cell.crew]
-                kept = info.get("kept", cell.experts)
+                kept = info["kept"]
                 values["screen/caught"] = sum(t not in kept for t in cell.crew) / len(cell.crew)
                 if benign:
                     values["screen/false"] = sum(t not in kept for t in benign) / len(benign)
@@ -201,7 +208,9 @@ def _sides(planned: CellPlan, road: Road) -> dict[str, dict[str, float]]:
     grid = road.plan.grid
     if cell.attack is not NONE:
         made = [
-            k for k in road.back(roles[Role.POISONED]) if road.plan.steps[k].kind in (Hook.POISON, Hook.FORGE)
+            k
+            for k in back(road.plan, roles[Role.POISONED])
+            if road.plan.steps[k].kind in (Hook.POISON, Hook.FORGE)
         ]
         trigger = [road.inputs(roles[Role.MERGE.triggered])["trigger"]]
         card = grid.catalog.entries["attack"][cell.attack.name].card
@@ -215,7 +224,7 @@ def _sides(planned: CellPlan, road: Road) -> dict[str, dict[str, float]]:
     if cell.defense is not NONE:
         made = [
             k
-            for k in road.back(roles[Role.MERGE])
+            for k in back(road.plan, roles[Role.MERGE])
             if any(role == "defense" for role, _ in road.plan.steps[k].components)
         ]
         card = grid.catalog.entries["defense"][cell.defense.name].card
@@ -230,41 +239,43 @@ def _sides(planned: CellPlan, road: Road) -> dict[str, dict[str, float]]:
 
 
 def _summed(road: Road, keys: Iterable[str]) -> float:
-    return float(sum(road.facts(k).get("seconds", 0.0) for k in keys))
+    return float(sum(road.facts(k)["seconds"] for k in keys))
 
 
 def _peak(road: Road, keys: Iterable[str]) -> float:
-    return float(max((road.facts(k).get("peak_mb", 0.0) for k in keys), default=0.0))
+    return float(max((road.facts(k)["peak_mb"] for k in keys), default=0.0))
 
 
 def _data(plan: Plan, store: Store) -> dict[str, dict[str, str]]:
-    """Fingerprints of the tasks' data as loaded, and the tasks that have fewer than their card says."""
-    keys = {json.loads(s.args)["task"]: k for k, s in plan.steps.items() if s.kind == "data"}
-    partial = {task: str(store.info("data", key).get("partial") or "") for task, key in keys.items()}
-    return {
-        "data": {task: store.digest("data", key) for task, key in keys.items()},
-        "partial": {task: how for task, how in partial.items() if how},
-    }
+    """Fingerprints of the tasks' data as loaded, and the tasks that have fewer than their card says; of data
+    that was not loaded (yet) nothing."""
+    prints, partial = {}, {}
+    for task, key in data_steps(plan).items():
+        try:
+            meta = store.meta("data", key)
+        except CorruptArtifact:
+            continue
+        digests = json.dumps(meta["digests"], sort_keys=True)
+        prints[task] = hashlib.sha256(digests.encode()).hexdigest()[:32]
+        if how := str(meta["info"].get("partial") or ""):
+            partial[task] = how
+    return {"data": prints, "partial": partial}
 
 
-def _cost(
-    plan: Plan, planned: CellPlan, store: Store, found: Mapping[str, Any]
-) -> dict[str, dict[str, float]]:
+def _cost(road: Road, planned: CellPlan, found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Per role: seconds and peak MiB of the evaluation, and of the step that made the model."""
     cost: dict[str, dict[str, float]] = {}
     for role, key in planned.roles:
-        if key not in found:
-            continue
         cost[role] = {n: float(found[key][1][n]) for n in ("seconds", "peak_mb")}
-        model = dict(plan.steps[key].inputs).get("model")
+        model = road.inputs(key).get("model")
         if model is not None:
-            made = store.info(plan.steps[model].kind, model)
-            cost[role] |= {f"made_{n}": float(made[n]) for n in ("seconds", "peak_mb") if n in made}
+            made = road.facts(model)
+            cost[role] |= {f"made_{n}": float(made[n]) for n in ("seconds", "peak_mb")}
     return cost
 
 
 def _record(
-    plan: Plan, planned: CellPlan, status: str, reason: str, counts: dict[str, Count],
+    plan: Plan, planned: CellPlan, status: Status, reason: str, counts: dict[str, Count],
     values: dict[str, float], facts: dict[str, Any], cost: dict[str, dict[str, float]],
     found: Mapping[str, Any], shared: dict[str, Any],
 ) -> Record:  # fmt: skip
@@ -319,13 +330,32 @@ def _component(grid: Grid, ref: Ref) -> dict[str, str]:
     return {**found, "digest": entry.digest} if entry.digest else found
 
 
-def write_records(folder: Path, records: list[Record], grid: Grid) -> None:
-    """One file per cell under ``folder/<grid>/`` and a manifest naming the cells that were asked for."""
-    home = folder / grid.spec.name
+class Standing(NamedTuple):
+    """The records of a grid as they stand after writing."""
+
+    records: list[Record]
+    older: list[str]
+    """Cells whose done record of an earlier run was kept, because this run did not get to them."""
+
+
+def write_records(folder: Path, records: list[Record], grid: Grid) -> Standing:
+    """One file per cell under ``folder/<grid>/`` and a manifest naming the cells that were asked for.
+
+    A done record is only ever replaced by a done one of the same cell: what a run did not finish leaves the
+    earlier result where it is.
+    """
+    home = grid_folder(folder, grid.spec.name)
+    standing, older = [], []
     for record in records:
-        text = json.dumps(record.model_dump(mode="json"), sort_keys=True) + "\n"
         path = home / f"{record.cell}.json"
-        if not path.is_file() or path.read_text() != text:
+        before = _done_before(path) if record.status != "done" else None
+        if before is not None:
+            older.append(record.cell)
+            standing.append(before)
+            continue
+        standing.append(record)
+        text = json.dumps(record.model_dump(mode="json"), sort_keys=True) + "\n"
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
             write_atomic(path, text.encode())
     manifest = {
         "schema_version": SCHEMA,
@@ -333,6 +363,16 @@ def write_records(folder: Path, records: list[Record], grid: Grid) -> None:
         "cells": [r.cell for r in records],
     }
     write_atomic(home / "grid.json", (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+    return Standing(standing, older)
+
+
+def _done_before(path: Path) -> Record | None:
+    """The sound and done record at a path; None if there is none."""
+    try:
+        record = read_record(path.parent, path.stem)
+    except UsageError:
+        return None
+    return record if record.status == "done" else None
 
 
 def _without_place(fields: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from mergesec.files import check_writable, default_root, fingerprint
 from mergesec.planning.catalog import Catalog, importable, load_catalog
 from mergesec.planning.gridspec import load_grid
 from mergesec.planning.places import placed
-from mergesec.planning.plan import Plan, Step, make_plan, needed_steps
+from mergesec.planning.plan import Plan, Step, make_plan, needed_steps, read_facts
 from mergesec.planning.resolve import Grid, resolve
 
 REPAIRS = 5
@@ -101,6 +102,8 @@ class Finished:
     records: list[Record]
     boards: list[Board]
     paths: list[Path]
+    older: tuple[str, ...] = ()
+    """Cells that stand as an earlier run left them, because this one did not get to them."""
 
 
 def run_session(
@@ -140,23 +143,31 @@ def run_session(
         if outcome.interrupted:
             break
     records = make_records(session.plan, session.store, outcome)
-    write_records(results / "records", records, session.grid)
-    boards, paths = publish(records, results, session.grid.spec.name)
-    return Finished(outcome, records, boards, paths)
+    standing = write_records(results / "records", records, session.grid)
+    boards, paths = publish(standing.records, results, session.grid.spec.name, standing.older)
+    return Finished(outcome, standing.records, boards, paths, tuple(standing.older))
 
 
-def publish(records: list[Record], results: Path, name: str) -> tuple[list[Board], list[Path]]:
-    """Boards of these records, written under ``results/leaderboards/<grid>/``."""
+def publish(
+    records: list[Record], results: Path, name: str, older: Sequence[str] = ()
+) -> tuple[list[Board], list[Path]]:
+    """Boards of these records, written under ``results/leaderboards/<grid>/``; ``older`` names cells of an
+    earlier run."""
     boards = make_boards(records)
-    return boards, write_boards(results / "leaderboards" / name, boards, f"Grid {name}", marks(records))
+    notes = marks(records)
+    if older:
+        notes.append(f"{len(older)} cells are as an earlier run left them: {', '.join(older)}")
+    return boards, write_boards(results / "leaderboards" / name, boards, f"Grid {name}", notes)
 
 
 def _drop_corrupt(session: Session) -> None:
-    """Evaluations are small and every board is read from them: verify them all before trusting the store."""
-    has = completed(session.store, session.plan.steps)
-    for key in {k for c in session.plan.cells for _, k in c.roles}:
+    """Verify what records are read from before trusting the store: evaluations whole (they are small), of the
+    steps behind them the facts."""
+    plan, store = session.plan, session.store
+    has = completed(store, plan.steps)
+    evaluations = {k for c in plan.cells for _, k in c.roles}
+    for key in evaluations | read_facts(plan):
         if has(key):
-            try:
-                read_evaluation(session.store, session.plan.steps[key].kind, key)
-            except CorruptArtifact:
-                continue  # removed by the store; it is wanted again now
+            with contextlib.suppress(CorruptArtifact):  # removed by the store; it is wanted again now
+                kind = plan.steps[key].kind
+                read_evaluation(store, kind, key) if key in evaluations else store.meta(kind, key)

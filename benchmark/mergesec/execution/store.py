@@ -114,7 +114,7 @@ class Store:
             blob = tensor_path.read_bytes()
             sound = meta["check"] == _check(meta) and meta["key"] == key
             sound = sound and digests_of(blob) == meta["digests"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             sound = False
         if not sound:
             self.remove(kind, key)
@@ -143,7 +143,7 @@ class Store:
                     sound = digests_of(view) == meta["digests"]
                 if sound:
                     write_atomic(mark, stamp.encode())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             sound = False
         if not sound:
             self.remove(kind, key)
@@ -177,21 +177,20 @@ class Store:
             path.unlink(missing_ok=True)
         return None
 
-    def info(self, kind: str, key: str) -> dict[str, Any]:
-        """The JSON facts alone, tensors unread; empty if absent or unreadable."""
+    def meta(self, kind: str, key: str) -> dict[str, Any]:
+        """The metadata alone, verified, tensors unread. CorruptArtifact if it is absent, or (removed) damaged."""
+        path, _ = self._paths(kind, key)
+        if not path.is_file():
+            raise CorruptArtifact(key)
         try:
-            found: dict[str, Any] = json.loads(self._paths(kind, key)[0].read_bytes())["info"]
-        except (OSError, ValueError, KeyError):
-            return {}
-        return found
-
-    def digest(self, kind: str, key: str) -> str:
-        """One digest over the digests of an artifact's tensors; empty if it is absent or unreadable."""
-        try:
-            digests = json.loads(self._paths(kind, key)[0].read_bytes())["digests"]
-        except (OSError, ValueError, KeyError):
-            return ""
-        return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:32]
+            meta: dict[str, Any] = json.loads(path.read_bytes())
+            sound = meta["check"] == _check(meta) and meta["key"] == key and isinstance(meta["info"], dict)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            sound = False
+        if not sound:
+            self.remove(kind, key)
+            raise CorruptArtifact(key)
+        return meta
 
     def remove(self, kind: str, key: str) -> None:
         meta_path, tensor_path = self._paths(kind, key)

@@ -5,6 +5,7 @@ The only pictures that need more than records, and torch. Nothing is computed bu
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -144,8 +145,9 @@ def _add(
     shown = marked.detach().cpu() if isinstance(marked, Tensor) else list(marked)
     measured = {n: v for n, v in record.values.items() if n.startswith("visibility/")}
     if not measured or record.steps.get(Role.VISIBILITY) != step.key:  # not done, or of another version
-        told = bench.store.info("visibility", step.key).get("visibility", {})
-        measured = {f"visibility/{n}": float(v) for n, v in told.items()}
+        with contextlib.suppress(CorruptArtifact):  # then the picture does without
+            told = bench.store.meta("visibility", step.key)["info"]["visibility"]
+            measured = {f"visibility/{n}": float(v) for n, v in told.items()}
     samples.rows.append(
         Triggered(name, shown, {n.removeprefix("visibility/"): v for n, v in measured.items()})
     )

@@ -24,6 +24,7 @@ from mergesec.threats import HOOKS, Hook, Threat
 Raw = dict[str, Any]
 _NAMED = re.compile(r"^(?:CARD|CARDS)\b", re.MULTILINE)
 _LITERAL = re.compile(r"^(?:CARD|CARDS)\b[^=\n]*= *(\{.*?^\}|\[.*?^\])", re.MULTILINE | re.DOTALL)
+_NAME = re.compile(r"(?=.{1,80}$)[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*", re.ASCII)
 _REQUIRED = ("name", "kind", "class", "version", "title", "summary")
 _FIELDS = {"class" if f.name == "class_name" else f.name: str(f.type) for f in fields(Card)}
 _PARAMETER = {f.name for f in fields(Parameter)}
@@ -221,6 +222,9 @@ def _plain_mistakes(raw: Raw) -> Iterator[Mistake]:
     for key in _REQUIRED:
         if not isinstance(raw.get(key), str) or not raw[key]:
             yield Mistake(f"card.{key}", f"missing or not a string{_got(raw, key)}")
+    if isinstance(raw.get("name"), str) and raw["name"] and not _NAME.fullmatch(raw["name"]):
+        told = "letters, digits, '_', '.', '-' and '/', 80 at most"
+        yield Mistake("card.name", f"{raw['name'][:100]!r} cannot be a name: {told}")
     for key, value in raw.items():
         wanted = _wanted(key, value) if key in _FIELDS and key not in _REQUIRED else ""
         if wanted:

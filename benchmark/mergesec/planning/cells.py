@@ -5,18 +5,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mergesec.planning.refs import NONE, Ref
 from mergesec.planning.resolve import Grid
-from mergesec.threats import Hook, Threat, accomplices
+from mergesec.threats import Hook, Secrets, Threat, accomplices
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
     """One point of the grid. ``subject`` is the victim (protection) or adversary (backdoor) task."""
 
-    threat: str
+    threat: Threat
     merging: Ref
     attack: Ref
     defense: Ref
@@ -26,7 +26,7 @@ class Cell:
     seed: int
     protected: int = 1
     """How many of the experts are protected (protection only): the victim and those after it."""
-    secrets: str = "own"
+    secrets: Secrets = "own"
     """Whether each protected expert has its own secret or all share one."""
     adversaries: int = 1
     """How many contributors are malicious (backdoor only): the subject's and those after it."""
@@ -118,18 +118,26 @@ def _matches(pattern: Mapping[str, Any], cell: Cell) -> bool:
     return True
 
 
-def _variants(grid: Grid, threat: str, attack: Ref) -> list[tuple[int, str, int, str]]:
-    """(protected, secrets, adversaries, target task): how many experts are protected, with whose secrets, and
-    how many are malicious, at whose class they aim. One protected expert has only its own secret; without an
+class Variant(NamedTuple):
+    """How many experts are protected, with whose secrets, and how many are malicious, at whose class they aim."""
+
+    protected: int = 1
+    secrets: Secrets = "own"
+    adversaries: int = 1
+    target_task: str = ""
+
+
+def _variants(grid: Grid, threat: str, attack: Ref) -> list[Variant]:
+    """What a cell may differ in besides its methods. One protected expert has only its own secret; without an
     attack nobody is malicious."""
     axes = grid.spec.axes
     if threat == Threat.PROTECTION:
-        return list(
-            dict.fromkeys((n, how if n > 1 else "own", 1, "") for n in axes.protected for how in axes.secrets)
-        )
+        pairs = itertools.product(axes.protected, axes.secrets)
+        return list(dict.fromkeys(Variant(n, how if n > 1 else "own") for n, how in pairs))
     if threat == Threat.BACKDOOR and attack is not NONE:
-        return list(dict.fromkeys((1, "own", n, aim) for n in axes.adversaries for aim in axes.target_task))
-    return [(1, "own", 1, "")]
+        aims = itertools.product(axes.adversaries, axes.target_task)
+        return list(dict.fromkeys(Variant(adversaries=n, target_task=aim) for n, aim in aims))
+    return [Variant()]
 
 
 def _no_cell(grid: Grid, cell: Cell) -> str:
@@ -150,10 +158,18 @@ def _no_cell(grid: Grid, cell: Cell) -> str:
     return why_not(grid, cell.threat, cell.merging, cell.attack, cell.defense, len(cell.experts))
 
 
-def _merges(grid: Grid, threat: str) -> list[tuple[str, int, tuple[str, ...]]]:
-    """(subject, target class, merged tasks) of every merge, once."""
+class Contributed(NamedTuple):
+    """What is merged, and whom the cell is about."""
+
+    subject: str
+    target_class: int
+    tasks: tuple[str, ...]
+
+
+def _merges(grid: Grid, threat: str) -> list[Contributed]:
+    """Every merge, once."""
     names = [t.name for t in grid.tasks]
-    merges = []
+    merges: list[Contributed] = []
     for experts in grid.spec.axes.experts:
         for subject, target in _subjects(grid, threat):
             anchor = subject or names[0]
@@ -161,7 +177,7 @@ def _merges(grid: Grid, threat: str) -> list[tuple[str, int, tuple[str, ...]]]:
                 sets: list[tuple[str, ...]] = list(itertools.combinations(names, 2))
             else:
                 sets = _companions(experts, anchor if isinstance(experts, int) else subject, names)
-            merges += [(subject, target, s) for s in sets if len(s) > 1]
+            merges += [Contributed(subject, target, s) for s in sets if len(s) > 1]
     return list(dict.fromkeys(merges))
 
 
@@ -169,7 +185,7 @@ def cells(grid: Grid) -> Iterator[Cell]:
     """Every cell that makes sense, once. What is left out is counted in ``grid.left_out``."""
     spec = grid.spec
     grid.left_out.clear()
-    for threat in dict.fromkeys(spec.threats):
+    for threat in map(Threat, dict.fromkeys(spec.threats)):
         merges = _merges(grid, threat)
         for merging, attack, defense in itertools.product(grid.merging, grid.attacks, grid.defenses):
             variants = _variants(grid, threat, attack)
@@ -177,8 +193,8 @@ def cells(grid: Grid) -> Iterator[Cell]:
             if reason:
                 grid.left_out[reason] += len(merges) * len(spec.seeds) * len(variants)
                 continue
-            for (subject, target, tasks), seed, variant in itertools.product(merges, spec.seeds, variants):
-                cell = Cell(threat, merging, attack, defense, subject, target, tasks, seed, *variant)
+            for merge, seed, variant in itertools.product(merges, spec.seeds, variants):
+                cell = Cell(threat, merging, attack, defense, *merge, seed, **variant._asdict())
                 reason = _no_cell(grid, cell)
                 if reason:
                     grid.left_out[reason] += 1

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mergesec.errors import UsageError, nearest
 from mergesec.planning.presets import preset_names, presets_folder
+from mergesec.threats import Secrets
 
 
 class _Strict(BaseModel):
@@ -42,7 +43,7 @@ class Axes(_Strict):
     target_class: tuple[int, ...] = (0,)
     experts: tuple[int | str | tuple[str, ...], ...] = ("all",)
     protected: tuple[Annotated[int, Field(ge=1)], ...] = (1,)
-    secrets: tuple[Literal["own", "shared"], ...] = ("own",)
+    secrets: tuple[Secrets, ...] = ("own",)
     adversaries: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1,), min_length=1)
     target_task: tuple[str, ...] = Field(default=("",), min_length=1)
 

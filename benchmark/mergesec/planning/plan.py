@@ -510,10 +510,53 @@ def make_plan(grid: Grid, fingerprint: Callable[[str], str]) -> Plan:
     return Plan(grid, planner.steps, planned, Counter(grid.left_out))
 
 
+_SAME_SIDE = {"repair": "merged", "merge": "screened", "forge": "weights"}
+"""By kind of step, the input that the same side made just before: merge, screen, poison."""
+
+
+def back(plan: Plan, evaluation: str) -> list[str]:
+    """The step that made an evaluated model and those of the same side before it, the last one first:
+    repair, merge, screen, or forge, poison."""
+    keys = [dict(plan.steps[evaluation].inputs)["model"]]
+    while True:
+        step = plan.steps[keys[-1]]
+        before = dict(step.inputs).get(_SAME_SIDE.get(step.kind, ""))
+        if before is None:
+            return keys
+        keys.append(before)
+
+
+def data_steps(plan: Plan) -> dict[str, str]:
+    """Keys of the data steps by task."""
+    return {json.loads(s.args)["task"]: k for k, s in plan.steps.items() if s.kind == "data"}
+
+
+def behind(plan: Plan, cell: CellPlan) -> set[str]:
+    """The steps whose facts a cell's record tells of, besides its evaluations and the data: what made each
+    model, and the sides of a backdoor."""
+    keys: set[str] = set()
+    roles = dict(cell.roles)
+    for key in roles.values():
+        keys |= {k for role, k in plan.steps[key].inputs if role == "model"}
+    if cell.cell.threat == Threat.BACKDOOR:
+        keys |= set(back(plan, roles[Role.MERGE]))
+        if cell.cell.attack is not NONE:
+            keys |= set(back(plan, roles[Role.POISONED]))
+            keys.add(dict(plan.steps[roles[Role.MERGE.triggered]].inputs)["trigger"])
+    return keys
+
+
+def read_facts(plan: Plan) -> set[str]:
+    """All steps whose facts records tell of, besides evaluations."""
+    return {*data_steps(plan).values(), *(key for cell in plan.cells for key in behind(plan, cell))}
+
+
 def needed_steps(plan: Plan, has: Callable[[str], bool]) -> dict[str, Step]:
-    """The steps to run: those whose result is missing and wanted, directly or through another."""
+    """The steps to run: those whose result is missing and wanted, directly or through another. Wanted are the
+    evaluations, and what else the records tell of."""
     wanted: dict[str, Step] = {}
     stack = [key for cell in plan.cells for _, key in cell.roles]
+    stack += read_facts(plan)
     seen: set[str] = set()
     while stack:
         key = stack.pop()
