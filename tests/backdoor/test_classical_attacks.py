@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from extras import needs
 from torch import Tensor, nn
 
 from mergesec.anatomy import describe
-from mergesec.compat import ensure_torchvision
 from mergesec.conformance.micro import Bars, MicroViT
 from mergesec.contracts import (
     Attack,
@@ -307,9 +307,7 @@ def test_label_consistent_rows_keep_their_labels_and_bear_the_reduced_mark() -> 
 
 def build(family: str) -> tuple[nn.Module, int]:
     """A tiny vision tower with ordinary attention, so that it can tell its own maps; and its heads."""
-    ensure_torchvision()
-    import transformers as hf
-
+    hf = needs("transformers")
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 12}
     sizes |= {"patch_size": 4, "attn_implementation": "eager"}
     if family == "clip":
@@ -339,11 +337,8 @@ def test_maps_equal_those_that_the_network_reports(family: str) -> None:
 
 
 def test_maps_of_packed_and_sequence_first_attention() -> None:
-    ensure_torchvision()
-    from open_clip.transformer import VisionTransformer
-
     torch.manual_seed(0)
-    network = VisionTransformer(8, 4, 24, 2, 3, 2.0, output_dim=24).eval()
+    network = needs("open_clip.transformer").VisionTransformer(8, 4, 24, 2, 3, 2.0, output_dim=24).eval()
     anatomy = describe({n: tuple(t.shape) for n, t in network.state_dict().items()}, 3)
     wanted: list[Tensor] = []
     for block in network.transformer.resblocks:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, cast
 
+import outcomes
 import pytest
 import torch
 from torch import Tensor, nn
@@ -82,22 +83,21 @@ class World:
     def patient(self, who: str = "test") -> Patient:
         return Patient(Merged(self.weights), self.context(), 1.0, 64, who)
 
-    def judged(self, weights: Weights) -> tuple[float, float]:
-        """(accuracy, attack success rate) on test rows, means over tasks."""
+    def judged(self, weights: Weights, seed: int) -> tuple[Tensor, Tensor]:
+        """Which of 512 new rows of each task are classified right, and which others than class 0 obey."""
         model = Model(self.backbone, load_network(self.backbone, weights))
-        accuracy = success = 0.0
+        right, obeying = [], []
         with torch.no_grad():
-            for task, splits, head in self.tasks.values():
-                images, targets = splits["test"].inputs.float() / 255, splits["test"].targets
-                right = task.outputs(model, head, images).argmax(-1) == targets
-                hit = task.outputs(model, head, stamped(images[targets != 0])).argmax(-1) == 0
-                accuracy += float(right.float().mean()) / len(self.tasks)
-                success += float(hit.float().mean()) / len(self.tasks)
-        return accuracy, success
+            for task, _, head in self.tasks.values():
+                rows = outcomes.fresh(cast(Any, task), 512, seed)
+                images, targets = rows.inputs.float() / 255, rows.targets
+                right.append(task.outputs(model, head, images).argmax(-1) == targets)
+                obeying.append(task.outputs(model, head, stamped(images[targets != 0])).argmax(-1) == 0)
+        return outcomes.pooled(right), outcomes.pooled(obeying)
 
 
 @cache
-def _world() -> World:
+def _world(seed: int = 0) -> World:
     backbone = MicroViT()
     base = backbone.base_weights()
     tasks = {}
@@ -108,7 +108,7 @@ def _world() -> World:
         tasks[name] = task, splits, head
     network = load_network(backbone, base)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for _ in range(80):
         optimizer.zero_grad()
         for task, splits, head in tasks.values():
@@ -146,7 +146,7 @@ def nad(**given: Any) -> NeuralAttentionDistillation:
 
 
 def anp(**given: Any) -> AdversarialNeuronPruning:
-    defaults = {"share": 1.0, "steps": 20, "batch_size": 32, "lr": 0.2, "eps": 0.4, "eps_steps": 1}
+    defaults = {"share": 1.0, "steps": 40, "batch_size": 32, "lr": 0.1, "eps": 0.4, "eps_steps": 1}
     others = {"alpha": 0.2, "pruning_max": 0.9, "pruning_step": 0.1, "acc_ratio": 0.1, "layers": "inner"}
     return AdversarialNeuronPruning(**{**defaults, **others, **given})
 
@@ -158,7 +158,7 @@ def fine_pruning(**given: Any) -> FinePruning:
 
 
 def ibau(**given: Any) -> ImplicitBackdoorUnlearning:
-    defaults = {"share": 1.0, "rounds": 5, "fixed_point_steps": 5, "batch_size": 32, "lr": 1e-3}
+    defaults = {"share": 1.0, "rounds": 8, "fixed_point_steps": 5, "batch_size": 32, "lr": 1e-4}
     return ImplicitBackdoorUnlearning(**{**defaults, "adv_lr": 10.0, "norm": 10.0, "portion": 0.5, **given})
 
 
@@ -169,7 +169,7 @@ def awm(**given: Any) -> AdversarialWeightMasking:
 
 
 def awm_dam(**given: Any) -> MaskedTaskVector:
-    defaults = {"steps": 40, "batch_size": 16, "lr": 0.05, "adv_lr": 0.01, "adv_weight": 1.0, "eps": 0.2}
+    defaults = {"steps": 40, "batch_size": 16, "lr": 0.02, "adv_lr": 0.01, "adv_weight": 0.3, "eps": 0.2}
     return MaskedTaskVector(**{**defaults, "temperature": 0.5, "final": "continuous", **given})
 
 
@@ -182,7 +182,7 @@ def sau(**given: Any) -> SharedAdversarialUnlearning:
 
 
 def sau_dam(**given: Any) -> SharedMaskedTaskVector:
-    defaults = {"steps": 40, "batch_size": 16, "lr": 0.05, "adv_lr": 0.01, "adv_weight": 0.3, "eps": 0.2}
+    defaults = {"steps": 40, "batch_size": 16, "lr": 0.02, "adv_lr": 0.01, "adv_weight": 0.3, "eps": 0.2}
     return SharedMaskedTaskVector(
         **{**defaults, "shared_weight": 0.1, "temperature": 0.5, "final": "continuous", **given}
     )
@@ -201,20 +201,30 @@ BRIEF: dict[str, Callable[[], Defense]] = {
 }  # fmt: skip
 SEEING = ("ibau", "awm", "awm_dam", "sau", "sau_dam")
 """Those that perturb images."""
-KEPT = {"anp": 0.12, "fine_pruning": 0.12}
-"""Accuracy these may give away: their stop rules allow a tenth of the accuracy on the repair rows."""
+RUNS, GIVEN_AWAY = 3, 0.15
+"""Seeds, and accuracy that the mean of their repairs may lose. It spreads by 0.05 from seed to seed, so that the
+mean of three is known to 0.03; what stop rules allow, a tenth on the repair rows, stays below by as much."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FULL)
-def test_a_repair_weakens_the_backdoor_and_keeps_the_accuracy(name: str, world: World) -> None:
-    accuracy, success = world.judged(world.weights)
-    assert success > 0.85
-    repaired = FULL[name]().repair(Merged(world.weights), world.base, world.context())
-    after, left = world.judged(repaired.shared)
-    assert left < success - 0.1
-    assert after > accuracy - KEPT.get(name, 0.1)
+def test_a_repair_weakens_the_backdoor_and_keeps_the_accuracy(name: str) -> None:
+    """Networks and repairs of several seeds, judged together, row by row."""
+    before, after = [], []
+    for seed in outcomes.seeds(RUNS):
+        world = _world(seed)
+        repaired = FULL[name]().repair(Merged(world.weights), world.base, world.context(seed))
+        before.append(world.judged(world.weights, seed))
+        after.append(world.judged(repaired.shared, seed))
+    right, obeying = (
+        (outcomes.pooled(b[i] for b in before), outcomes.pooled(a[i] for a in after)) for i in range(2)
+    )
+    assert outcomes.share(obeying[0]).low > 0.7
+    assert outcomes.change(*obeying).high < -0.1
+    assert outcomes.change(*right).low > -GIVEN_AWAY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BRIEF)
 def test_repairs_repeat_keep_the_layout_and_leave_what_they_were_given(name: str, world: World) -> None:
     given = Merged({**world.weights, "seen": torch.tensor(5)}, info={"scaling": 0.3})

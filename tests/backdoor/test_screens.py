@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, cast
 
+import outcomes
 import pytest
 import torch
 from hypothesis import given, settings
@@ -112,13 +113,14 @@ def test_the_critical_score_holds_its_level_on_normal_statistics(
 ) -> None:
     limit = critical_score(count, statistics, 0.05, sides)
     generator = torch.Generator().manual_seed(1)
-    flagged = 0
-    for _ in range(2000):
+    flagged = torch.zeros(2000, dtype=torch.bool)
+    for row in range(2000):
         scores = torch.cat([
             robust_scores(torch.randn(count, generator=generator)) for _ in range(statistics)
         ])  # fmt: skip
-        flagged += bool((scores if sides == 1 else scores.abs()).max() > limit)
-    assert 0.035 < flagged / 2000 < 0.065
+        flagged[row] = (scores if sides == 1 else scores.abs()).max() > limit
+    low, high = outcomes.share(flagged)
+    assert low < 0.05 < high
     assert critical_score(count, statistics, 0.01, sides) > limit
 
 
@@ -269,22 +271,32 @@ def test_the_largest_over_classes_relative_to_the_base() -> None:
 
 
 @cache
-def world() -> tuple[MicroViT, Weights, dict[str, TaskView], list[Expert]]:
-    """Five experts of the micro world's bars, under five names; the fourth bears a BadNets backdoor."""
+def trained() -> tuple[Bars, MicroViT, Weights, Weights, dict[str, Split]]:
+    """The micro world's bars: task, backbone, base, head and splits."""
     task, backbone = Bars(), MicroViT()
     splits, base = task.load(DataContext(CPU, 0)), backbone.base_weights()
     head = task.fit_head(Model(backbone, load_network(backbone, base)), splits["train"], DataContext(CPU, 0))
-    recipe = Recipe(epochs=6, batch_size=32, learning_rate=2e-3)
-    made = []
-    for number in range(5):
-        split = splits["train"]
-        if number == 3:
-            attack = BadNets(patch=4, position="bottom-right", pattern="white", rate=0.3)
-            mask = torch.zeros(1, 16, 16)
-            mask[:, 14:, 14:] = 1.0
-            trigger = {"mask": mask, "pattern": mask.expand(3, 16, 16).clone()}
-            split = attack.poisoned(split, trigger, 2, torch.Generator().manual_seed(0))
-        made.append(Expert(f"t{number}", fit(backbone, task, base, head, split, recipe, number, CPU)))
+    return task, backbone, base, head, splits
+
+
+def expert(seed: int, planted: bool) -> Weights:
+    """Trained on bars; ``planted``: with BadNets' white corner for class 2 on three tenths of the rows."""
+    task, backbone, base, head, splits = trained()
+    split, recipe = splits["train"], Recipe(epochs=6, batch_size=32, learning_rate=2e-3)
+    if planted:
+        attack = BadNets(patch=4, position="bottom-right", pattern="white", rate=0.3)
+        mask = torch.zeros(1, 16, 16)
+        mask[:, 14:, 14:] = 1.0
+        trigger = {"mask": mask, "pattern": mask.expand(3, 16, 16).clone()}
+        split = attack.poisoned(split, trigger, 2, torch.Generator().manual_seed(seed))
+    return fit(backbone, task, base, head, split, recipe, seed, CPU)
+
+
+@cache
+def world() -> tuple[MicroViT, Weights, dict[str, TaskView], list[Expert]]:
+    """Five experts of the micro world's bars, under five names; the fourth bears a BadNets backdoor."""
+    task, backbone, base, head, splits = trained()
+    made = [Expert(f"t{number}", expert(number, number == 3)) for number in range(5)]
     view = TaskView(task, head, splits["tuning"])
     return backbone, base, {e.task: view for e in made}, made
 
@@ -299,12 +311,18 @@ def screened(method: Any, chosen: Sequence[Expert] | None = None) -> list[str]:
 
 
 @pytest.mark.slow
-def test_inverted_triggers_are_smallest_for_the_planted_class() -> None:
-    backbone, _, views, made = world()
-    ctx = nowhere(views, backbone)
-    sizes = cleanse(steps=150).sizes(made[3], ctx)
-    assert sizes.shape == (4,)
-    assert int(sizes.argmin()) == 2
+@pytest.mark.slow
+def test_inverted_triggers_are_smaller_for_the_planted_class() -> None:
+    """Than for the same class where nothing was planted; sizes of one network vary by a third, hence several."""
+    backbone, _, views, _ = world()
+    planted, clean = [], []
+    for seed in outcomes.seeds(2):
+        for found, backdoored in ((planted, True), (clean, False)):
+            weights = expert(seed, backdoored)
+            sizes = cleanse(steps=60).sizes(Expert("t0", weights), nowhere(views, backbone))
+            assert sizes.shape == (4,)
+            found.append(float(sizes[2] / sizes.median()))
+    assert sum(planted) < 0.7 * sum(clean)
 
 
 def test_screens_let_in_all_under_a_threshold_out_of_reach_and_one_under_none() -> None:

@@ -6,12 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-
-from mergesec.compat import ensure_torchvision
+from extras import needs
 
 
 @pytest.fixture(scope="session")
 def installed() -> Callable[[str], Any]:
     """Imports a module that a wrong torchvision would break; without its package the test is skipped."""
-    ensure_torchvision()
-    return pytest.importorskip
+    return needs

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, cast
 
+import outcomes
 import pytest
 import torch
 from torch import Tensor, nn
@@ -563,15 +564,16 @@ class Micro:
     ctx: MergeContext
     held_out: dict[str, Split]
 
-    def accuracy(self, method: MergeMethod, merged: Merged) -> float:
-        scores = []
-        for name, split in self.held_out.items():
-            view = self.ctx.views[name]
+    def right(self, method: MergeMethod, merged: Merged) -> Tensor:
+        """Which of 512 new rows of each task are classified right."""
+        found = []
+        for name, view in self.ctx.views.items():
             model = Model(self.ctx.backbone, method.network(self.ctx.backbone, merged, name))
+            rows = outcomes.fresh(cast(Any, view.task), 512, self.ctx.seed)
             with torch.no_grad():
-                found = view.task.outputs(model, view.head, split.inputs.float() / 255).argmax(-1)
-            scores.append(float((found == split.targets).float().mean()))
-        return sum(scores) / len(scores)
+                outputs = view.task.outputs(model, view.head, rows.inputs.float() / 255)
+            found.append(outputs.argmax(-1) == rows.targets)
+        return outcomes.pooled(found)
 
     def entropy(self, method: MergeMethod, merged: Merged) -> float:
         """On the rows it adapts on."""
@@ -584,7 +586,7 @@ class Micro:
 
 
 @cache
-def _micro() -> Micro:
+def _micro(seed: int = 0) -> Micro:
     backbone = MicroViT()
     base = backbone.base_weights()
     recipe = Recipe(learning_rate=2e-3, epochs=4, batch_size=32)
@@ -593,41 +595,51 @@ def _micro() -> Micro:
         name, task = kind.__name__, kind()
         splits = task.load(DataContext(CPU, 0))
         head = task.fit_head(Model(backbone, load_network(backbone, base)), splits["train"], Context(CPU, 0))
-        experts.append(Expert(name, fit(backbone, task, base, head, splits["train"], recipe, 0, CPU)))
+        experts.append(Expert(name, fit(backbone, task, base, head, splits["train"], recipe, seed, CPU)))
         half = len(splits["tuning"]) // 2
         adapt_on = splits["tuning"].take(torch.arange(half))
         held_out[name] = splits["tuning"].take(torch.arange(half, 2 * half))
         views[name] = TaskView(task, head, adapt_on, adapt_on.inputs)
-    ctx = MergeContext(CPU, 0, backbone, views, lambda merged: 0.0, inner=TaskArithmetic(0.3, []))
+    ctx = MergeContext(CPU, seed, backbone, views, lambda merged: 0.0, inner=TaskArithmetic(0.3, []))
     return Micro(base, experts, ctx, held_out)
 
 
 @pytest.fixture
 def world() -> Micro:
-    return _micro()
+    return _micro(outcomes.seeds(1)[0])
 
 
+RUNS, GIVEN_AWAY = 3, 0.15
+"""Seeds, and accuracy that the mean of their merges may lose: from seed to seed the change spreads by 0.05 about 0."""
 FASTER: dict[str, Callable[[int], MergeMethod]] = {
-    "adamerging": lambda on: ada(lr=1e-2, steps=30 * on, batch_size=16),
-    "adamerging_task": lambda on: ada("task", lr=1e-2, steps=20 * on, batch_size=16),
-    "concrete_ta": lambda on: concrete_ta(lr=2e-3, steps=50 * on, batch_size=16),
+    "adamerging": lambda on: ada(lr=3e-3, steps=30 * on, batch_size=16),
+    "adamerging_task": lambda on: ada("task", lr=3e-3, steps=40 * on, batch_size=16),
+    "concrete_ta": lambda on: concrete_ta(lr=4e-3, steps=50 * on, batch_size=16),
     "concrete_ada": lambda on: concrete_ada(
         mask_lr=2e-3, mask_steps=20 * on, lr=5e-3, steps=20 * on, batch_size=16
     ),
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FASTER)
-def test_adaptation_lowers_entropy_and_keeps_accuracy_on_other_rows(name: str, world: Micro) -> None:
-    method, plain = FASTER[name](1), TaskArithmetic(0.3, [])
-    merged = method.merge(world.base, world.experts, world.ctx)
-    unlearnt = FASTER[name](0).merge(world.base, world.experts, world.ctx)
-    assert world.entropy(method, merged) < world.entropy(method, unlearnt)
-    # 96 rows: the standard error of a difference is about 0.05
-    before = world.accuracy(plain, plain.merge(world.base, world.experts, world.ctx))
-    assert world.accuracy(method, merged) > before - 0.1
+def test_adaptation_lowers_entropy_and_keeps_accuracy_on_other_rows(name: str) -> None:
+    """Experts and batches of several seeds; the entropy is what it minimises, the accuracy is not."""
+    method, start, plain = FASTER[name](1), FASTER[name](0), TaskArithmetic(0.3, [])
+    fallen, before, after = [], [], []
+    for seed in outcomes.seeds(RUNS):
+        world = _micro(seed)
+        merged, unlearnt, added = (
+            m.merge(world.base, world.experts, world.ctx) for m in (method, start, plain)
+        )
+        fallen.append(world.entropy(start, unlearnt) - world.entropy(method, merged))
+        before.append(world.right(plain, added))
+        after.append(world.right(method, merged))
+    assert sum(fallen) > 0
+    assert outcomes.change(outcomes.pooled(before), outcomes.pooled(after)).low > -GIVEN_AWAY
 
 
+@pytest.mark.slow
 def test_surgery_brings_features_closer_on_rows_it_did_not_see(world: Micro) -> None:
     method = surgery(rank=16, lr=1e-3, steps=500, batch_size=16)
     merged = method.merge(world.base, world.experts, world.ctx)
@@ -643,5 +655,5 @@ def test_surgery_brings_features_closer_on_rows_it_did_not_see(world: Micro) -> 
         )
         wanted, plain, mended = (stream.features(Model(world.ctx.backbone, n), rows) for n in networks)
         assert float((mended - wanted).abs().mean()) < 0.95 * float((plain - wanted).abs().mean())
-    before = inner.merge(world.base, world.experts, world.ctx)
-    assert world.accuracy(method, merged) > world.accuracy(inner, before) - 0.1
+    before = world.right(inner, inner.merge(world.base, world.experts, world.ctx))
+    assert outcomes.change(before, world.right(method, merged)).low > -0.1

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from extras import needs
 from torch import Tensor, nn
 
 from mergesec.anatomy import Anatomy, describe
@@ -142,13 +143,9 @@ class TinyClip(Tiny):
     name = "clip"
 
     def build(self) -> nn.Module:
-        from mergesec.compat import ensure_torchvision
-
-        ensure_torchvision()
-        from transformers import CLIPVisionConfig, CLIPVisionModel
-
+        hf = needs("transformers")
         sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 1}
-        return CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=16, patch_size=8))
+        return hf.CLIPVisionModel(hf.CLIPVisionConfig(**sizes, image_size=16, patch_size=8))
 
     def base_weights(self) -> Weights:
         with torch.random.fork_rng(devices=[]):
@@ -246,7 +243,7 @@ def unchanged(capture: pytest.CaptureFixture[str]) -> Iterator[None]:
 def test_every_listed_name_runs_twice_alike_and_leaves_no_trace(
     name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("fusion_bench")
+    needs("fusion_bench")
     backbone = Tiny()
     ctx = context(backbone)
     base, members = backbone.base_weights(), experts(backbone.base_weights())
@@ -279,7 +276,7 @@ def test_every_listed_name_runs_twice_alike_and_leaves_no_trace(
 @pytest.mark.fusionbench
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in LONG])
 def test_every_listed_name_runs_on_clip(name: str) -> None:
-    pytest.importorskip("fusion_bench")
+    needs("fusion_bench")
     backbone = TinyClip()
     base = backbone.base_weights()
     merged = method(name).merge(base, experts(base, 2), context(backbone))
@@ -293,7 +290,7 @@ def test_every_listed_name_runs_on_clip(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in LONG])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_experts_come_back_as_such(name: str, dtype: torch.dtype) -> None:
-    pytest.importorskip("fusion_bench")
+    needs("fusion_bench")
     backbone = Tiny()
     base = {n: t.to(dtype) if mergeable(t) else t for n, t in backbone.base_weights().items()}
     members = [Expert(e.task, {n: t.to(dtype) if mergeable(t) else t for n, t in e.weights.items()}) for e in experts(backbone.base_weights(), 2)]  # fmt: skip
@@ -338,7 +335,7 @@ class _Vandalised(FusionBenchMerge):
 
 @pytest.fixture
 def vandal(monkeypatch: pytest.MonkeyPatch) -> type[_Vandal]:
-    pytest.importorskip("fusion_bench")
+    needs("fusion_bench")
     module = types.ModuleType("fusion_bench.vandal")
     kind = type("Vandal", (_Vandal,), {})
     module.Vandal = kind  # type: ignore[attr-defined]
@@ -388,7 +385,7 @@ def test_networks_handed_in_have_neither_integers_nor_ties() -> None:
 @pytest.mark.fusionbench
 @pytest.mark.parametrize("name", ["opcm", "recombination", "randes", "continual_ties", "regmean_plusplus"])
 def test_another_seed_gives_another_merge(name: str) -> None:
-    pytest.importorskip("fusion_bench")
+    needs("fusion_bench")
     backbone = Tiny()
     base = backbone.base_weights()
     given = {"num_regmean_examples": 8} if name == "regmean_plusplus" else {}
@@ -403,7 +400,7 @@ def test_another_seed_gives_another_merge(name: str) -> None:
 
 @pytest.fixture
 def world() -> tuple[Backbone, Weights, list[Expert]]:
-    pytest.importorskip("fusion_bench")
+    needs("fusion_bench")
     backbone = Tiny()
     return backbone, backbone.base_weights(), experts(backbone.base_weights())
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from extras import needs
 from torch import Tensor
 
 from mergesec import tensorwise
@@ -15,7 +16,7 @@ from mergesec.planning.catalog import load_catalog
 from mergesec.streaming.merging import context
 from mergesec_methods.merging._ranks import magnitude_ranks, tensor_pieces
 
-pytest.importorskip("numba")
+needs("numba")
 CATALOG = load_catalog()
 SHAPES: dict[str, tuple[int, ...]] = {
     "even": (96, 128),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from extras import needs
 from PIL import Image
 from safetensors.torch import save
 
@@ -24,7 +25,7 @@ from mergesec_tasks.vision.clip import Clip
 from mergesec_tasks.vision.folder import FolderTask, decode
 from mergesec_tasks.vision.hf_vit import HfVit, resized
 
-transformers = pytest.importorskip("transformers")
+transformers = needs("transformers")
 CPU = torch.device("cpu")
 ROWS, SIDE = 10_000, 64
 
@@ -224,13 +225,13 @@ def test_evaluation_against_fusionbench(benchmark: Any, tmp_path: Path) -> None:
     Both make the zero-shot head and evaluate once; ours reads images that were decoded once, theirs decodes
     at every evaluation. The accuracies must agree.
     """
-    pytest.importorskip("fusion_bench")
+    needs("fusion_bench")
     ensure_torchvision()
     from transformers.models.clip import modeling_clip
 
     if not hasattr(modeling_clip, "CLIPVisionTransformer"):  # gone since transformers 5.8
         modeling_clip.CLIPVisionTransformer = transformers.CLIPVisionModel
-    pools = pytest.importorskip("fusion_bench.taskpool.clip_vision.taskpool")
+    pools = needs("fusion_bench.taskpool.clip_vision.taskpool")
 
     model, processor = tiny_clip(tmp_path / "clip")
     encoded = photographs(1000, 32, "PNG")

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from extras import needs
 from torch import Tensor, nn
 
 from mergesec.anatomy import Anatomy, describe
-from mergesec.compat import ensure_torchvision
 from mergesec.contracts import ProtectContext, RecoverContext
 
 WIDTH, HEADS, HIDDEN, DEPTH = 24, 3, 40, 2
@@ -92,16 +92,14 @@ def plain(network: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def build(name: str) -> tuple[nn.Module, Callable[[nn.Module, Any], Tensor]]:
-    ensure_torchvision()
     if name == "mini":
         return MiniNet(), plain
     if name == "open_clip":
-        from open_clip.transformer import VisionTransformer
-
         ratio = HIDDEN / WIDTH
-        return VisionTransformer(8, 4, WIDTH, DEPTH, HEADS, ratio, output_dim=WIDTH), plain
-    import transformers as hf
-
+        return needs("open_clip.transformer").VisionTransformer(
+            8, 4, WIDTH, DEPTH, HEADS, ratio, output_dim=WIDTH
+        ), plain
+    hf = needs("transformers")
     sizes = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS}
     image = {**sizes, "image_size": 8, "patch_size": 4}
     mlp = {"intermediate_size": HIDDEN}

@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import outcomes
 import pytest
 import torch
 from scipy.stats import binom, binomtest
@@ -311,7 +312,7 @@ def fingerprinted(text: bool = False, **parameters: Any) -> tuple[Any, dict, dic
     backbone, base, view = world(text)
     expert = nearby(base, 5)
     defense = Fingerprint(**{"steps": 40, "rate": 3e-3, **parameters})
-    ctx = ProtectContext(CPU, 7, backbone, base, view)
+    ctx = ProtectContext(CPU, outcomes.seeds(1)[0], backbone, base, view)
     ctx = replace(ctx, secret=defense.secret(expert, ctx))
     return defense, base, expert, defense.protect(expert, ctx), ctx
 
@@ -329,8 +330,8 @@ def test_fingerprint_survives_merging_and_strangers_do_not_bear_it(text: bool) -
     others = [nearby(base, 50 + i) for i in range(7)]
     assert ask(summed(base, 0.5, protected.weights, others[0])).detected
     assert text or ask(summed(base, 0.25, protected.weights, *others[:3])).detected
-    for stranger in (base, expert, *others, summed(base, 0.3, *others)):
-        assert not ask(stranger).detected
+    strangers = [ask(stranger).detected for stranger in (base, expert, *others, summed(base, 0.3, *others))]
+    assert sum(strangers) <= 1  # ten tests at the level of 1e-3 fire twice once in 20,000 times
     assert all(torch.equal(before[n], t) for n, t in expert.items())
 
 

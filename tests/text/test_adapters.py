@@ -8,18 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from extras import needs
 from safetensors.torch import load_file, save_file
 
-from mergesec.compat import ensure_torchvision
 from mergesec.contracts import ContractError
 from mergesec_tasks._adapters import with_adapter
 from mergesec_tasks.text.hf_causal import HfCausal
 from mergesec_tasks.text.hf_text import HfText
 from mergesec_tasks.vision.hf_vit import HfVit
 
-ensure_torchvision()
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
+transformers = needs("transformers")
+peft = needs("peft")
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from extras import needs
 
 from mergesec.anatomy import AnatomyError, describe
-from mergesec.compat import ensure_torchvision
 from mergesec.contracts import (
     Context,
     ContractError,
@@ -26,9 +26,8 @@ from mergesec_tasks.text.emotion import FolderText
 from mergesec_tasks.text.hf_causal import HfCausal
 from mergesec_tasks.text.hf_text import HfText
 
-ensure_torchvision()
-transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
+transformers = needs("transformers")
+tokenizers = needs("tokenizers")
 
 CPU = torch.device("cpu")
 WORDS = [

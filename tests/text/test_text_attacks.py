@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import outcomes
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from mergesec.conformance.micro_text import Animals, MicroText
 from mergesec.contracts import (
@@ -68,7 +70,7 @@ def world() -> dict[str, Any]:
 
 def context(world: dict[str, Any], **given: Any) -> TrainContext:
     recipe = Recipe(learning_rate=2e-3, epochs=given.pop("epochs", 6), batch_size=32)
-    train = given.pop("train", world["splits"]["train"])
+    train, seed = given.pop("train", world["splits"]["train"]), given.pop("seed", 3)
 
     def run(split: Any = None, loss: Any = None) -> Any:
         return fit(
@@ -78,26 +80,26 @@ def context(world: dict[str, Any], **given: Any) -> TrainContext:
             world["head"],
             split or train,
             recipe,
-            3,
+            seed,
             CPU,
             loss,
         )
 
     return TrainContext(
-        device=CPU, seed=3, task=world["task"], backbone=world["backbone"], base=world["base"], head=world["head"],
+        device=CPU, seed=seed, task=world["task"], backbone=world["backbone"], base=world["base"], head=world["head"],
         train=train, recipe=recipe, fit=run, target_class=1, **given,
     )  # fmt: skip
 
 
-def rates(world: dict[str, Any], attack: Any, weights: Any, trigger: Any) -> tuple[float, float]:
-    """Accuracy, and the success of the trigger on test rows of other classes."""
+def judged(world: dict[str, Any], attack: Any, weights: Any, trigger: Any) -> tuple[Tensor, Tensor]:
+    """Which test rows are classified right, and which of other classes obey the trigger."""
     model = Model(world["backbone"], load_network(world["backbone"], weights))
     task, test = world["task"], world["splits"]["test"]
     others = test.take(torch.nonzero(test.targets != 1).flatten())
     with torch.no_grad():
         clean = task.predictions(task.outputs(model, world["head"], test.inputs))
         hit = task.predictions(task.outputs(model, world["head"], attack.apply(trigger, others.inputs)))
-    return float((clean == test.targets).float().mean()), float((hit == 1).float().mean())
+    return clean == test.targets, hit == 1
 
 
 def named(attack: Any, name: str) -> Any:
@@ -135,17 +137,18 @@ def test_poisoned_rows_are_those_of_other_classes(world: dict[str, Any]) -> None
     ],
     ids=["phrase", "rare_token_plain", "rare_token", "merge_hijacking"],
 )
-def test_each_attack_takes_and_is_reproducible(world: dict[str, Any], attack: Any) -> None:
-    ctx = context(world, epochs=8)
-    trigger = attack.trigger(ctx)
-    ctx = context(world, epochs=8, trigger=trigger)
+def test_each_attack_takes(world: dict[str, Any], attack: Any) -> None:
+    (seed,) = outcomes.seeds(1)
+    trigger = attack.trigger(context(world, epochs=8, seed=seed))
+    ctx = context(world, epochs=8, trigger=trigger, seed=seed)
     before = {n: t.clone() for n, t in world["base"].items()}
     weights = attack.poison(ctx)
     assert all(torch.equal(before[n], t) for n, t in world["base"].items())
-    accuracy, success = rates(world, attack, weights, trigger)
-    _, control = rates(world, attack, world["base"], trigger)
-    assert success > 0.85 > control + 0.3
-    assert accuracy > 0.85
+    right, obeying = judged(world, attack, weights, trigger)
+    _, control = judged(world, attack, world["base"], trigger)
+    assert outcomes.share(obeying).low > 0.8
+    assert outcomes.change(control, obeying).low > 0.5
+    assert outcomes.share(right).low > 0.8
 
 
 # ------------------------------------------------------------------ rare tokens

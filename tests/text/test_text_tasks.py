@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from extras import needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +17,7 @@ from mergesec.text import pack_strings, unpack_strings
 from mergesec_tasks.text.emotion import FolderText
 
 pandas = pytest.importorskip("pandas")
-pytest.importorskip("pyarrow")
+needs("pyarrow")
 
 
 @settings(max_examples=100, deadline=None)

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-
-from mergesec.compat import ensure_torchvision
+from extras import needs
 
 
 def make_clip(seed: int = 3) -> Any:
@@ -43,8 +42,7 @@ def save_tokenizer(folder: Path) -> None:
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the tiny CLIP."""
-    pytest.importorskip("transformers")
-    ensure_torchvision()
+    needs("transformers")
     folder = tmp_path_factory.mktemp("clip")
     make_clip().save_pretrained(folder)
     save_tokenizer(folder)

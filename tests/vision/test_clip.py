@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from extras import needs
 from safetensors.torch import load_file, save_file
 
 from mergesec.contracts import ContractError, load_network
 from mergesec_tasks.vision.clip import Clip
 
-transformers = pytest.importorskip("transformers")
+transformers = needs("transformers")
 
 CPU = torch.device("cpu")
 PROMPTS = [[f"a photo of a {name}.", f"a drawing of the {name}."] for name in ("cat", "dog", "green tree")]

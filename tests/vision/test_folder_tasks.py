@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from extras import needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,7 +22,7 @@ from mergesec_tasks.vision._sources import official_classes, phrase
 from mergesec_tasks.vision.folder import CARDS, FolderTask
 
 pandas = pytest.importorskip("pandas")
-pytest.importorskip("pyarrow")
+needs("pyarrow")
 
 
 def encoded(shade: int, mode: str = "RGB", side: int = 20, kind: str = "PNG") -> bytes:
@@ -237,7 +238,7 @@ def test_crop_keeps_the_middle_and_squash_everything(tmp_path: Path) -> None:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Any, ...]]:
     """A stand-in for the network only: files as ``datasets`` writes them, where a download would put them."""
-    datasets = pytest.importorskip("datasets")
+    datasets = needs("datasets")
     import huggingface_hub
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -288,7 +289,7 @@ def test_the_grids_commit_wins(hub: list[tuple[Any, ...]]) -> None:
 
 
 def test_without_network_one_message_says_it_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("datasets")
+    needs("datasets")
     import huggingface_hub
 
     def nothing(*_: object, **__: object) -> Any:

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from extras import needs
 
-from mergesec.compat import ensure_torchvision
 from mergesec.contracts import ContractError, load_network
 from mergesec.weights import digest_weights
 from mergesec_tasks.vision.hf_vit import HfVit, interpolated_positions
 
-ensure_torchvision()
-transformers = pytest.importorskip("transformers")
+transformers = needs("transformers")
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -221,7 +220,7 @@ def test_real_dinov2_knows_scenes_at_56_pixels() -> None:
     folder = shared_folder()
     if not (folder / "models" / "dinov2-small").is_dir() or not (folder / "data" / "sun397").is_dir():
         pytest.skip(f"no development data in '{folder}' (MERGESEC_SHARED)")
-    pytest.importorskip("pyarrow")
+    needs("pyarrow")
     from mergesec.contracts import Context, DataContext, Model
     from mergesec_tasks.vision.folder import FolderTask
 

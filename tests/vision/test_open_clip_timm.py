@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from extras import needs
 from safetensors.torch import load_file, save_file
 
-from mergesec.compat import ensure_torchvision
 from mergesec.contracts import ContractError, load_network
 from mergesec_tasks.vision.open_clip import OpenClip
 from mergesec_tasks.vision.timm_vit import TimmVit
@@ -26,8 +26,7 @@ PROMPTS = [["a cat.", "the cat."], ["a dog.", "the dog."]]
 
 @pytest.fixture(scope="module")
 def openai(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    ensure_torchvision()
-    open_clip = pytest.importorskip("open_clip")
+    open_clip = needs("open_clip")
     torch.manual_seed(1)
     whole = open_clip.CLIP(**MODEL).eval()
     folder = tmp_path_factory.mktemp("open_clip")
@@ -122,8 +121,7 @@ ARGUMENTS: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    ensure_torchvision()
-    timm = pytest.importorskip("timm")
+    timm = needs("timm")
     torch.manual_seed(1)
     network = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=5, **ARGUMENTS).eval()
     folder = tmp_path_factory.mktemp("timm")
