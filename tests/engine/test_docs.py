@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -217,3 +219,46 @@ def test_labels_are_shortened_by_what_their_rows_share() -> None:
         ["bad(steps=3)", "bad(trigger=checkerboard)", "ties"],
         ["`bad` patch=6"],
     )
+
+
+def _card(block: str) -> dict[str, Any]:
+    """The literal CARD of a block of code."""
+    (literal,) = [node.value for node in ast.parse(block).body
+                  if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CARD"]  # fmt: skip
+    card: dict[str, Any] = ast.literal_eval(literal)
+    return card
+
+
+_BLOCKS = re.findall(r"^```python\n(.*?)^```", (DOCS / "plugins.md").read_text(), re.MULTILINE | re.DOTALL)
+SMALLEST = [(_card(block), block) for block in _BLOCKS]
+
+
+def test_plugins_begin_with_the_smallest_of_each_kind() -> None:
+    assert [card["kind"] for card, _ in SMALLEST] == ["merging", "attack", "defense", "task", "backbone"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("card", "text"), SMALLEST, ids=[card["name"] for card, _ in SMALLEST])
+def test_the_smallest_plugins_keep_the_contracts(card: dict[str, Any], text: str, tmp_path: Path) -> None:
+    """The page's own text, through the battery of `bench plugin check`."""
+    from mergesec.conformance.battery import check_file
+
+    path = tmp_path / f"{card['name']}.py"
+    path.write_text(text, encoding="utf-8")
+    checks = check_file(path, load_catalog())
+    assert checks
+    assert not [f"{check.name}: {check.message}" for _, check in checks if not check.passed]
+
+
+def test_the_smallest_cards_hold_what_is_required_and_no_more() -> None:
+    required = {"name", "kind", "class", "version", "title", "summary"}
+    more = {"attack": {"threat", "hooks"}, "defense": {"threat", "hooks"}, "task": {"modality", "classes"},
+            "backbone": {"modalities"}, "merging": set[str]()}  # fmt: skip
+    assert not [card["name"] for card, _ in SMALLEST if set(card) != required | more[card["kind"]]]
+
+
+def test_plugins_told_of_every_moved_module() -> None:
+    from mergesec import _MOVED
+
+    table = "".join(re.findall(r"^\| `mergesec\..*$", (DOCS / "plugins.md").read_text(), re.MULTILINE))
+    assert not [name for name in _MOVED if not re.search(rf"`(?:mergesec\.)?{name}`", table)]
