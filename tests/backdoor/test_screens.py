@@ -311,7 +311,6 @@ def screened(method: Any, chosen: Sequence[Expert] | None = None) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_inverted_triggers_are_smaller_for_the_planted_class() -> None:
     """Than for the same class where nothing was planted; sizes of one network vary by a third, hence several."""
     backbone, _, views, _ = world()
