@@ -182,6 +182,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_turn_in_line)
 
 
+def pytest_collection_finish() -> None:
+    """``MERGESEC_TEST_MKLDNN=0`` runs the tests without MKL-DNN."""
+    if os.environ.get("MERGESEC_TEST_MKLDNN") == "0":
+        import torch
+
+        torch.backends.mkldnn.enabled = False
+
+
+@pytest.fixture(autouse=True)
+def _own_randomness() -> None:
+    """What a test draws without a generator does not depend on which tests ran before it."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """A file stays on one worker, so its fixtures are made once; files go in the order of collection."""
