@@ -6,7 +6,8 @@ A table, with a column renamed and rows chosen (``|`` between alternatives, ``*`
     <!-- /board -->
 
 ``across=COLUMN value=COLUMN`` makes a column for each value of the first; ``sort=COLUMN`` (``-COLUMN``) sorts,
-``first=N`` cuts, ``intervals=no`` leaves them out. A number in a sentence, of the one row that fits::
+``first=N`` cuts, ``intervals=no`` leaves them out, ``settings=no`` what the rows of a
+component share. A number in a sentence, of the one row that fits::
 
     <!-- n: mini-backdoor/backdoor attack=badnets method=ties column=succession -->6.4<!-- /n -->
 
@@ -31,9 +32,12 @@ from mergesec.evidence.tables import cell_text
 
 ROOT = Path(__file__).resolve().parents[1]
 BOARDS = ROOT / "results" / "leaderboards"
-MARKER = re.compile(r"<!--\s*(board|n):\s(.*?)-->(.*?)<!--\s*/\1\s*-->", re.DOTALL)
+MARKER = re.compile(
+    r"^ *```.*?^ *```|<!--\s*(board|n):\s(.*?)-->(.*?)<!--\s*/\1\s*-->", re.DOTALL | re.MULTILINE
+)
+"""A block of code, which is left alone, or a marker: its kind, its words, what it holds."""
 _OPTIONS = {
-    "board": {"columns", "across", "value", "sort", "first", "intervals"},
+    "board": {"columns", "across", "value", "sort", "first", "intervals", "settings"},
     "n": {"column", "take", "minus", "interval"},
 }
 
@@ -64,6 +68,8 @@ def filled(text: str) -> str:
 def differences(text: str) -> Iterator[str]:
     """Where a page's markers hold something else than their boards: the marker and its first differing cell."""
     for match in MARKER.finditer(text):
+        if match[1] is None:
+            continue
         marker, held = read(match[1], match[2]), match[3]
         wanted = content(marker)
         if held == wanted:
@@ -87,6 +93,8 @@ def _cells(text: str) -> list[str]:
 
 
 def _refilled(match: re.Match[str]) -> str:
+    if match[1] is None:
+        return match[0]
     opening, closing = match[0][: match.start(3) - match.start()], match[0][match.end(3) - match.start() :]
     return opening + content(read(match[1], match[2])) + closing
 
@@ -183,7 +191,11 @@ def _table(marker: Marker, frame: pd.DataFrame) -> str:
             rows = [[*row[:at], text, *row[at + 1 :]] for row, text in zip(rows, short, strict=True)]
             notes += shared
     lines = [_line(head), "|" + "---|" * len(head), *map(_line, rows)]
-    settings = ["", *_wrapped("Settings: " + "; ".join(notes) + ".")] if notes else []
+    settings = (
+        ["", *_wrapped("Settings: " + "; ".join(notes) + ".")]
+        if notes and marker.options.get("settings") != "no"
+        else []
+    )
     return "\n".join([*lines, *settings])
 
 

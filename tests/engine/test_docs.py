@@ -23,7 +23,7 @@ DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "results").glob("*.md")])
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 WIDTH = 100
 
@@ -175,6 +175,12 @@ def test_a_table_is_made_from_its_board() -> None:
     text = generate.filled(BOARD.format(""))
     assert "| method | mean |\n|---|---|\n| ties | 76.6 [75.6, 77.6] |\n" in text
     assert not list(generate.differences(text))
+
+
+@pytest.mark.usefixtures("board")
+def test_code_is_left_alone() -> None:
+    text = f"1. like this:\n\n   ```markdown\n   {NUMBER.format('?')}\n   ```\n"
+    assert generate.filled(text) == text
 
 
 @pytest.mark.usefixtures("board")
