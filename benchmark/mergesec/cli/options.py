@@ -11,7 +11,6 @@ import typer
 
 from mergesec.cli.complete import grid_names, run_names
 from mergesec.errors import UsageError
-from mergesec.planning.presets import preset_names
 
 _SAME = "the same as GRID"
 
@@ -64,7 +63,7 @@ def one_grid(word: str | None, option: str | None) -> str:
         raise UsageError("--grid", f"{option!r}, but GRID is {word!r}; give one of them")
     grid = word or option
     if not grid:
-        raise UsageError("GRID", f"is needed: a YAML file or a preset ({', '.join(preset_names())})")
+        raise UsageError("GRID", "is needed: a YAML file or a name; bench list grid shows the presets")
     return grid
 
 
