@@ -56,7 +56,7 @@ def _one_line(code: int, err: str, *expected: str) -> None:
         ("", "suite"),
         ("name: [", "grid"),
         ("- a\n- b\n", "not a mapping"),
-        ("just words\n", "suite: Field required"),
+        ("just words\n", "not a mapping of fields"),
         ("name: g\n\tsuite: x\n", "grid"),
         (GOOD + "seed: [1]\n", "seed: unknown field; did you mean 'seeds'?"),
         (GOOD.replace("ties", "tiez"), "axes.merging[0]: unknown merging 'tiez'; did you mean 'ties'?"),

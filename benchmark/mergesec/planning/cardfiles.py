@@ -129,7 +129,10 @@ def _parsed_or_refused(text: str, where: str) -> Any:
 
 def _placed(mistakes: Sequence[Mistake], path: Path, place: int) -> list[Mistake]:
     """The mistakes with ``file:line`` before each; the line of the nearest key that the card itself holds."""
-    node = _node(path.read_text(encoding="utf-8"))
+    try:
+        node = _node(path.read_text(encoding="utf-8"))
+    except SyntaxError:  # the card is a literal, what follows it is not Python: then without finer lines
+        node = None
     if isinstance(node, ast.List):
         node = node.elts[place]
     return [Mistake(f"{path.name}:{_line(node, m.field)}: {m.field}", m.message) for m in mistakes]
@@ -169,7 +172,11 @@ def _extended(raw: Raw, beside: Sequence[Raw], path: Path, seen: tuple[str, ...]
         home = path.with_name(f"{name}.py")
         if not home.is_file():
             known = [str(o.get("name")) for o in beside if o is not raw]
-            known += [p.stem for p in path.parent.glob("*.py") if p != path and _NAMED.search(p.read_text())]
+            known += [
+                p.stem
+                for p in path.parent.glob("*.py")
+                if p != path and _NAMED.search(p.read_text(encoding="utf-8", errors="replace"))
+            ]
             raise UsageError(where, f"no card {name!r} here or in {name}.py beside it{nearest(name, known)}")
         others = _raws(home)
     parent = next((o for o in others if o is not raw and o.get("name") == name), None)

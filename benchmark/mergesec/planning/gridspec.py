@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mergesec.errors import UsageError, nearest
 from mergesec.planning.presets import preset_names, presets_folder
+from mergesec.planning.yamlguard import check_yaml
 from mergesec.threats import Secrets
 
 
@@ -70,12 +71,10 @@ def load_grid(source: str, overrides: Sequence[str] = ()) -> GridSpec:
     """Compose a preset by name, or a YAML file by path, with Hydra overrides; UsageError if malformed."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     folder, name = _locate(source)
+    check_yaml(folder / f"{name}.yaml", f"grid {source}")
     search = ["hydra.searchpath=[pkg://mergesec.conf]"] if folder != presets_folder() else []
     GlobalHydra.instance().clear()
     try:
@@ -83,10 +82,8 @@ def load_grid(source: str, overrides: Sequence[str] = ()) -> GridSpec:
             config = compose(name, overrides=[*map(_may_add, overrides), *search])
         missing = sorted(OmegaConf.missing_keys(config))
         raw = OmegaConf.to_container(config, resolve=True)
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+    except Exception as error:  # the file's fault, whatever Hydra and OmegaConf make of it
         raise UsageError(f"grid {source}", _hydra_message(error, folder)) from None
-    except AttributeError:  # hydra's answer to a YAML file that is not a mapping
-        raise UsageError(f"grid {source}", "not a mapping of fields") from None
     if not isinstance(raw, dict):
         raise UsageError(f"grid {source}", "not a mapping of fields")
     if missing:
@@ -108,6 +105,8 @@ def _may_add(override: str) -> str:
 
 def _hydra_message(error: Exception, folder: Path) -> str:
     text = " ".join(str(error).split()).split(" See https://hydra.cc")[0]
+    if type(error).__module__.partition(".")[0] not in ("hydra", "omegaconf", "yaml"):
+        text = f"Hydra cannot compose it ({type(error).__name__}: {text})"
     if "must be a DictConfig" in text:
         return "not a mapping of fields"
     if override := getattr(error, "override", None):
@@ -142,7 +141,9 @@ def parse_grid(raw: Mapping[str, Any], where: str) -> GridSpec:
         if first["type"] == "extra_forbidden":
             models: dict[str, type[_Strict]] = {"suite": Suite, "axes": Axes}
             model = models.get(str(path[0]) if len(path) > 1 else "", GridSpec)
-            message = f"unknown field{nearest(path[-1], model.model_fields)}"
+            message = (
+                f"unknown field {str(first['loc'][-1])[:60]!r}{nearest(first['loc'][-1], model.model_fields)}"
+            )
         else:
             said = first["msg"].replace("a valid tuple", "a list").replace("a valid dictionary", "a mapping")
             message = f"{said}, got {first['input']!r}"[:300]
