@@ -252,6 +252,7 @@ def test_wrong_folders_are_named(tmp_path: Path, folders: Any) -> None:
 
 @pytest.mark.shared
 def test_minilm_separates_emotions_better_than_chance(shared: Path) -> None:
+    needs("pyarrow")
     task = FolderText(600, 120, "text", "label")
     task.name = "emotion"
     splits = task.load(DataContext(CPU, 0, str(shared / "data" / "emotion")))
