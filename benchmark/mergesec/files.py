@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import tempfile
+import unicodedata
 from pathlib import Path
 
 from mergesec.errors import UsageError
@@ -79,3 +80,8 @@ def fingerprint(path: Path) -> str:
     if changed:
         write_atomic(cache, json.dumps(known).encode())
     return digest.hexdigest()[:32]
+
+
+def plain(text: str) -> str:
+    """Somebody else's text, safe to print: control characters, escapes and reversed writing become ``\ufffd``."""
+    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c for c in text)

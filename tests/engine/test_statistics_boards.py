@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from mergesec.evidence.boards import make_boards
 from mergesec.evidence.estimates import Board
 from mergesec.evidence.records import Count, Record, count, read_records
 from mergesec.evidence.statistics import DRAWS, Bootstrap, Estimate, mean, nothing, ratio, tiers
-from mergesec.evidence.tables import display, markdown
+from mergesec.evidence.tables import display, escaped, markdown, write_boards
 
 # --------------------------------------------------------------------------- statistics
 
@@ -439,3 +440,34 @@ def test_markdown_rounds_and_the_frame_does_not() -> None:
     assert board.frame["accuracy"].iloc[0] == pytest.approx(1 / 3, abs=1e-15)
     assert "33.3 [" in markdown(board)
     assert "33.33" not in markdown(board)
+
+
+HOSTILE = "a | 99.9 | 0.0 | b\n| c |"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (HOSTILE, "a &#124; 99.9 &#124; 0.0 &#124; b\ufffd&#124; c &#124;"),
+        ("<script>x</script>", "&#60;script&#62;x&#60;/script&#62;"),
+        ("[x](https://y)", "[x&#93;(https&#58;&#47;&#47;y)"),
+        ("\x1b[31mred\u202e", "\ufffd[31mred\ufffd"),
+        ("task_arithmetic(scaling=0.3, grid=[0.1, 0.2])", "task_arithmetic(scaling=0.3, grid=[0.1, 0.2])"),
+        ("-3.0 [-4.0, -2.0]", "-3.0 [-4.0, -2.0]"),
+    ],
+)
+def test_names_of_others_are_only_text_in_markdown(text: str, shown: str) -> None:
+    assert escaped(text) == shown
+
+
+def test_a_hostile_name_moves_no_column_and_computes_nothing(tmp_path: Path) -> None:
+    records = [_record(merging=name) for name in (HOSTILE, "=cmd|' /c calc'!A0", "@SUM(1)")]
+    boards = make_boards(records)
+    write_boards(tmp_path, boards, "t")
+    table = [line for line in (tmp_path / "boards.md").read_text().splitlines() if line.startswith("|")]
+    clean = next(b for b in boards if b.name == "clean")
+    width = len(display(clean)[0])
+    assert {line.count("|") - 1 for line in table[: 2 + len(clean.frame)]} == {width}
+    again = pd.read_csv(tmp_path / "clean.csv")
+    assert len(again) == len(clean.frame)
+    assert not [name for name in again["method"] if name.startswith(("=", "@"))]

@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from mergesec.files import plain
+
 if TYPE_CHECKING:
     from mergesec.execution.engines.worker import Answer
     from mergesec.planning.plan import Step
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
 def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A rich table on a terminal, aligned plain text elsewhere."""
-    rows = [list(map(str, r)) for r in rows]
+    rows = [[plain(str(cell)) for cell in r] for r in rows]
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pandas as pd
 from mergesec.evidence.estimates import Board
 from mergesec.evidence.protection import STANDARD
 from mergesec.evidence.records import Record
-from mergesec.files import write_atomic
+from mergesec.files import plain, write_atomic
 
 _SHOWN: dict[str, tuple[str, ...]] = {
     "protection": ("defense", "stand_alone_loss", "MMP-", "MMP+", f"recovery_{STANDARD}", "worst_recovery",
@@ -73,7 +74,7 @@ def display(board: Board) -> tuple[list[str], list[list[str]]]:
 def cell_text(row: Any, column: str, measures: Sequence[str]) -> str:
     value = row[column]
     if isinstance(value, str):
-        return value
+        return plain(value)
     if value is None or pd.isna(value):
         return "–"
     if column in _PLAIN or column.startswith("to_") or column.endswith("seconds"):
@@ -88,14 +89,32 @@ def cell_text(row: Any, column: str, measures: Sequence[str]) -> str:
     return str(value)
 
 
+_MARKUP = re.compile(r"[\\|`<>*&]|\](?=[(\[])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|://")
+
+
+def escaped(text: str) -> str:
+    """Text as one cell of a Markdown table: no markup, links or HTML of its own."""
+    if re.fullmatch(r"[\d.–-]+(?: \[[\d.-]+, [\d.-]+\])?", text):  # a number with its interval
+        return text
+    return _MARKUP.sub(lambda m: "".join(f"&#{ord(c)};" for c in m[0]), plain(text))
+
+
+def _no_formula(value: Any) -> Any:
+    """A text that a spreadsheet would compute gets an apostrophe before it."""
+    if not isinstance(value, str):
+        return value
+    value = plain(value)
+    return f"'{value}" if value.startswith(("=", "+", "-", "@")) else value
+
+
 def markdown(board: Board) -> str:
     """A board as a section of Markdown, rounded."""
     header, rows = display(board)
     lines = [f"## {board.title}", ""]
     if board.note:
         lines += [board.note, ""]
-    lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    lines += ["| " + " | ".join(r) + " |" for r in rows]
+    lines += ["| " + " | ".join(map(escaped, header)) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(map(escaped, r)) + " |" for r in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -123,7 +142,7 @@ def write_boards(folder: Path, boards: Sequence[Board], title: str, notes: Seque
             old.unlink()
     for board in boards:
         path = folder / f"{board.name}.csv"
-        write_atomic(path, board.frame.to_csv(index=False).encode())
+        write_atomic(path, board.frame.map(_no_formula).to_csv(index=False).encode())
         paths.append(path)
     head = "\n".join([f"# {title}", "", _EXPLAINED, *(f"\n* {n}" for n in notes), "", ""])
     path = folder / "boards.md"

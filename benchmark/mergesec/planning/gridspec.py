@@ -141,9 +141,7 @@ def parse_grid(raw: Mapping[str, Any], where: str) -> GridSpec:
         if first["type"] == "extra_forbidden":
             models: dict[str, type[_Strict]] = {"suite": Suite, "axes": Axes}
             model = models.get(str(path[0]) if len(path) > 1 else "", GridSpec)
-            message = (
-                f"unknown field {str(first['loc'][-1])[:60]!r}{nearest(first['loc'][-1], model.model_fields)}"
-            )
+            message = f"unknown field{nearest(first['loc'][-1], model.model_fields)}"
         else:
             said = first["msg"].replace("a valid tuple", "a list").replace("a valid dictionary", "a mapping")
             message = f"{said}, got {first['input']!r}"[:300]
