@@ -690,7 +690,8 @@ def test_without_safety_the_task_vectors_mask_is_concrete_task_arithmetic(world:
     ctx = world.context(tasks=("Bars",))
     concrete = ConcreteTaskArithmetic(1.0, 0.05, 4, 16, 0.5, "continuous")
     wanted = concrete.merge(world.base, [Expert("Bars", world.weights)], ctx).shared
-    for method in (awm_dam(steps=4, adv_weight=0.0), sau_dam(steps=4, adv_weight=0.0, shared_weight=0.0)):
+    given = {"steps": 4, "lr": 0.05, "adv_weight": 0.0}
+    for method in (awm_dam(**given), sau_dam(**given, shared_weight=0.0)):
         found = method.repair(Merged(world.weights), world.base, ctx)
         same(found.shared, wanted, 1e-3)
         assert max(found.info["perturbation"].values()) > 0
