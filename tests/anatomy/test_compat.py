@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from extras import needs
 
 BROKEN = """
 import torch, torchvision.helper
@@ -67,6 +68,8 @@ def test_other_errors_pass_through(tmp_path: Path, error: str) -> None:
 
 @pytest.mark.slow
 def test_installed_torchvision_lets_open_clip_and_transformers_load(tmp_path: Path) -> None:
+    for package in ("open_clip", "transformers"):
+        needs(package)
     code = ASK + "import open_clip; from transformers import ViTModel; print(ViTModel.__name__)"
     result = run(code, tmp_path)
     assert result.returncode == 0, result.stderr
