@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import stat
 from pathlib import Path
 
 import pytest
 
 from mergesec.errors import UsageError
-from mergesec.execution.engines.local import _ending, make_slots, parse_visible, visible_gpus
-from mergesec.execution.engines.worker import Slot
+from mergesec.execution.engines.local import LocalExecutor, _ending, make_slots, parse_visible, visible_gpus
+from mergesec.execution.engines.worker import Slot, Workplace
+from mergesec.execution.session import open_session
 
 UUIDS = ["GPU-0a0a-11", "GPU-0b0b-22", "GPU-0b0c-33", "MIG-aaaa", "MIG-bbbb"]
 PRESENT = ["0", "1", "2", *UUIDS]
@@ -135,6 +137,46 @@ def test_a_device_that_is_not_there(
 def test_minus_one_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert make_slots("auto", 3) == [Slot("cpu")] * 3
+
+
+CRASHES = """
+import ctypes
+from mergesec.contracts import MergeMethod
+
+CARD = {"name": "crashes", "class": "Crashes", "kind": "merging", "version": "1", "title": "c", "summary": "c"}
+
+
+class Crashes(MergeMethod):
+    def merge(self, base, experts, ctx):
+        ctypes.string_at(0)
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_that_crashes_in_c_tells_where_it_was(tmp_path: Path, micro: Path) -> None:
+    (tmp_path / "crashes.py").write_text(CRASHES)
+    plugins = (str(micro), str(tmp_path / "crashes.py"))
+    raw = {
+        "name": "g", "suite": {"backbone": "micro/vit", "tasks": ["micro/bars", "micro/blobs"]},
+        "axes": {"merging": ["crashes"]}, "threats": ["clean"], "recipe": {"epochs": 1, "max_train": 16},
+    }  # fmt: skip
+    (tmp_path / "g.yaml").write_text(json.dumps(raw))
+    plan = open_session(str(tmp_path / "g.yaml"), (), plugins, store=tmp_path / "store").plan
+    kinds = {key: step.kind for key, step in plan.steps.items()}
+    engine = LocalExecutor([Slot("cpu")], Workplace(str(tmp_path / "store"), plugins, None, 1), None)
+    try:
+        for step in plan.steps.values():
+            answer = engine.submit(0, step, kinds).result()
+            if step.kind == "merge":
+                break
+            assert answer.status == "ok", answer
+    finally:
+        engine.close()
+    assert answer.status == "died"
+    assert answer.message.endswith("(exit code -11, SIGSEGV)")
+    assert answer.trace.startswith("Fatal Python error: Segmentation fault")
+    assert 'File "crashes.py", line 10 in merge' in answer.trace
+    assert str(tmp_path) not in answer.trace
 
 
 def test_a_death_by_signal_is_named() -> None:

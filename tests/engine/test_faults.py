@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -331,7 +332,6 @@ def test_only_the_rogue_cells_fail_and_the_run_says_1(mixed: Any) -> None:
 @pytest.mark.parametrize("name", [*MERGES, *ATTACKS])
 def test_each_rogue_cell_fails_with_its_own_reason(mixed: Any, name: str) -> None:
     import json
-    import re
 
     records = [
         json.loads(p.read_text())
@@ -370,9 +370,16 @@ def test_boards_show_what_is_incomplete(mixed: Any) -> None:
     assert text.count("0/1 incomplete") == len(MERGES) + 2 * len(ATTACKS)
     status = mixed(
         "status", *mixed.arguments(mixed.home / "mixed.yaml", plugins=(mixed.home / "rogues.py",)),
-        "--results", str(mixed.results),
+        "--results", str(mixed.results), "--why",
     )  # fmt: skip
     assert "ValueError: I refuse" in status.out
+    told = {part.split(";")[0]: part for part in status.out.split("\nfailed: merge ")}
+    assert 'File "rogues.py", line' in told["raises"]
+    assert "Traceback (most recent call last)" in told["raises"]
+    # one that was stopped tells where it was, one that left without a word does not
+    assert re.search(r'most recent call first\):\n  File "rogues\.py", line \d+ in merge\n', told["hangs"])
+    assert told["exits"].rstrip().endswith("(exit code 0)")
+    assert str(mixed.home) not in status.out
 
 
 def test_a_second_ctrl_c_does_not_wait_for_a_hanging_step(copied: Any) -> None:

@@ -21,7 +21,7 @@ LONGEST = 500
 
 @dataclass(frozen=True)
 class Failure:
-    """A step that failed. ``trace`` is empty where there was nobody left to tell it (death, time-out)."""
+    """A step that failed. ``trace`` is empty where there was nobody left to tell it, as after ``kill -9``."""
 
     key: str
     kind: str

@@ -17,9 +17,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
+from typing import NamedTuple
 
 from mergesec.errors import UsageError
-from mergesec.execution.engines.worker import Answer, Slot, Workplace, serve
+from mergesec.execution.engines.worker import WHERE, Answer, Slot, Workplace, serve
+from mergesec.execution.failures import portable, shown_file
 from mergesec.planning.plan import Step
 
 TIMED_OUT = "TimeoutError: the step took longer than --step-timeout and was stopped"
@@ -134,6 +136,24 @@ def _no_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 
+class _Ended(NamedTuple):
+    """How a worker ended: its exit code, and where it was if it could still tell."""
+
+    code: int | None
+    words: str = ""
+
+
+def _last_words(words: Connection) -> str:
+    """What a worker that is gone wrote of its stacks, files named as tracebacks do."""
+    said = b""
+    while words.poll(0.1) and (more := os.read(words.fileno(), 1 << 16)):
+        said += more
+    lines = said.decode(errors="replace").splitlines()
+    kept = [line for line in lines if not line.startswith("Extension modules:")]
+    text = re.sub(r'File "([^"]+)"', lambda m: f'File "{shown_file(m[1])}"', "\n".join(kept))
+    return portable(text).strip()
+
+
 class _Seat:
     """One worker process and the pipe to it. A lost worker is replaced at the next question."""
 
@@ -141,6 +161,8 @@ class _Seat:
         self._arguments = (slot, place, os.getpid())
         self._process: SpawnProcess | None = None
         self._pipe: Connection | None = None
+        self._words: Connection | None = None
+        """Where the interpreter writes its stacks when it crashes or is asked to; else silent."""
         self._closed = False
         self.note = ""
         """What the worker said last of the step it is at."""
@@ -153,15 +175,16 @@ class _Seat:
             end = None if timeout is None else time.monotonic() + timeout
             while True:
                 if not pipe.poll(None if end is None else max(0.0, end - time.monotonic())):
-                    self._end(kill=True)
-                    return Answer("error", TIMED_OUT)
+                    self._ask_where()
+                    return Answer("error", TIMED_OUT, self._end(kill=True).words)
                 answer: Answer | str = pipe.recv()
                 if isinstance(answer, Answer):
                     return answer
                 self.note = answer
         except (EOFError, OSError):
-            code = self._end(kill=True)
-            return Answer("died", f"WorkerDied: the worker ended while running it ({_ending(code)})")
+            ended = self._end(kill=True)
+            told = f"WorkerDied: the worker ended while running it ({_ending(ended.code)})"
+            return Answer("died", told, ended.words)
         finally:
             self.note = ""
 
@@ -171,29 +194,40 @@ class _Seat:
         if self._pipe is None:
             context = multiprocessing.get_context("spawn")
             self._pipe, theirs = context.Pipe()
-            self._process = context.Process(target=serve, args=(theirs, *self._arguments))
+            self._words, words = context.Pipe(duplex=False)
+            self._process = context.Process(target=serve, args=(theirs, words, *self._arguments))
             with _no_interrupts():
                 self._process.start()
             theirs.close()  # the worker's is now the only one, so that its death ends the pipe
+            words.close()
             if self._closed:
                 raise EOFError
             self._pipe.recv()
         return self._pipe
 
-    def _end(self, kill: bool) -> int | None:
-        """Wait for the worker to be gone; its exit code."""
+    def _ask_where(self) -> None:
+        """Have a worker that does not answer write down what it is at; it does so in the middle of C code."""
+        if self._process is not None and self._process.pid is not None and self._words is not None:
+            with contextlib.suppress(OSError):
+                os.kill(self._process.pid, WHERE)
+                self._words.poll(2.0)
+
+    def _end(self, kill: bool) -> _Ended:
+        """Wait for the worker to be gone."""
         process, pipe, self._process, self._pipe = self._process, self._pipe, None, None
+        words, self._words = self._words, None
         if pipe is not None:
             pipe.close()  # an idle worker takes this as the end
         if process is None:
-            return None
+            return _Ended(None)
         if not kill:
             process.join(10)
         elif not self._closed:
             process.join(0.2)  # its own exit code says more than that of the kill below
         process.kill()
         process.join()
-        return process.exitcode
+        with words or contextlib.nullcontext():
+            return _Ended(process.exitcode, _last_words(words) if kill and words is not None else "")
 
     def kill(self) -> None:
         """End the worker whatever it is at, from another thread than the one that asks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import signal
 import sys
@@ -51,14 +52,21 @@ class Answer:
     bytes: int = 0
 
 
+WHERE = signal.SIGUSR1
+"""Asks a worker that does not answer for its stacks."""
 _PLACE: tuple[Slot, Workplace] | None = None
 
 
 _BENCH: Any = None
 
 
-def serve(pipe: Connection, slot: Slot, place: Workplace, parent: int) -> None:
-    """A worker's life: get ready, say so, answer questions until the pipe ends."""
+def serve(pipe: Connection, words: Connection, slot: Slot, place: Workplace, parent: int) -> None:
+    """A worker's life: get ready, say so, answer questions until the pipe ends.
+
+    Its stacks go into ``words`` if it crashes, or is asked for them by the signal ``WHERE``.
+    """
+    faulthandler.enable(words.fileno())
+    faulthandler.register(WHERE, words.fileno())
     _prepare(slot, place, parent)
     with contextlib.suppress(EOFError, OSError):
         pipe.send(None)
