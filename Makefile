@@ -1,5 +1,6 @@
 # make quickstart : install into .venv, run the quickstart grid, print the boards
 # make check      : format, lint, types, the core of the tests: about a minute
+# make docs       : fill the pages' tables and numbers from the boards, build the site into site/
 # make test       : format, lint, types, all tests (both install into .venv first)
 PYTHON ?= python3
 VENV   := .venv
@@ -12,7 +13,7 @@ WORKERS ?= auto
 CORE   := $(addprefix tests/,anatomy backdoor conformance engine merging protection)
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 4 --durations=10
 
-.PHONY: quickstart check test install install-dev lint types clean
+.PHONY: quickstart check test docs install install-dev lint types clean
 
 quickstart: install
 	$(BIN)/bench run --grid quickstart
@@ -22,6 +23,11 @@ check: install-dev lint types
 
 test: install-dev lint types
 	$(PYTEST)
+
+docs: $(VENV)/.docs
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "site/index.html"
 
 install: $(VENV)/.core
 install-dev: $(VENV)/.dev
@@ -39,6 +45,10 @@ $(VENV)/.dev: $(VENV)/.core
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[real,clip,fusionbench,dev]'
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.core
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
 lint: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,4 +57,4 @@ types: install-dev
 	$(BIN)/mypy --strict -p mergesec -p mergesec_tasks -p mergesec_methods
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) dist build site .pytest_cache .mypy_cache .ruff_cache

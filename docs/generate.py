@@ -1,8 +1,9 @@
 """Fills what pages take from the boards: tables and numbers between markers. ``make docs`` runs it.
 
-A table, with a column renamed and rows chosen (``|`` between alternatives, ``*`` for any text)::
+A table, with a column renamed and rows chosen (``*`` stands for any text, ``;`` between alternatives, since a
+bar would end a table's cell)::
 
-    <!-- board: mini-backdoor/backdoor columns="attack,succession:ASR" method=ties attack=badnets|sig* -->
+    <!-- board: mini-backdoor/backdoor columns="attack,succession:ASR" method=ties attack=badnets;sig* -->
     <!-- /board -->
 
 ``across=COLUMN value=COLUMN`` makes a column for each value of the first; ``sort=COLUMN`` (``-COLUMN``) sorts,
@@ -124,7 +125,7 @@ def _board(name: str) -> pd.DataFrame:
 def _chosen(marker: Marker) -> pd.DataFrame:
     frame = _board(marker.board)
     for column, pattern in marker.rows.items():
-        fits = re.compile("|".join(re.escape(part).replace(r"\*", ".*") for part in pattern.split("|")))
+        fits = re.compile("|".join(re.escape(part).replace(r"\*", ".*") for part in pattern.split(";")))
         frame = frame[[fits.fullmatch(_plain(value)) is not None for value in frame[_known(marker, column)]]]
     if frame.empty:
         raise UsageError(str(marker), "no row fits")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -151,6 +154,11 @@ def test_no_line_begins_with_a_number_from_a_board() -> None:
     assert not [_said(page) for page in PAGES if line.search(page.read_text())]
 
 
+def test_no_marker_ends_the_cell_of_its_table() -> None:
+    row = re.compile(r"^\|.*<!-- n:[^>]*\|[^>]*-->", re.MULTILINE)
+    assert not [_said(page) for page in PAGES if row.search(_prose(page))]
+
+
 CSV = """method,seeds,accuracy,accuracy_low,accuracy_high
 ties,3,0.76645,0.756,0.7762
 average,3,0.72041,0.71,0.73
@@ -196,7 +204,7 @@ def test_a_difference_names_the_marker_and_its_first_cell() -> None:
 @pytest.mark.usefixtures("board")
 @pytest.mark.parametrize(
     ("how", "number"),
-    [("method=* take=max", "76.6"), ("take=min", "72.0"), ("take=count", "2"),
+    [("method=* take=max", "76.6"), ("take=min", "72.0"), ("method=ties;average take=count", "2"),
      ("method=ties minus=accuracy_low", "1.0"), ("method=ties interval=yes", "76.6 [75.6, 77.6]")],
 )  # fmt: skip
 def test_a_number_may_speak_of_several_rows_or_of_a_difference(how: str, number: str) -> None:
@@ -268,3 +276,50 @@ def test_plugins_told_of_every_moved_module() -> None:
 
     table = "".join(re.findall(r"^\| `mergesec\..*$", (DOCS / "plugins.md").read_text(), re.MULTILINE))
     assert not [name for name in _MOVED if not re.search(rf"`(?:mergesec\.)?{name}`", table)]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site as `make docs` builds it: strict, so that a broken link or anchor is an error."""
+    pytest.importorskip("mkdocs", reason="needs the extra `docs`")
+    folder = tmp_path_factory.mktemp("site")
+    told = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(folder)]
+    built = subprocess.run(command, cwd=ROOT, env=told, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    return folder
+
+
+@pytest.mark.slow
+def test_the_site_has_a_page_for_every_card(site: Path) -> None:
+    missing = []
+    for entry in load_catalog():
+        page = site / "components" / entry.card.kind / f"{entry.card.name.replace('/', '-')}.html"
+        text = page.read_text(encoding="utf-8") if page.is_file() else ""
+        missing += [
+            f"{page.relative_to(site)}: {word}"
+            for word in (entry.card.name, *entry.card.parameters)
+            if f"<code>{word}</code>" not in text
+        ]
+    assert not missing
+
+
+@pytest.mark.slow
+def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
+    loaded = re.compile(
+        r"""<(?:script|img|iframe)[^>]+src="?https?:|<link[^>]+(?:stylesheet|preconnect)[^>]+https?:"""
+    )
+    assert not [page.name for page in site.rglob("*.html") if loaded.search(page.read_text("utf-8"))]
+
+
+@pytest.mark.slow
+def test_links_of_the_site_lead_to_files(site: Path) -> None:
+    """The pages' own HTML, which is not what mkdocs checked."""
+    link = re.compile(r'<(?:a[^>]+href|img[^>]+src)="(?!https?:|mailto:|#)([^"#?]+)')
+    assert not [
+        f"{page.relative_to(site)}: {target}"
+        for page in site.rglob("*.html")
+        if page.name != "404.html"
+        for target in link.findall(page.read_text("utf-8"))
+        if not (page.parent / target).exists()
+    ]
