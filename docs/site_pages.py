@@ -50,6 +50,7 @@ def place(path: str) -> str:
         return f"{inside}/index.md"
     if inside != path or path in ("CONTRIBUTING.md", "CHANGELOG.md"):
         return inside
+    path = path.replace("README.md", "index.md")  # mkdocs serves one as the other
     suffix = Path(path).suffix
     return f"files/{path}" + (".md" if suffix in _SHOWN_AS_CODE else "" if suffix else ".txt")
 
@@ -119,7 +120,7 @@ def card_page(entry: Entry, told: Iterable[tuple[str, str]]) -> str:
     """A card as a page; ``told`` are links and titles of the sections that tell of it."""
     card = entry.card
     facts = {
-        "kind": card.kind, "paper": f"[{card.paper}]({card.url})" if card.url and card.paper else card.paper or card.url,
+        "kind": f"[{card.kind}](index.md)", "paper": f"[{card.paper}]({card.url})" if card.url and card.paper else card.paper or card.url,
         "threat model": card.threat, "hooks": ", ".join(f"`{hook}`" for hook in card.hooks),
         "knowledge": card.knowledge, "data": card.data if card.kind in ("merging", "attack", "defense") else "",
         "modality": card.modality or ", ".join(card.modalities), "result": _result(card),
@@ -128,8 +129,7 @@ def card_page(entry: Entry, told: Iterable[tuple[str, str]]) -> str:
         "recipe": _pairs(card.recipe), "needs": ", ".join(f"`{each}`" for each in card.requires.values()),
         "version": card.version,
     }  # fmt: skip
-    up = f"[{KINDS[card.kind]}](index.md)"
-    lines = [up, "", f"# `{card.name}`", "", f"**{card.title}** — {card.summary}", "", "| | |", "|---|---|"]
+    lines = [f"# `{card.name}`", "", f"**{card.title}** — {card.summary}", "", "| | |", "|---|---|"]
     lines += [f"| {key} | {_cell(value)} |" for key, value in facts.items() if value]
     lines += ["", "## Parameters", ""]
     if card.parameters:
