@@ -24,9 +24,10 @@ check: install-dev lint types
 test: install-dev lint types
 	$(PYTEST)
 
+# not --quiet: warnings that nobody hears are not strict
 docs: $(VENV)/.docs
 	$(BIN)/python docs/generate.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 	@echo "site/index.html"
 
 install: $(VENV)/.core
