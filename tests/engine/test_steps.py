@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,25 @@ def test_draws_behind_the_contexts_back_do_not_depend_on_the_workers_past(
         assert not torch.equal(first[name], other[name])
 
 
+def _in_place(tensor: torch.Tensor) -> None:
+    tensor.add_(1)
+
+
+def _through_data(tensor: torch.Tensor) -> None:
+    tensor.data[0] = 5
+
+
+def _through_numpy(tensor: torch.Tensor) -> None:
+    tensor.numpy()[0] = 5
+
+
+@pytest.mark.parametrize("how", [_in_place, _through_data, _through_numpy])
 @pytest.mark.parametrize("raises", [False, True])
 def test_an_input_written_to_is_an_error_and_is_read_afresh(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raises: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raises: bool, how: Callable[[torch.Tensor], None]
 ) -> None:
     def write(work: Work) -> Any:
-        work.tensors("base")["w"].add_(1)
+        how(work.tensors("base")["w"])
         if raises:
             raise ValueError("and then something else")
         return {}, {}

@@ -29,7 +29,8 @@ class CorruptArtifact(RuntimeError):
         self.key = key
 
 
-def _digest(name: str, dtype: str, shape: tuple[int, ...], data: bytes | memoryview) -> str:
+def tensor_digest(name: str, dtype: str, shape: tuple[int, ...], data: bytes | memoryview) -> str:
+    """SHA-256 of a tensor's name, type (as safetensors writes it), shape and bytes."""
     digest = hashlib.sha256(f"{name}|{dtype}|{tuple(shape)}|".encode())
     digest.update(data)
     return digest.hexdigest()
@@ -63,7 +64,7 @@ def digests_of(blob: bytes | mmap.mmap) -> dict[str, str]:
     """The digest of each tensor of a safetensors file."""
     found = {}
     for name, raw in parse_safetensors(blob).items():
-        found[name] = _digest(name, raw.dtype, raw.shape, raw.data)
+        found[name] = tensor_digest(name, raw.dtype, raw.shape, raw.data)
         raw.data.release()
     return found
 

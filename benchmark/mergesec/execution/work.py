@@ -26,10 +26,11 @@ from mergesec.contracts import (
     Task,
     Weights,
 )
-from mergesec.execution.store import Store
+from mergesec.execution.store import Store, tensor_digest
 from mergesec.planning.catalog import Catalog
 from mergesec.planning.plan import Step
 from mergesec.planning.refs import Ref
+from mergesec.streaming.reading import NAMES
 from mergesec.weights import check_finite, check_same_layout, read_only
 
 MAPPED = ("data",)
@@ -39,6 +40,15 @@ MAPPED = ("data",)
 def large_bytes(tensor: Tensor) -> bool:
     """Whether a tensor of bytes is large enough to be mapped."""
     return tensor.dtype == torch.uint8 and tensor.nbytes > 1 << 20
+
+
+class Held(NamedTuple):
+    """What a worker keeps of an artifact."""
+
+    tensors: Weights
+    info: dict[str, Any]
+    digests: Mapping[str, str]
+    """Of each tensor, as verified when it was read."""
 
 
 @dataclass
@@ -53,14 +63,14 @@ class Bench:
     report: Callable[[str], None] = lambda text: None
     """Told how a long step goes, at most once a second."""
     checkpoint_seconds: float = float(os.environ.get("MERGESEC_CHECKPOINT_SECONDS", "120"))
-    _tensors: OrderedDict[str, tuple[Weights, dict[str, Any]]] = field(default_factory=OrderedDict)
+    _held: OrderedDict[str, Held] = field(default_factory=OrderedDict)
     _instances: dict[str, Any] = field(default_factory=dict)
 
     def read(self, kind: str, key: str) -> tuple[Weights, dict[str, Any]]:
         """Verified tensors and facts of an artifact; least recently used ones are dropped."""
-        if key in self._tensors:
-            self._tensors.move_to_end(key)
-            return self._tensors[key]
+        if key in self._held:
+            self._held.move_to_end(key)
+            return self._held[key][:2]
         if kind in MAPPED:
             path, meta = self.store.open(kind, key)
             tensors = {n: t if large_bytes(t) else t.clone() for n, t in load_file(path).items()}
@@ -68,19 +78,33 @@ class Bench:
             blob, meta = self.store.read(kind, key)
             # copies lie aligned; where a file's tensors lie depends on chance, and rounding on where they lie
             tensors = {name: tensor.clone() for name, tensor in load_tensors(blob).items()}
-        self._tensors[key] = read_only(tensors), meta["info"]
-        while len(self._tensors) > 1 and self._size() > self.cache_bytes:
-            self._tensors.popitem(last=False)
-        return self._tensors[key]
+        self._held[key] = Held(read_only(tensors), meta["info"], meta["digests"])
+        while len(self._held) > 1 and self._size() > self.cache_bytes:
+            self._held.popitem(last=False)
+        return self._held[key][:2]
 
     def _size(self) -> int:
         """Bytes of memory; mapped pixels are the system's to drop."""
-        tensors = [t for weights, _ in self._tensors.values() for t in weights.values()]
+        tensors = [t for held in self._held.values() for t in held.tensors.values()]
         return sum(t.nbytes for t in tensors if not large_bytes(t))
 
     def forget(self, key: str) -> None:
         """Read an artifact from the store again next time."""
-        self._tensors.pop(key, None)
+        self._held.pop(key, None)
+
+    def touched(self, key: str) -> str:
+        """The first tensor of a kept artifact whose bytes are no longer those that were read, whoever wrote them
+        (``.data`` and ``.numpy()`` move no version counter); empty if none. Mapped pixels are let go of instead:
+        mapping them anew costs less than reading them."""
+        held = self._held.get(key)
+        if held is None:
+            return ""
+        for name, tensor in held.tensors.items():
+            if large_bytes(tensor):
+                self.forget(key)
+            elif _digest_of(name, tensor) != held.digests[name]:
+                return name
+        return ""
 
     def component(self, ref: Ref) -> Any:
         if ref.text not in self._instances:
@@ -88,6 +112,11 @@ class Bench:
             parameters = {k: list(v) if isinstance(v, tuple) else v for k, v in ref.parameters}
             self._instances[ref.text] = entry.create(parameters)
         return self._instances[ref.text]
+
+
+def _digest_of(name: str, tensor: Tensor) -> str:
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return tensor_digest(name, NAMES[tensor.dtype], tuple(tensor.shape), flat.numpy().data)
 
 
 class Work:
@@ -148,6 +177,9 @@ class Work:
         The worker's copies of such inputs are dropped, so that no later step computes with them.
         """
         touched = [(role, name) for role, name, v, version in self._handed if v._version != version]
+        for role in dict.fromkeys(role for role, *_ in self._handed):
+            if name := self.bench.touched(self.inputs[role]):
+                touched.append((role, name))
         for role, _ in touched:
             self.bench.forget(self.inputs[role])
         return ".".join(touched[0]) if touched else ""
