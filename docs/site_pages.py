@@ -120,7 +120,7 @@ def card_page(entry: Entry, told: Iterable[tuple[str, str]]) -> str:
     """A card as a page; ``told`` are links and titles of the sections that tell of it."""
     card = entry.card
     facts = {
-        "kind": f"[{card.kind}](index.md)", "paper": f"[{card.paper}]({card.url})" if card.url and card.paper else card.paper or card.url,
+        "kind": f"[{card.kind}](index.md)", "paper": _paper(card),
         "threat model": card.threat, "hooks": ", ".join(f"`{hook}`" for hook in card.hooks),
         "knowledge": card.knowledge, "data": card.data if card.kind in ("merging", "attack", "defense") else "",
         "modality": card.modality or ", ".join(card.modalities), "result": _result(card),
@@ -142,6 +142,12 @@ def card_page(entry: Entry, told: Iterable[tuple[str, str]]) -> str:
     source = entry.path.relative_to(ROOT) if entry.path.is_relative_to(ROOT) else Path(entry.path.name)
     lines += ["", f"Module `{source.as_posix()}`; on the command line `bench info {card.name}`.", ""]
     return "\n".join(lines)
+
+
+def _paper(card: Card) -> str:
+    if card.paper and card.url:
+        return f"[{card.paper}]({card.url})"
+    return card.paper or (f"<{card.url}>" if card.url else "")
 
 
 def _result(card: Card) -> str:
