@@ -1,13 +1,41 @@
-"""MergeSec: a benchmark for the security of model merging. The engine; it imports neither catalogue."""
+"""MergeSec: a benchmark for the security of model merging.
+
+Grids: ``run``, ``plan``. Boards and records: ``boards``, ``load_board``, ``records``. What is installed:
+``catalogue``. Single models: ``merge``, ``expert``, ``attack``, ``protect``, ``recover``, ``evaluate``. Importing
+this loads none of them, and no torch until one needs it. See docs/python.md.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mergesec.api.grids import Planned, Run, boards, catalogue, load_board, plan, records, run
+    from mergesec.api.models import Evaluated, Model, attack, evaluate, expert, merge, protect, recover
 
 __version__ = "0.1.0"
+__all__ = [
+    "Evaluated", "Model", "Planned", "Run", "attack", "boards", "catalogue", "evaluate", "expert", "load_board",
+    "merge", "plan", "protect", "records", "recover", "run",
+]  # fmt: skip
+
+_GRIDS = ("Planned", "Run", "boards", "catalogue", "load_board", "plan", "records", "run")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"mergesec.api.{'grids' if name in _GRIDS else 'models'}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
 
 _MOVED = {
     "steps": "mergesec.inference (predict, task_outputs)",

@@ -13,6 +13,9 @@ from pathlib import Path
 
 from mergesec.errors import UsageError
 
+SHIPPED = ".shipped"
+"""Marks a folder of results that belongs to the project, not to its user."""
+
 
 class Full(RuntimeError):
     """The disk is full or the folder cannot be written."""
@@ -24,6 +27,18 @@ def default_root() -> Path:
     if explicit:
         return Path(explicit)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mergesec"
+
+
+def default_results(grid: str = "") -> Path:
+    """Where records and boards go if nobody says: ``results``; in a checkout of this project, whose ``results``
+    ship with it, ``outputs``. To read a ``grid`` that is not there, but among the shipped ones: ``results``."""
+    shipped = Path("results")
+    if not (shipped / SHIPPED).is_file():
+        return shipped
+    own = Path("outputs")
+    if grid and not (own / "records" / grid).is_dir() and (shipped / "records" / grid).is_dir():
+        return shipped
+    return own
 
 
 def check_writable(folder: Path, field: str) -> None:

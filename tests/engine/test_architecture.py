@@ -23,7 +23,7 @@ PUBLIC = (
 )  # fmt: skip
 """Modules directly under ``mergesec``: what a plugin may import, from the ground up."""
 PACKAGES = (
-    "evidence", "planning", "streaming", "execution", "figures", "conformance", "cli",
+    "evidence", "planning", "streaming", "execution", "figures", "conformance", "api", "cli",
 )  # fmt: skip
 """The engine's own, from the ground up; each stands above all public modules."""
 ORDER = (*PUBLIC, *PACKAGES)
@@ -31,7 +31,7 @@ ORDER = (*PUBLIC, *PACKAGES)
 FAMILIES = ("merging", "fusionbench", "backdoor", "protection")
 """Each family of methods imports itself and helpers of ``merging``; what all may use lies beside them."""
 LIGHT = ("errors", "threats", "recipes", "files", "planning", "evidence", "execution/store", "execution/scheduler",
-         "execution/harvest", "execution/session", "execution/engines", "cli/main")  # fmt: skip
+         "execution/harvest", "execution/session", "execution/engines", "api", "cli/main")  # fmt: skip
 """Rooms that list, plan and read boards: they load no torch."""
 
 

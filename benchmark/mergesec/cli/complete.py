@@ -15,7 +15,13 @@ def grid_names(incomplete: str) -> list[str]:
 
 def run_names(incomplete: str) -> list[str]:
     """Grids that have records in the default folder, and grid files."""
-    runs = sorted(path.parent.name for path in Path("results/records").glob("*/grid.json"))
+    runs = sorted(
+        {
+            path.parent.name
+            for path in Path().glob("*/records/*/grid.json")
+            if path.parts[0] in ("results", "outputs")
+        }
+    )
     return [*_starting(runs, incomplete), *_yaml_files(incomplete)]
 
 

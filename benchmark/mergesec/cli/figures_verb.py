@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergesec.cli.options import DataRoot, Plugins, Results, RunOption, Words, asked_for, run_name
+from mergesec.cli.options import (
+    DataRoot,
+    Plugins,
+    Results,
+    RunOption,
+    Words,
+    asked_for,
+    results_folder,
+    run_name,
+)
 
 if TYPE_CHECKING:
     from mergesec.cli.options import Asked
@@ -21,7 +30,7 @@ if TYPE_CHECKING:
 def main(
     words: Words = None,
     grid: RunOption = None,
-    results: Results = "results",
+    results: Results = None,
     out: Annotated[str | None, typer.Option(help="folder; default: figures/<grid> under --results")] = None,
     samples: Annotated[
         bool,
@@ -47,8 +56,9 @@ def main(
         raise UsageError("figures", "key=value, --plugin and --data-root are for --samples")
     session = _open(asked, plugin or (), data_root) if samples else None
     name = session.grid.spec.name if session else run_name(asked.grid)
-    records = read_records(Path(results) / "records", name)
-    folder = Path(out) if out else Path(results) / "figures" / name
+    home = results_folder(results, name)
+    records = read_records(home / "records", name)
+    folder = Path(out) if out else home / "figures" / name
     check_writable(folder, "--out" if out else "--results")
     pictures = make_figures(records)
     if session is not None:

@@ -11,6 +11,7 @@ import typer
 
 from mergesec.cli.complete import grid_names, run_names
 from mergesec.errors import UsageError
+from mergesec.files import default_results
 
 _SAME = "the same as GRID"
 
@@ -38,7 +39,13 @@ Plugins = Annotated[list[str] | None, typer.Option("--plugin", help="a file with
 DataRoot = Annotated[
     str | None, typer.Option("--data-root", help="folder of local tasks (or $MERGESEC_DATA)")
 ]
-Results = Annotated[str, typer.Option("--results", help="folder for records and leaderboards")]
+Results = Annotated[
+    str | None,
+    typer.Option(
+        "--results",
+        help="folder of records and leaderboards; default: results, in a checkout of MergeSec outputs",
+    ),
+]
 
 
 class Asked(NamedTuple):
@@ -65,6 +72,11 @@ def one_grid(word: str | None, option: str | None) -> str:
     if not grid:
         raise UsageError("GRID", "is needed: a YAML file or a name; bench list grid shows the presets")
     return grid
+
+
+def results_folder(given: str | None, grid: str = "") -> Path:
+    """``--results``, or its default; to read a ``grid``, where its records are."""
+    return Path(given) if given is not None else default_results(grid)
 
 
 def run_name(grid: str) -> str:

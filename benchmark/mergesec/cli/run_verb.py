@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mergesec.cli import show
-from mergesec.cli.options import DataRoot, GridOption, Plugins, Results, Words, asked_for
+from mergesec.cli.options import DataRoot, GridOption, Plugins, Results, Words, asked_for, results_folder
 
 if TYPE_CHECKING:
     from mergesec.evidence.estimates import Board
@@ -29,7 +28,7 @@ def main(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0,1")] = "auto",
     data_root: DataRoot = None,
-    results: Results = "results",
+    results: Results = None,
     threads: Annotated[int, typer.Option(help="threads per worker")] = 1,
     step_timeout: Annotated[float, typer.Option(help="seconds one step may take; 0 = no limit")] = 7200.0,
 ) -> None:
@@ -49,7 +48,9 @@ def main(
         raise UsageError("grid", f"no cell is left to run ({reasons})")
     progress = show.Progress()
     try:
-        finished = run_session(session, Path(results), progress, device, jobs, threads, step_timeout or None)
+        finished = run_session(
+            session, results_folder(results), progress, device, jobs, threads, step_timeout or None
+        )
     finally:
         progress.stop()
     print_boards(finished.boards)

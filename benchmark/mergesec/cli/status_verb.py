@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mergesec.cli import show
-from mergesec.cli.options import Asked, DataRoot, GridOption, Plugins, Results, Words, asked_for
+from mergesec.cli.options import (
+    Asked,
+    DataRoot,
+    GridOption,
+    Plugins,
+    Results,
+    Words,
+    asked_for,
+    results_folder,
+    run_name,
+)
 from mergesec.errors import UsageError, nearest
 from mergesec.planning.presets import preset_names
 
@@ -31,13 +41,13 @@ def main(
     grid: GridOption = None,
     plugin: Plugins = None,
     data_root: DataRoot = None,
-    results: Results = "results",
+    results: Results = None,
     why: Annotated[
         bool, typer.Option("--why", help="of each failed step the cells that wait for it, and its traceback")
     ] = False,
 ) -> None:
     asked = asked_for(words, grid)
-    folder = Path(results) / "records"
+    folder = results_folder(results, run_name(asked.grid)) / "records"
     if _is_run(asked, folder):
         if asked.overrides or plugin or data_root:
             told = f"{asked.grid} is known from its records alone; key=value, --plugin and --data-root need its file"

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from mergesec.errors import UsageError, nearest
 from mergesec.evidence.boards import make_boards
@@ -20,7 +21,7 @@ from mergesec.execution.scheduler import History, Outcome, Reporter, Scheduler, 
 from mergesec.execution.store import CorruptArtifact, Store
 from mergesec.files import check_writable, default_root, fingerprint
 from mergesec.planning.catalog import Catalog, importable, load_catalog
-from mergesec.planning.gridspec import load_grid
+from mergesec.planning.gridspec import GridSpec, load_grid
 from mergesec.planning.places import placed
 from mergesec.planning.plan import Plan, Step, make_plan, needed_steps, read_facts
 from mergesec.planning.resolve import Grid, resolve
@@ -49,15 +50,35 @@ def open_session(
     store: Path | None = None,
 ) -> Session:
     """Read, resolve and plan a grid; UsageError for anything the user can mend."""
+    desk = open_desk(plugins, data_root, store)
+    spec = placed(load_grid(source, overrides), source, overrides, desk.catalog)
+    return planned(desk, spec)
+
+
+class Desk(NamedTuple):
+    """What every grid is planned with."""
+
+    catalog: Catalog
+    store: Store
+    plugins: tuple[str, ...]
+    data_root: Path | None
+
+
+def open_desk(plugins: Iterable[str] = (), data_root: str | None = None, store: Path | None = None) -> Desk:
+    """Catalogue, store and data; UsageError for a plugin or folder that is not there."""
     plugins = tuple(str(Path(p).resolve()) if Path(p).is_file() else p for p in plugins)
     catalog = load_catalog(plugins)
     root = local_data(data_root)
     home = store or default_root()
     check_writable(home, "MERGESEC_CACHE")
-    grid = resolve(placed(load_grid(source, overrides), source, overrides, catalog), catalog)
-    return Session(
-        catalog, grid, make_plan(grid, _task_fingerprints(root, catalog)), Store(home), plugins, root
-    )
+    return Desk(catalog, Store(home), plugins, root)
+
+
+def planned(desk: Desk, spec: GridSpec) -> Session:
+    """A grid resolved and planned; UsageError names the field that does not fit."""
+    grid = resolve(spec, desk.catalog)
+    plan = make_plan(grid, task_fingerprints(desk.data_root, desk.catalog))
+    return Session(desk.catalog, grid, plan, desk.store, desk.plugins, desk.data_root)
 
 
 def local_data(given: str | None) -> Path | None:
@@ -68,7 +89,7 @@ def local_data(given: str | None) -> Path | None:
     return Path(place) if place else None
 
 
-def _task_fingerprints(root: Path | None, catalog: Catalog) -> Callable[[str], str]:
+def task_fingerprints(root: Path | None, catalog: Catalog) -> Callable[[str], str]:
     """What a task's data is known by: the content of its folder, else the commit of the hub's copy."""
 
     def of(task: str) -> str:

@@ -12,6 +12,8 @@ import os
 import re
 import signal
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -136,6 +138,25 @@ def _no_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 
+_starting = threading.Lock()
+
+
+@contextlib.contextmanager
+def _no_main() -> Iterator[None]:
+    """Workers started inside do not run their parent's script again: a script or notebook needs no guard."""
+    main = sys.modules["__main__"]
+    with _starting:
+        kept = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}
+        main.__spec__ = None
+        if "__file__" in kept:
+            del main.__file__
+        try:
+            yield
+        finally:
+            for name, value in kept.items():
+                setattr(main, name, value)
+
+
 class _Ended(NamedTuple):
     """How a worker ended: its exit code, and where it was if it could still tell."""
 
@@ -196,7 +217,7 @@ class _Seat:
             self._pipe, theirs = context.Pipe()
             self._words, words = context.Pipe(duplex=False)
             self._process = context.Process(target=serve, args=(theirs, words, *self._arguments))
-            with _no_interrupts():
+            with _no_interrupts(), _no_main():
                 self._process.start()
             theirs.close()  # the worker's is now the only one, so that its death ends the pipe
             words.close()

@@ -125,8 +125,8 @@ def _work(step: Step, kinds: dict[str, str]) -> Answer:
         from mergesec.execution.steps import run
 
         blob, info = run(step, bench, kinds)
-        seconds, peak = time.perf_counter() - start, _peak_mb(bench)
-        facts = {**info, "seconds": seconds, "peak_mb": peak, "device": _device_name(bench)}
+        seconds, peak = time.perf_counter() - start, peak_mb(bench)
+        facts = {**info, "seconds": seconds, "peak_mb": peak, "device": device_name(bench)}
         bench.store.put(step.kind, step.key, blob, facts)
     except CorruptArtifact as error:
         return Answer("corrupt", str(error), key=error.key)
@@ -137,7 +137,7 @@ def _work(step: Step, kinds: dict[str, str]) -> Answer:
     return Answer("ok", seconds=seconds, peak_mb=peak, bytes=len(blob))
 
 
-def _peak_mb(bench: Any) -> float:
+def peak_mb(bench: Any) -> float:
     """Peak memory of this worker so far, MiB: GPU memory on CUDA, resident set elsewhere."""
     if bench.device.type == "cuda":
         import torch
@@ -149,7 +149,7 @@ def _peak_mb(bench: Any) -> float:
     return used / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def _device_name(bench: Any) -> str:
+def device_name(bench: Any) -> str:
     if bench.device.type == "cuda":
         import torch
 

@@ -1,0 +1,1 @@
+"""What ``import mergesec`` offers: grids, boards and single steps from Python. Nothing here is for plugins."""
