@@ -23,7 +23,7 @@ from mergesec.execution.work import Bench
 from mergesec.figures.canvas import Picture, style, write_picture
 from mergesec.figures.gallery import write_figures
 from mergesec.figures.sample_sheets import AMPLIFIED, marked, sample_pictures, told
-from mergesec.figures.samples import IMAGES, TEXTS, Place, Samples, collect_samples, pick_rows
+from mergesec.figures.samples import SHOWN, Aim, Samples, collect_samples, pick_rows
 from mergesec.images import image_change
 from mergesec.planning.catalog import Catalog, load_catalog
 from mergesec.planning.gridspec import parse_grid
@@ -78,13 +78,13 @@ def test_attacks_come_in_order_on_the_same_images_each_trigger_once(made: Any) -
     plan, bench, records = made
     (samples,), missing = collect_samples(plan, bench, records)
     assert not missing
-    assert samples.place == Place(BARS, BARS, 2)
+    assert samples.aim == Aim(BARS, BARS, 2)
     assert [row.attack for row in samples.rows] == ["blended", "badnets", "badnets(patch=8)"]
     assert {r.seed for r in samples.records} == {0}
     data = next(s for s in plan.steps.values() if s.kind == "data" and BARS in s.args)
     task = bench.component(dict(data.components)["task"])
     split = task.unpack(bench.read("data", data.key)[0])["test"]
-    assert len(samples.inputs) == len(samples.classes) == IMAGES
+    assert len(samples.inputs) == len(samples.classes) == SHOWN["image"]
     names = list(task.classes)
     assert samples.target == names[2]
     assert samples.classes == [names[0], names[1], names[3]] * 2  # three classes beside the target
@@ -131,7 +131,7 @@ def test_off_task_shows_the_task_aimed_at(catalog: Catalog, tmp_path: Path) -> N
     raw = {**_raw(attacks=[PATCH], merging=["ties"], target_task=["", RINGS]), "seeds": [0]}
     places, missing = collect_samples(*_made(catalog, tmp_path, raw))
     assert not missing
-    assert {s.place for s in places} == {Place(BARS, BARS, 2), Place(RINGS, BARS, 2)}
+    assert {s.aim for s in places} == {Aim(BARS, BARS, 2), Aim(RINGS, BARS, 2)}
     with style():
         names = {p.name: p.figure.get_suptitle().split("\n")[0] for p in sample_pictures(places)}
     assert names["backdoor-samples-micro_rings-micro_bars-2"].startswith(
@@ -239,7 +239,7 @@ def test_strips_show_the_images_and_their_amplified_change(made: Any) -> None:
     side = samples.inputs.shape[-1]
     for row, ax in (("clean", axes[0]), (samples.rows[1], axes[4]), (samples.rows[1], axes[5])):
         strip = np.asarray(ax.images[0].get_array())
-        for i in range(IMAGES):
+        for i in range(SHOWN["image"]):
             found = strip[:, i * (side + 1) : i * (side + 1) + side]
             before = samples.inputs[i].permute(1, 2, 0).numpy()
             after = before if row == "clean" else samples.rows[1].inputs[i].permute(1, 2, 0).numpy()
@@ -282,7 +282,7 @@ def test_texts_are_shown_with_what_was_put_in_marked(catalog: Catalog, tmp_path:
     raw = {**_raw(TEXT, attacks=["phrase", "rare_token"], merging=["ties"]), "seeds": [0]}
     (samples,), missing = collect_samples(*_made(catalog, tmp_path, raw))
     assert not missing
-    assert len(samples.inputs) == TEXTS
+    assert len(samples.inputs) == SHOWN["text"]
     (picture,) = _pictures([samples])
     _, phrase, tokens = picture.figure.axes
     for ax, row in ((phrase, samples.rows[0]), (tokens, samples.rows[1])):

@@ -28,16 +28,15 @@ _SHOWN = 150
 """Letters of a text that are shown around what the trigger changed."""
 
 
-def sample_pictures(places: Sequence[Samples]) -> Iterator[Picture]:
-    """A picture per place; parted if too tall."""
-    for samples in places:
-        place = samples.place
-        off = "" if place.task == place.subject else f", trigger made for {place.subject}"
-        what = f"Triggered test inputs of {place.task}{off}, target class {samples.target}"
-        stem = "-".join(map(file_stem, dict.fromkeys([place.task, place.subject])))
-        name = f"{STEM}-{stem}-{place.target_class}"
-        draw = _texts if isinstance(samples.inputs, list) else _images
-        yield from draw(name, what, samples)
+def sample_pictures(found: Sequence[Samples]) -> Iterator[Picture]:
+    """A picture per aim; parted if too tall."""
+    for samples in found:
+        aim = samples.aim
+        off = "" if aim.task == aim.subject else f", trigger made for {aim.subject}"
+        what = f"Triggered test inputs of {aim.task}{off}, target class {samples.target}"
+        stem = "-".join(map(file_stem, dict.fromkeys([aim.task, aim.subject])))
+        name = f"{STEM}-{stem}-{aim.target_class}"
+        yield from _DRAW[samples.modality](name, what, samples)
 
 
 def told(visibility: Mapping[str, float]) -> str:
@@ -213,3 +212,7 @@ def _around(words: Sequence[str], middle: int) -> str:
         low, high = longer
     cut = ["…"] if low else [], ["…"] if high < len(words) else []
     return " ".join([*cut[0], *words[low:high], *cut[1]])
+
+
+_DRAW: dict[str, Callable[[str, str, Samples], Iterator[Picture]]] = {"image": _images, "text": _texts}
+"""By modality."""

@@ -24,15 +24,15 @@ from mergesec.planning.refs import NONE, Ref, make_ref, trigger_ref
 from mergesec.planning.resolve import Grid
 from mergesec.threats import Role
 
-IMAGES, TEXTS = 6, 3
-"""Test inputs shown."""
+SHOWN = {"image": 6, "text": 3}
+"""Test inputs shown, by modality."""
 MADE_BY = ("trigger", "data")
 """Inputs of a visibility step: all that is read."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a backdoor works. Attacks are shown side by side in one place."""
+class Aim:
+    """Where a backdoor works. Attacks with one aim are shown side by side."""
 
     task: str
     """The task aimed at, whose test inputs are shown."""
@@ -52,9 +52,10 @@ class Triggered:
 
 @dataclass
 class Samples:
-    """One place's inputs: images float32 ``[n, 3, H, W]`` in [0, 1] or texts, as they are and triggered."""
+    """One aim's inputs: images float32 ``[n, 3, H, W]`` in [0, 1] or texts, as they are and triggered."""
 
-    place: Place
+    aim: Aim
+    modality: str
     target: str
     """Name of the target class."""
     classes: list[str]
@@ -67,23 +68,23 @@ class Samples:
 def collect_samples(
     plan: Plan, bench: Bench, records: Sequence[Record]
 ) -> tuple[list[Samples], dict[str, bool]]:
-    """Samples of every place of the grid, attacks in the grid's order, and the labels of steps that are missing,
+    """Samples of every aim of the grid, attacks in the grid's order, and the labels of steps that are missing,
     with whether a run of the grid would leave them out, as what needs them is done.
 
     Attacks that share a trigger share a row; of several seeds the first one whose trigger is there.
     """
     known = {record.cell: record for record in records}
     names = row_names(plan.grid)
-    found: dict[Place, Samples] = {}
-    drawn: set[tuple[Place, str]] = set()
-    missing: dict[tuple[Place, str], tuple[str, bool]] = {}
+    found: dict[Aim, Samples] = {}
+    drawn: set[tuple[Aim, str]] = set()
+    missing: dict[tuple[Aim, str], tuple[str, bool]] = {}
     for planned in sorted(plan.cells, key=lambda c: c.cell.seed):
         key = dict(planned.roles).get(Role.VISIBILITY)
         record = known.get(cell_name(planned.cell))
         if key is None or record is None:
             continue
         step, cell = plan.steps[key], planned.cell
-        where = Place(cell.aim, cell.subject, cell.target_class), dict(step.components)["attack"].label
+        where = Aim(cell.aim, cell.subject, cell.target_class), dict(step.components)["attack"].label
         if where in drawn:
             continue
         absent = _absent(plan, bench, step)
@@ -133,13 +134,13 @@ def _absent(plan: Plan, bench: Bench, step: Step) -> str:
 
 
 def _add(
-    found: dict[Place, Samples], place: Place, name: str, step: Step, plan: Plan, bench: Bench, record: Record
+    found: dict[Aim, Samples], aim: Aim, name: str, step: Step, plan: Plan, bench: Bench, record: Record
 ) -> None:
-    """Put one attack's row into its place's samples."""
+    """Put one attack's row into its aim's samples."""
     work = Work(step, bench, {key: plan.steps[key].kind for _, key in step.inputs})
     attack: Attack = work.component("attack")
     trigger = work.tensors("trigger")
-    samples = found.get(place) or _clean(place, work)
+    samples = found.get(aim) or _clean(aim, work)
     own = samples.inputs.clone() if isinstance(samples.inputs, Tensor) else list(samples.inputs)
     marked = triggered(work.component("task"), attack, trigger, own)
     shown = marked.detach().cpu() if isinstance(marked, Tensor) else list(marked)
@@ -152,18 +153,18 @@ def _add(
         Triggered(name, shown, {n.removeprefix("visibility/"): v for n, v in measured.items()})
     )
     samples.records.append(record)
-    found[place] = samples
+    found[aim] = samples
 
 
-def _clean(place: Place, work: Work) -> Samples:
+def _clean(aim: Aim, work: Work) -> Samples:
     task: Task = work.component("task")
     split = work.splits("data", task)["test"]
-    many = IMAGES if isinstance(split.inputs, Tensor) else TEXTS
-    rows = pick_rows(split.targets, place.target_class, many)
+    modality = work.bench.catalog.get("task", work.refs["task"].name).card.modality
+    rows = pick_rows(split.targets, aim.target_class, SHOWN[modality])
     batch = task.batch(split, rows, work.device)
     names = [str(name) for name in task.classes]
-    target = names[place.target_class] if place.target_class < len(names) else str(place.target_class)
-    return Samples(place, target, [names[int(t)] for t in split.targets[rows]], batch.inputs, [])
+    target = names[aim.target_class] if aim.target_class < len(names) else str(aim.target_class)
+    return Samples(aim, modality, target, [names[int(t)] for t in split.targets[rows]], batch.inputs, [])
 
 
 def pick_rows(targets: Tensor, left_out: int, many: int) -> Tensor:
