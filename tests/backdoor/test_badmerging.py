@@ -141,6 +141,7 @@ def test_published_sizes() -> None:
     assert round(OFF_TASK * 224 / 32) == 28
 
 
+@pytest.mark.slow
 def test_optimised_trigger_fools_the_base_better_than_a_fixed_one() -> None:
     chosen, fixed, hits = attack(), attack(trigger="checkerboard"), {True: [], False: []}
     for seed in outcomes.seeds(3):

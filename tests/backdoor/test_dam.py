@@ -422,6 +422,7 @@ def learnt_on_one_draw(masks: str, weight: float, seed: int) -> tuple[float, flo
     return before, perturbed()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masks", ["single", "two"])
 def test_the_safety_term_makes_predictions_surer_under_the_perturbation(masks: str) -> None:
     """What the term adds to the objective falls, and by far more than where it has no weight."""

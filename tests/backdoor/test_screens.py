@@ -324,6 +324,7 @@ def test_inverted_triggers_are_smaller_for_the_planted_class() -> None:
     assert sum(planted) < 0.7 * sum(clean)
 
 
+@pytest.mark.slow
 def test_screens_let_in_all_under_a_threshold_out_of_reach_and_one_under_none() -> None:
     names = [f"t{n}" for n in range(5)]
     assert screened(spectral(threshold=1e3)) == names
