@@ -9,8 +9,8 @@ export OMP_NUM_THREADS ?= 1
 unexport PYTHONDONTWRITEBYTECODE  # compiling the tests anew takes longer than most of them
 # a worker for each core, four at most; make WORKERS=0 ... runs the tests in one process
 WORKERS ?= auto
-# the engine and the methods, not the modalities; what is slow says so (tests/conftest.py)
-CORE   := $(addprefix tests/,anatomy backdoor conformance engine merging protection)
+# what everything else stands on; make CORE=tests/backdoor check takes another folder. What is slow says so
+CORE   := $(addprefix tests/,anatomy conformance engine merging)
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 4 --durations=10
 
 .PHONY: quickstart check test docs install install-dev lint types clean
