@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -52,7 +53,8 @@ def check_writable(folder: Path, field: str) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write-temp, flush to disk, rename; readable by whom the umask allows. Full if there is no room."""
+    """Write-temp, flush to disk, rename, flush the folder: after a power loss the old file or the new one is
+    there, whole. Readable by whom the umask allows. Full if there is no room."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         name = path.parent / f".tmp-{secrets.token_hex(8)}"
@@ -63,6 +65,7 @@ def write_atomic(path: Path, data: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(name, path)
+            _sync_folder(path.parent)
         except BaseException:
             name.unlink(missing_ok=True)
             raise
@@ -70,6 +73,15 @@ def write_atomic(path: Path, data: bytes) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise Full(f"cannot write {path.name}: {error.strerror}") from None
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # some file systems have no such thing as flushing a folder
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def fingerprint(path: Path) -> str:

@@ -140,7 +140,12 @@ def _records(plan: Plan, bench: Bench) -> list[Record]:
     """Records of a plan run in this process, where no worker adds what it measured."""
     for step in plan.steps.values():
         blob = (bench.store.root / "artifacts" / step.kind / f"{step.key}.safetensors").read_bytes()
-        info = {**bench.store.meta(step.kind, step.key)["info"], "seconds": 1.0, "peak_mb": 2.0, "device": "cpu"}
+        info = {
+            **bench.store.meta(step.kind, step.key)["info"],
+            "seconds": 1.0,
+            "peak_mb": 2.0,
+            "device": "cpu",
+        }
         bench.store.put(step.kind, step.key, blob, info)
     return make_records(plan, bench.store, Outcome())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 import time
 from pathlib import Path
 from typing import Any
@@ -156,10 +157,10 @@ def test_sweep_removes_old_orphans_and_leaves_the_rest(tmp_path: Path) -> None:
     folder = tmp_path / "artifacts" / "merge"
     old, new = time.time() - 7200, time.time()
     for name, when in (
-        (".tmp-a", old),
-        (".tmp-b", new),
-        ("lost.safetensors", old),
-        ("fresh.safetensors", new),
+        (f".tmp-{'a' * 16}", old),
+        (f".tmp-{'b' * 16}", new),
+        (f"{'a' * 40}.safetensors", old),
+        (f"{'b' * 40}.safetensors", new),
     ):
         (folder / name).write_bytes(b"x")
         os.utime(folder / name, (when, when))
@@ -167,7 +168,7 @@ def test_sweep_removes_old_orphans_and_leaves_the_rest(tmp_path: Path) -> None:
         os.utime(path, (old, old))
     assert store.sweep() == 2
     assert {p.name for p in folder.iterdir()} == {
-        "k.json", "k.safetensors", ".tmp-b", "fresh.safetensors",
+        "k.json", "k.safetensors", f".tmp-{'b' * 16}", f"{'b' * 40}.safetensors",
     }  # fmt: skip
 
 
@@ -251,3 +252,56 @@ def test_merged_artifacts_round_trip(
     assert {t: dict(w) for t, w in again.per_task.items()} == per_task
     assert dict(again.extra) == extra
     assert again.info == info
+
+
+def test_what_the_store_did_not_write_is_left_alone(tmp_path: Path) -> None:
+    """A folder of somebody's that has an ``artifacts`` of its own; links, pipes and devices in the store."""
+    store = _stored(tmp_path)
+    folder = tmp_path / "artifacts"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    foreign = {
+        folder / "photos" / "index.json": '{"a": 1}', folder / "photos" / "deep.json": "[" * 100_000,
+        elsewhere / f"{'a' * 40}.json": "{}", folder / "merge" / "notes.txt": "mine",
+    }  # fmt: skip
+    for path, text in foreign.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        os.utime(path, (0, 0))
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "merge" / f"{'b' * 40}.json").symlink_to("/dev/zero")
+    os.mkfifo(folder / "merge" / f"{'c' * 40}.json")
+    assert [(kind, key) for kind, key, _ in store.artifacts()] == [("merge", "k")]
+    assert store.sweep() == 0
+    assert all(path.read_text() == text for path, text in foreign.items())
+
+
+def test_a_link_in_the_place_of_an_artifact_is_missing_and_heals(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    (tmp_path / "artifacts" / "merge").mkdir(parents=True)
+    (tmp_path / "artifacts" / "merge" / "k.json").symlink_to("/dev/zero")
+    assert not store.has("merge", "k")
+    with pytest.raises(CorruptArtifact):
+        store.read("merge", "k")
+    store.put("merge", "k", save({"w": torch.ones(2)}), {})
+    assert store.meta("merge", "k")["info"] == {}
+
+
+def test_a_file_is_flushed_before_its_name_appears_and_its_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    sync, replace = os.fsync, os.replace
+
+    def synced(handle: int) -> None:
+        done.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
+        sync(handle)
+
+    def named(before: Path, after: Path) -> None:
+        done.append("name")
+        replace(before, after)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", named)
+    write_atomic(tmp_path / "x", b"1")
+    assert done == ["file", "name", "folder"]

@@ -251,6 +251,8 @@ class _Quiet:
 
     def finished(self, step: Any, answer: Any, remaining_seconds: float) -> None: ...
 
+    def stopping(self, done: int, running: list[str]) -> None: ...
+
 
 class _Line(_Quiet):
     """One line a minute on standard error, and one per failed step."""

@@ -53,7 +53,8 @@ def main(
         )
     finally:
         progress.stop()
-    print_boards(finished.boards)
+    if not finished.outcome.interrupted:  # half a grid is no board to look at; `bench board` shows it
+        print_boards(finished.boards)
     _summary(finished, time.monotonic() - started, session.grid.spec.name)
 
 

@@ -102,6 +102,16 @@ class Progress:
                 flush=True,
             )
 
+    def stopping(self, done: int, running: Sequence[str]) -> None:
+        waits = (
+            f"waiting for {', '.join(running)}; Ctrl-C again ends that" if running else "nothing is running"
+        )
+        told = f"stopping: {many(done, 'step')} done and kept, {waits}"
+        if self._bar is not None:
+            self._bar.console.print(told, markup=False, highlight=False)
+        else:
+            print(told, file=sys.stderr, flush=True)
+
     def stop(self) -> None:
         if self._bar is not None:
             self._bar.stop()

@@ -59,6 +59,9 @@ class Reporter(Protocol):
 
     def finished(self, step: Step, answer: Answer, remaining_seconds: float) -> None: ...
 
+    def stopping(self, done: int, running: list[str]) -> None:
+        """After the first Ctrl-C: what is still waited for."""
+
 
 @dataclass
 class Outcome:
@@ -154,6 +157,7 @@ class Scheduler:
                         raise
                     self.outcome.interrupted = True
                     self._ready.clear()
+                    self.reporter.stopping(self.outcome.done, [step.label for _, step in running.values()])
         except KeyboardInterrupt:
             self.executor.close(now=True)
             return self.outcome

@@ -12,6 +12,8 @@ import hashlib
 import json
 import mmap
 import os
+import re
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -198,29 +200,54 @@ class Store:
         for path in (meta_path, tensor_path, tensor_path.with_suffix(".checked")):
             path.unlink(missing_ok=True)
 
+    def _own(self, pattern: str) -> Iterator[Path]:
+        """Plain files of the store's own kinds and names: what somebody else keeps in the folder, links and
+        devices are nobody's business here."""
+        folder = self.root / "artifacts"
+        for kind in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if kind.is_dir() and not kind.is_symlink():
+                for path in sorted(kind.glob(pattern)):
+                    if stat.S_ISREG(path.lstat().st_mode) and _is_own(path):
+                        yield path
+
     def artifacts(self) -> Iterator[tuple[str, str, int]]:
         """(kind, key, bytes) of everything committed."""
-        folder = self.root / "artifacts"
-        for path in sorted(folder.glob("*/*.json")):
+        for path in self._own("*.json"):
             tensors = path.with_suffix(".safetensors")
-            size = path.stat().st_size + (tensors.stat().st_size if tensors.exists() else 0)
+            size = path.stat().st_size + (tensors.stat().st_size if tensors.is_file() else 0)
             yield path.parent.name, path.stem, size
 
     def sweep(self) -> int:
         """Remove what a killed process left behind: temporary and uncommitted files older than an hour."""
         removed = 0
-        for path in (self.root / "artifacts").glob("*/*"):
+        checkpoints = self.root / "checkpoints"
+        for path in (*self._own("*"), *checkpoints.glob(".tmp-*")):
             orphan = path.suffix == ".safetensors" and not path.with_suffix(".json").exists()
-            if (path.name.startswith(".tmp-") or orphan) and time.time() - path.stat().st_mtime > 3600:
+            orphan &= path.parent != checkpoints
+            if (path.name.startswith(".tmp-") or orphan) and time.time() - path.lstat().st_mtime > 3600:
                 path.unlink(missing_ok=True)
                 removed += 1
         return removed
 
 
+_KEY = re.compile(r"[0-9a-f]{40}|\.tmp-[0-9a-f]{16}")
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a file has the name of a step's key, or metadata beside it that says it is the store's."""
+    if _KEY.fullmatch(path.stem):
+        return True
+    try:
+        meta = json.loads(path.with_suffix(".json").read_bytes())
+        return bool(meta["key"] == path.stem and meta["kind"] == path.parent.name)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
 def _stamp(path: Path, check: str) -> str:
     """What changes when a file's bytes do, short of a fault of the disk."""
-    stat = path.stat()
-    return f"{check} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+    now = path.stat()
+    return f"{check} {now.st_ino} {now.st_size} {now.st_mtime_ns} {now.st_ctime_ns}"
 
 
 def _check(meta: Mapping[str, Any]) -> str:
