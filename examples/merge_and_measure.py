@@ -21,9 +21,10 @@ micro = {
 # ## Two experts, and their average
 
 # %%
+base = mergesec.base(**micro)
 bars = mergesec.expert("micro/bars", **micro)
 blobs = mergesec.expert("micro/blobs", **micro)
-average = mergesec.merge(bars.weights, [bars.weights, blobs.weights], "simple_average")
+average = mergesec.merge(base, [bars, blobs], "simple_average")
 for name, weights in {"expert": bars, "average of two": average}.items():
     found = mergesec.evaluate(weights, "micro/bars", **micro)
     print(f"bars, {name}: {found.rate:.3f} [{found.low:.3f}, {found.high:.3f}] of {found.n}")
@@ -34,7 +35,7 @@ for name, weights in {"expert": bars, "average of two": average}.items():
 # %%
 published = mergesec.protect("micro/bars", "params", weights=bars, **micro)
 alone = mergesec.evaluate(published, "micro/bars", **micro)
-spoilt = mergesec.merge(bars.weights, [published.weights, blobs.weights], "simple_average")
+spoilt = mergesec.merge(base, [published, blobs], "simple_average")
 merged = mergesec.evaluate(spoilt, "micro/bars", **micro)
 print(f"protected: alone {alone.rate:.3f}, merged {merged.rate:.3f}")
 
@@ -43,7 +44,7 @@ print(f"protected: alone {alone.rate:.3f}, merged {merged.rate:.3f}")
 
 # %%
 recovered = mergesec.recover("micro/bars", "coupled", weights=published, **micro)
-again = mergesec.merge(bars.weights, [recovered.weights, blobs.weights], "simple_average")
+again = mergesec.merge(base, [recovered, blobs], "simple_average")
 print(f"recovered: merged {mergesec.evaluate(again, 'micro/bars', **micro).rate:.3f}")
 
 # %% [markdown]
@@ -51,7 +52,7 @@ print(f"recovered: merged {mergesec.evaluate(again, 'micro/bars', **micro).rate:
 
 # %%
 bad = mergesec.attack("micro/bars", "badnets", **micro)
-poisoned = mergesec.merge(bars.weights, [bad.weights, blobs.weights], "simple_average")
+poisoned = mergesec.merge(base, [bad, blobs], "simple_average")
 for name, weights in {"alone": bad, "merged": poisoned, "clean average": average}.items():
     hit = mergesec.evaluate(weights, "micro/bars", triggered=bad, **micro)
     print(f"attack success, {name}: {hit.rate:.3f} [{hit.low:.3f}, {hit.high:.3f}]")

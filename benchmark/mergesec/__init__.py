@@ -1,7 +1,7 @@
 """MergeSec: a benchmark for the security of model merging.
 
 Grids: ``run``, ``plan``. Boards and records: ``boards``, ``load_board``, ``records``. What is installed:
-``catalogue``. Single models: ``merge``, ``expert``, ``attack``, ``protect``, ``recover``, ``evaluate``. Importing
+``catalogue``. Single models: ``merge``, ``base``, ``expert``, ``attack``, ``protect``, ``recover``, ``evaluate``. Importing
 this loads none of them, and no torch until one needs it. See docs/python.md.
 """
 
@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mergesec.api.grids import Planned, Run, boards, catalogue, load_board, plan, records, run
-    from mergesec.api.models import Evaluated, Model, attack, evaluate, expert, merge, protect, recover
+    from mergesec.api.models import Evaluated, Model, attack, base, evaluate, expert, merge, protect, recover
 
 __version__ = "0.1.0"
 __all__ = [
-    "Evaluated", "Model", "Planned", "Run", "attack", "boards", "catalogue", "evaluate", "expert", "load_board",
+    "Evaluated", "Model", "Planned", "Run", "attack", "base", "boards", "catalogue", "evaluate", "expert", "load_board",
     "merge", "plan", "protect", "records", "recover", "run",
 ]  # fmt: skip
 

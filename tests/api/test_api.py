@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -90,10 +91,20 @@ def test_a_plan_says_what_is_left(done: Any, desk: dict[str, Any]) -> None:
 def test_overrides_change_a_mapping_field_by_field() -> None:
     changed = with_overrides({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 5}, "e.f": [1]})
     assert changed == {"a": {"b": 5, "c": 2}, "d": 3, "e": {"f": [1]}}
-    words = as_words(
-        {"seeds": [0, 1], "axes": {"merging": [{"name": "ties", "scaling": 0.5}]}, "suite": "mini"}
-    )
+    words, rest = as_words(
+        {"seeds": np.arange(2), "axes": {"merging": [{"name": "ties", "scaling": np.float64(0.5)}]}, "suite": "mini",
+         "suite.experts": {"mini/mnist": "x"}}
+    )  # fmt: skip
     assert words == ["seeds=[0,1]", 'axes.merging=[{name:"ties",scaling:0.5}]', 'suite="mini"']
+    assert rest == {"suite": {"experts": {"mini/mnist": "x"}}}
+
+
+def test_a_suite_may_be_named_in_a_mapping_too(desk: dict[str, Any]) -> None:
+    grid = {"name": "named", "suite": "mini", "axes": {"merging": ["ties"]}, "threats": ["clean"]}
+    assert (
+        mergesec.plan(grid, store=desk["store"]).cells == mergesec.plan(grid, suite="mini", **desk).cells == 1
+    )
+    assert mergesec.plan(GRID, store=desk["store"], plugins=MICRO).cells == 1
 
 
 def test_single_models_are_the_grids(done: Any, desk: dict[str, Any]) -> None:
@@ -122,12 +133,30 @@ def test_weights_of_ones_own_go_through_protection_and_back(done: Any, desk: dic
     assert gap < 0.01 * moved
 
 
+def test_a_defense_that_trains_takes_no_weights(done: Any, desk: dict[str, Any]) -> None:
+    start = mergesec.base(suite=SUITE, **desk)
+    with pytest.raises(UsageError, match="trap2 trains the expert itself"):
+        mergesec.protect("micro/bars", "trap2", weights=start, suite=SUITE, **desk)
+
+
+def test_models_are_merged_as_they_come(done: Any, desk: dict[str, Any]) -> None:
+    start = mergesec.base(suite=SUITE, **desk)
+    experts = [
+        mergesec.expert(t, suite=SUITE, recipe={"epochs": 1}, **desk) for t in ("micro/bars", "micro/blobs")
+    ]
+    merged = mergesec.merge(start, experts, "task_arithmetic", scaling=0.5)
+    name = next(n for n, t in merged.items() if t.is_floating_point() and t.ndim > 1)
+    moved = sum(e.weights[name].double() - start.weights[name].double() for e in experts)
+    assert torch.allclose(merged[name].double(), start.weights[name].double() + 0.5 * moved, atol=1e-6)
+
+
 def test_a_backdoored_expert_comes_with_its_trigger(done: Any, desk: dict[str, Any]) -> None:
     kept = {"suite": SUITE, **desk}
     bad = mergesec.attack("micro/bars", "badnets", target_class=1, recipe={"epochs": 1}, **kept)
     hit = mergesec.evaluate(bad, "micro/bars", triggered=bad, target_class=1, **kept)
     clean = mergesec.evaluate(bad, "micro/bars", **kept)
     assert bad.trigger and 0 < hit.n < clean.n
+    assert mergesec.evaluate(bad, "micro/bars", triggered=bad, **kept) == hit  # the class it aims at is known
     plain = mergesec.Model(bad.weights, "micro/bars")
     with pytest.raises(UsageError, match="has no trigger"):
         mergesec.evaluate(bad, "micro/bars", triggered=plain, **kept)
@@ -169,6 +198,9 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("protect", {"task": "mini/mnits"}, "did you mean 'mini/mnist'?"),
     ("protect", {"task": "mini/mnist", "defense": "clp"}, "belongs to backdoor, not protection"),
     ("evaluate", {"weights": {"a": torch.ones(1)}, "task": "mini/mnist"}, "of the base is missing"),
+    ("protect", {"task": "mini/mnist", "defense": "trap2", "weights": {}}, "of the base is missing"),
+    ("attack", {"task": "mini/mnist", "target_class": 99}, "99 is outside [0, 9] of mini/mnist"),
+    ("plan", {"grid": "quickstart", "name": "a${b}"}, "would be interpolated"),
     ("expert", {"task": "mini/mnist", "suite": "mni"}, "did you mean 'mini'?"),
     ("expert", {"task": "mini/mnist", "stroe": "x"}, "did you mean 'store'?"),
 ]  # fmt: skip

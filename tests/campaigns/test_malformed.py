@@ -1,6 +1,6 @@
 """Mutated grids, records and cards: each is read, or refused by a UsageError that fits on a screen, in seconds.
 
-Seeded and bounded: ``MERGESEC_CAMPAIGN`` inputs of each kind (a few hundred by default, thousands on demand).
+Seeded and bounded: ``MERGESEC_CAMPAIGN`` inputs of each kind (120 by default, thousands on demand).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mergesec.planning.presets import presets_folder
 from mergesec.planning.resolve import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
-BUDGET = int(os.environ.get("MERGESEC_CAMPAIGN", "250"))
+BUDGET = int(os.environ.get("MERGESEC_CAMPAIGN", "120"))
 SECONDS = 20.0
 """What one input may take: a planner's time for a large grid, with room for a busy machine."""
 ODD: tuple[Any, ...] = (
@@ -107,6 +107,7 @@ def _grids() -> list[Path]:
     return [*sorted(presets_folder().glob("mini*.yaml")), *sorted((ROOT / "examples").glob("*.yaml"))]
 
 
+@pytest.mark.filterwarnings("ignore:In 'g")  # Hydra's advice on defaults lists
 def test_mutated_grids_are_read_or_refused(tmp_path: Path) -> None:
     rng = random.Random(20)
     catalog = load_catalog([MICRO])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,7 @@ class Planned:
 
 def run(
     grid: GridLike, *, results: str | Path | None = None, store: str | Path | None = None,
-    plugins: Iterable[str | Path] = (), data_root: str | Path | None = None, device: str = "auto",
+    plugins: str | Path | Iterable[str | Path] = (), data_root: str | Path | None = None, device: str = "auto",
     jobs: int | None = None, step_timeout: float | None = 7200.0, progress: bool = True, **overrides: Any,
 ) -> Run:  # fmt: skip
     """Run a grid: every cell's missing steps, in worker processes; then records and boards under ``results``.
@@ -87,7 +88,7 @@ def run(
 
 
 def plan(
-    grid: GridLike, *, store: str | Path | None = None, plugins: Iterable[str | Path] = (),
+    grid: GridLike, *, store: str | Path | None = None, plugins: str | Path | Iterable[str | Path] = (),
     data_root: str | Path | None = None, **overrides: Any,
 ) -> Planned:  # fmt: skip
     """Cells, distinct steps, those in the store, and predicted time and disk; runs nothing. ``overrides`` and
@@ -138,7 +139,7 @@ def records(grid: str, results: str | Path | None = None) -> list[Record]:
     return read_records(_results(grid, results) / "records", grid)
 
 
-def catalogue(kind: str | None = None, plugins: Iterable[str | Path] = ()) -> pd.DataFrame:
+def catalogue(kind: str | None = None, plugins: str | Path | Iterable[str | Path] = ()) -> pd.DataFrame:
     """Everything installed, a row each: kind, name, title, threat, hooks, modalities, data, knowledge, version,
     paper, origin. ``kind``: task, backbone, merging, attack or defense; UsageError for another."""
     import pandas as pd
@@ -155,7 +156,7 @@ def catalogue(kind: str | None = None, plugins: Iterable[str | Path] = ()) -> pd
             "data": card.data, "knowledge": card.knowledge, "version": card.version, "paper": card.paper,
             "origin": origin,
         }
-        for card, origin in ((entry.card, entry.origin) for entry in load_catalog(plugins))
+        for card, origin in ((entry.card, entry.origin) for entry in load_catalog(plugin_files(plugins)))
         if kind in (None, card.kind)
     ]  # fmt: skip
     return pd.DataFrame(rows)
@@ -165,19 +166,49 @@ def catalogue(kind: str | None = None, plugins: Iterable[str | Path] = ()) -> pd
 
 
 def _session(
-    grid: GridLike, overrides: Mapping[str, Any], plugins: Iterable[str | Path],
+    grid: GridLike, overrides: Mapping[str, Any], plugins: str | Path | Iterable[str | Path],
     data_root: str | Path | None, store: str | Path | None,
 ) -> Session:  # fmt: skip
-    from mergesec.execution.session import open_desk, open_session, planned
+    from mergesec.execution.session import open_desk, placed_grid, planned
     from mergesec.planning.gridspec import parse_grid
 
-    named = tuple(map(str, plugins))
-    root = None if data_root is None else str(data_root)
-    home = None if store is None else Path(store)
+    desk = open_desk(
+        plugin_files(plugins),
+        None if data_root is None else str(data_root),
+        None if store is None else Path(store),
+    )
     if isinstance(grid, Mapping):
         fields = with_overrides({"name": "custom", **grid}, overrides)
-        return planned(open_desk(named, root, home), parse_grid(fields, "grid"))
-    return open_session(str(grid), as_words(overrides), named, root, home)
+        if isinstance(fields.get("suite"), str):
+            fields["suite"] = suite_fields(fields["suite"])
+        return planned(desk, parse_grid(fields, "grid"))
+    words, rest = as_words(overrides)
+    spec = placed_grid(desk, str(grid), words)
+    if rest:
+        spec = parse_grid(with_overrides(spec.model_dump(mode="json"), rest), f"grid {grid}")
+    return planned(desk, spec)
+
+
+def plugin_files(plugins: str | Path | Iterable[str | Path]) -> tuple[str, ...]:
+    """Plugin files, of which one need not be in a list."""
+    return (str(plugins),) if isinstance(plugins, (str, Path)) else tuple(map(str, plugins))
+
+
+def suite_fields(suite: str | Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a preset suite, or those given; UsageError for an unknown name."""
+    import yaml
+
+    from mergesec.planning.presets import presets_folder
+
+    if isinstance(suite, Mapping):
+        return {"name": "custom", **suite}
+    folder = presets_folder() / "suite"
+    path = folder / f"{suite}.yaml"
+    known = sorted(p.stem for p in folder.glob("*.yaml"))
+    if suite not in known:
+        raise UsageError("suite", f"no suite {suite!r}{nearest(suite, known)}")
+    found: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return found
 
 
 def with_overrides(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,19 +225,35 @@ def with_overrides(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> d
     return changed
 
 
-def as_words(overrides: Mapping[str, Any], above: str = "") -> list[str]:
-    """Overrides as ``bench run`` takes them, ``key=value``: mappings become dotted keys."""
-    words = []
+def as_words(overrides: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Overrides as ``bench run`` takes them, ``key=value``, and those that have no such form (a task's name as a
+    key). Mappings become dotted keys."""
+    words: list[str] = []
+    rest: dict[str, Any] = {}
+    for key, value in _leaves(overrides):
+        if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", ".".join(key)):
+            words.append(f"{'.'.join(key)}={_hydra('.'.join(key), value)}")
+        else:
+            for part in reversed(key):
+                value = {part: value}
+            rest = with_overrides(rest, value)
+    return words, rest
+
+
+def _leaves(
+    overrides: Mapping[str, Any], above: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
     for key, value in overrides.items():
         if isinstance(value, Mapping):
-            words += as_words(value, f"{above}{key}.")
+            yield from _leaves(value, (*above, key))
         else:
-            words.append(f"{above}{key}={_hydra(f'{above}{key}', value)}")
-    return words
+            yield (*above, key), value
 
 
 def _hydra(where: str, value: Any) -> str:
-    """A value in Hydra's override grammar."""
+    """A value in Hydra's override grammar; NumPy's numbers are numbers."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -214,11 +261,13 @@ def _hydra(where: str, value: Any) -> str:
     if isinstance(value, (int, float)):
         return repr(value)
     if isinstance(value, (str, Path)):
+        if "${" in str(value):
+            raise UsageError(where, f"{str(value)!r} would be interpolated; give the grid as a mapping")
         return json.dumps(str(value), ensure_ascii=False)
     if isinstance(value, Mapping):
         wrong = [key for key in value if not str(key).isidentifier()]
         if wrong:
-            raise UsageError(where, f"{wrong[0]!r} cannot be a field's name")
+            raise UsageError(where, f"{wrong[0]!r} cannot be a field's name here; give the grid as a mapping")
         return "{" + ",".join(f"{k}:{_hydra(where, v)}" for k, v in value.items()) + "}"
     if isinstance(value, Sequence):
         return "[" + ",".join(_hydra(where, v) for v in value) + "]"

@@ -11,9 +11,11 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from mergesec.api.grids import plugin_files, suite_fields
 from mergesec.errors import UsageError, nearest
+from mergesec.threats import Hook
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from mergesec.planning.refs import Ref
 
     Weights = Mapping[str, Tensor]
+    WeightsLike: TypeAlias = "Weights | Model | str | Path"
+    """Named tensors, a ``Model``, or a safetensors file or folder."""
 
 SuiteLike = str | Mapping[str, Any]
 """A preset suite's name (``mini``, ``mini-text``), or ``{"backbone": ..., "tasks": [...]}``."""
@@ -44,6 +48,8 @@ class Model:
     """The component that names the network's topology, where it is not the base's."""
     attack: Any = None
     """Of a backdoored expert: the attack that puts the trigger on inputs."""
+    target_class: int = 0
+    """Of a backdoored expert: the class it aims at."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class Evaluated:
 
 
 def merge(
-    base: Weights | str | Path, experts: Mapping[str, Weights | str | Path] | Sequence[Weights | str | Path],
+    base: WeightsLike, experts: Mapping[str, WeightsLike] | Sequence[WeightsLike],
     method: str = "task_arithmetic", *, out: str | Path | None = None, seed: int = 0, force: bool = False,
     plugins: Iterable[str | Path] = (), **parameters: Any,
 ) -> dict[str, Tensor]:  # fmt: skip
@@ -81,7 +87,7 @@ def merge(
     from mergesec.streaming.merging import context, merge_files, unfit
     from mergesec.weights import check_same_layout
 
-    catalog = load_catalog(plugins)
+    catalog = load_catalog(plugin_files(plugins))
     entry = catalog.get("merging", method, "method")
     bound = entry.card.bind(method, parameters)
     _check_merge(entry.card, bound)
@@ -117,6 +123,9 @@ def _check_merge(card: Card, bound: Mapping[str, Any]) -> None:
 
 
 def _opened(given: Any, where: str) -> Any:
+    """Named tensors; of files they are read when asked for."""
+    if isinstance(given, Model):
+        return given.weights
     if isinstance(given, (str, Path)):
         from mergesec.streaming.reading import open_weights
 
@@ -139,6 +148,12 @@ def _all_files(base: Any, members: Mapping[str, Any]) -> dict[str, Any]:
 # --------------------------------------------------------------------------- single steps
 
 
+def base(*, suite: SuiteLike = "mini", **desk: Any) -> Model:
+    """The suite's shared pretrained base: what a merge starts from."""
+    at = _Table.laid(suite, None, None, None, desk)
+    return Model(at.done(at.planner.base())[0], "")
+
+
 def expert(
     task: str,
     *,
@@ -156,17 +171,19 @@ def expert(
 
 
 def protect(
-    task: str, defense: str = "params", *, weights: Weights | Model | None = None, suite: SuiteLike = "mini",
+    task: str, defense: str = "params", *, weights: WeightsLike | None = None, suite: SuiteLike = "mini",
     seed: int = 0, recipe: Mapping[str, Any] | None = None, parameters: Mapping[str, Any] | None = None, **desk: Any,
 ) -> Model:  # fmt: skip
     """The expert of ``task``, or ``weights`` of one's own, as its owner publishes it after ``defense``."""
     at = _Table.laid(suite, task, recipe, weights, desk)
     ref = at.ref("defense", defense, parameters, "protection")
+    if weights is not None and Hook.TRAIN in at.desk.catalog.get("defense", defense).card.hooks:
+        raise UsageError("weights", f"{defense} trains the expert itself; leave weights away")
     return at.model(at.planner.published(ref, task, seed), ref)
 
 
 def recover(
-    task: str, attack: str = "aga", *, weights: Weights | Model, experts: Sequence[str] | None = None,
+    task: str, attack: str = "aga", *, weights: WeightsLike, experts: Sequence[str] | None = None,
     suite: SuiteLike = "mini", seed: int = 0, recipe: Mapping[str, Any] | None = None,
     parameters: Mapping[str, Any] | None = None, **desk: Any,
 ) -> Model:  # fmt: skip
@@ -190,19 +207,27 @@ def attack(
     """The malicious expert of ``task`` and its trigger, as a contributor publishes it."""
     at = _Table.laid(suite, task, recipe, None, desk)
     ref = at.ref("attack", attack, parameters, "backdoor")
+    at.check_class(task, target_class)
     made = at.model(at.planner.poisoned(ref, task, target_class, seed))
     trigger = at.done(at.planner.trigger(ref, task, target_class, seed))
-    return Model(made.weights, task, made.report, trigger[0], attack=at.planner.trigger_of(ref))
+    return Model(
+        made.weights,
+        task,
+        made.report,
+        trigger[0],
+        attack=at.planner.trigger_of(ref),
+        target_class=target_class,
+    )
 
 
 def evaluate(
-    weights: Weights | Model, task: str, *, suite: SuiteLike = "mini", triggered: Model | None = None,
-    target_class: int = 0, **desk: Any,
+    weights: WeightsLike, task: str, *, suite: SuiteLike = "mini", triggered: Model | None = None,
+    target_class: int | None = None, **desk: Any,
 ) -> Evaluated:  # fmt: skip
     """Test accuracy of a network on a task of the suite, under the task's frozen head.
 
     ``triggered``: an attacked expert; its trigger goes on every input, and what counts are the samples of other
-    classes that are taken for ``target_class`` (ASR).
+    classes that are taken for ``target_class`` (ASR; default: the class that ``triggered`` aims at).
     """
     import torch
 
@@ -219,7 +244,7 @@ def evaluate(
     split = component.unpack(at.done(at.planner.data(task))[0])["test"]
     head = at.done(at.planner.head(task))[0]
     backbone = bench.component(at.planner.grid.backbone)
-    model = weights if isinstance(weights, Model) else Model(weights, task)
+    model = weights if isinstance(weights, Model) else Model(_opened(weights, "weights"), task)
     if model.made_by is not None:
         network = bench.component(model.made_by).network(backbone, model.weights)
     else:
@@ -230,6 +255,8 @@ def evaluate(
         if triggered.attack is None:
             raise UsageError("triggered", "has no trigger; give what attack() returned")
         put_on = bench.component(triggered.attack)
+        aim = triggered.target_class if target_class is None else target_class
+        at.check_class(task, aim)
 
         def change(inputs: Any) -> Any:
             return marked(component, put_on, triggered.trigger, inputs)
@@ -241,7 +268,7 @@ def evaluate(
     if triggered is None:
         counted = count((found == split.targets).numpy())
     else:
-        counted = count((found == target_class).numpy(), (split.targets != target_class).numpy())
+        counted = count((found == aim).numpy(), (split.targets != aim).numpy())
     low, high = Bootstrap().rate(task, {0: counted}).interval()
     return Evaluated(counted.k, counted.n, low, high)
 
@@ -261,7 +288,7 @@ class _Table:
     def laid(
         cls,
         suite: SuiteLike,
-        task: str,
+        task: str | None,
         recipe: Mapping[str, Any] | None,
         weights: Any,
         given: Mapping[str, Any],
@@ -281,24 +308,24 @@ class _Table:
         store = given.get("store")
         root = given.get("data_root")
         desk = open_desk(
-            tuple(map(str, given.get("plugins", ()))), None if root is None else str(root),
+            plugin_files(given.get("plugins", ())), None if root is None else str(root),
             None if store is None else Path(store),
         )  # fmt: skip
         fields: dict[str, Any] = {
             "name": "python",
-            "suite": _suite(suite),
+            "suite": suite_fields(suite),
             "axes": {"merging": ["simple_average"]},
         }
         if recipe is not None:
             fields["recipe"] = dict(recipe)
         grid = resolve(parse_grid(fields, "suite"), desk.catalog)
         known = [t.name for t in grid.tasks]
-        if task not in known:
+        if task is not None and task not in known:
             raise UsageError("task", f"{task!r} is not a task of the suite{nearest(task, known)}")
         bench = Bench(desk.store, desk.catalog, torch.device("cpu"), desk.data_root)
         planner = Planner(grid, task_fingerprints(desk.data_root, desk.catalog))
         table = cls(desk, planner, bench)
-        return table if weights is None else table._with(task, weights)
+        return table if weights is None or task is None else table._with(task, weights)
 
     def _with(self, task: str, weights: Any) -> _Table:
         """The same table, where somebody's own weights are the expert of ``task``; known by their content."""
@@ -310,7 +337,7 @@ class _Table:
         from mergesec.planning.plan import Planner
         from mergesec.planning.refs import Ref
 
-        given = weights.weights if isinstance(weights, Model) else weights
+        given = _opened(weights, "weights")
         self.check(given)
         blob = save({n: t.detach().cpu().contiguous().clone() for n, t in given.items()})
         text = json.dumps({"kind": "given", "content": digests_of(blob)}, sort_keys=True)
@@ -321,6 +348,12 @@ class _Table:
         if not self.desk.store.has("import", key):
             self.desk.store.put("import", key, blob, {})
         return _Table(self.desk, planner, self.bench)
+
+    def check_class(self, task: str, label: int) -> None:
+        """UsageError unless the task has a class of this number."""
+        classes = self.desk.catalog.get("task", task).card.classes
+        if type(label) is not int or label < 0 or (classes and label >= classes):
+            raise UsageError("target_class", f"{label!r} is outside [0, {classes - 1}] of {task}")
 
     def check(self, weights: Any) -> None:
         """UsageError unless these are finite tensors with the base's names, shapes and types."""
@@ -345,6 +378,7 @@ class _Table:
         """Tensors and facts of a step, computed here with what it needs if the store lacks them."""
         import time
 
+        from mergesec.contracts import ContractError
         from mergesec.execution.engines.worker import device_name, peak_mb
         from mergesec.execution.steps import run
 
@@ -353,7 +387,10 @@ class _Table:
         with _as_a_worker():
             for step in _closure(steps, key, self.desk.store.has):
                 started = time.perf_counter()
-                blob, info = run(step, self.bench, kinds)
+                try:
+                    blob, info = run(step, self.bench, kinds)
+                except ContractError as error:
+                    raise UsageError(step.label, str(error)) from None
                 seconds = time.perf_counter() - started
                 told = {"seconds": seconds, "peak_mb": peak_mb(self.bench), "device": device_name(self.bench)}
                 self.desk.store.put(step.kind, step.key, blob, {**info, **told})
@@ -402,20 +439,3 @@ def _hash(text: str) -> str:
     import hashlib
 
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _suite(suite: SuiteLike) -> dict[str, Any]:
-    import yaml
-
-    from mergesec.planning.presets import presets_folder
-
-    if isinstance(suite, Mapping):
-        return {"name": "custom", **suite}
-    folder = presets_folder() / "suite"
-    path = folder / f"{suite}.yaml"
-    if not path.is_file():
-        raise UsageError(
-            "suite", f"no suite {suite!r}{nearest(suite, [p.stem for p in folder.glob('*.yaml')])}"
-        )
-    found: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return found

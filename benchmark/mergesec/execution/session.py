@@ -51,8 +51,7 @@ def open_session(
 ) -> Session:
     """Read, resolve and plan a grid; UsageError for anything the user can mend."""
     desk = open_desk(plugins, data_root, store)
-    spec = placed(load_grid(source, overrides), source, overrides, desk.catalog)
-    return planned(desk, spec)
+    return planned(desk, placed_grid(desk, source, overrides))
 
 
 class Desk(NamedTuple):
@@ -72,6 +71,11 @@ def open_desk(plugins: Iterable[str] = (), data_root: str | None = None, store: 
     home = store or default_root()
     check_writable(home, "MERGESEC_CACHE")
     return Desk(catalog, Store(home), plugins, root)
+
+
+def placed_grid(desk: Desk, source: str, overrides: Sequence[str] = ()) -> GridSpec:
+    """A preset or file, composed; its paths start where it lies."""
+    return placed(load_grid(source, overrides), source, overrides, desk.catalog)
 
 
 def planned(desk: Desk, spec: GridSpec) -> Session:
