@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mergesec import __version__
 from mergesec.errors import UsageError
 from mergesec.evidence.records import (
     SCHEMA,
@@ -307,7 +306,7 @@ def _components(cell: Cell) -> dict[str, Component]:
 
 
 def _shared_provenance(grid: Grid) -> dict[str, Any]:
-    packages = {"python": platform.python_version(), "mergesec": __version__}
+    packages = {"python": platform.python_version(), "mergesec": version("mergesec")}
     for name in ("torch", "numpy", "scipy", "transformers"):
         try:
             packages[name] = version(name)

@@ -14,68 +14,21 @@ from mergesec_methods.backdoor.defenses._repair import SCORE_BATCH, Patient, Sgd
 from mergesec_methods.merging._adaptation import progress
 
 CARD = {
+    "extends": "ft",
     "name": "fine_pruning",
-    "kind": "defense",
     "class": "FinePruning",
-    "version": "1",
     "title": "Fine-pruning",
     "paper": "Liu et al., Fine-pruning: defending against backdooring attacks on deep neural networks, RAID 2018",
     "url": "https://arxiv.org/abs/1805.12185",
     "summary": "prune hidden units by their mean activation on clean rows, then fine-tune",
-    "threat": "backdoor",
-    "hooks": ["repair"],
-    "knowledge": "clean labelled tuning rows of every merged task",
-    "data": "tuning",
-    "modalities": ["image", "text"],
-    "seeded": True,
     "trial": {"epochs": 2, "batch_size": 16, "prune_step": 0.2},
     "parameters": {
-        "share": {
-            "type": "float",
-            "default": 0.5,
-            "min": 0.0,
-            "max": 1.0,
-            "doc": "share of each task's tuning rows; tuning holds a tenth of a task's rows, so half is 5 %",
-        },
-        "layers": {
-            "type": "choice",
-            "choices": ["last", "all"],
-            "default": "last",
-            "doc": "whose hidden units: the last block's MLP, or every block's in one ranking",
-        },
-        "prune_step": {
-            "type": "float",
-            "default": 0.01,
-            "min": 0.0001,
-            "max": 1.0,
-            "doc": "share of the units pruned between two looks at the accuracy",
-        },
-        "acc_ratio": {
-            "type": "float",
-            "default": 0.1,
-            "min": 0.0,
-            "max": 1.0,
-            "doc": "stop before the accuracy on the same rows falls by this share of itself",
-        },
-        "epochs": {"type": "int", "default": 100, "min": 0, "max": 100000, "doc": "passes of fine-tuning"},
-        "batch_size": {
-            "type": "int",
-            "default": 256,
-            "min": 1,
-            "max": 65536,
-            "doc": "rows per task and step",
-        },
-        "lr": {
-            "type": "float",
-            "default": 0.01,
-            "min": 0.0,
-            "max": 10.0,
-            "doc": "step size, falling to 0 by a cosine over the epochs",
-        },
-        "momentum": {"type": "float", "default": 0.9, "min": 0.0, "max": 1.0, "doc": "SGD's momentum"},
-        "weight_decay": {"type": "float", "default": 5e-4, "min": 0.0, "max": 1.0, "doc": "weight decay"},
+        "layers": {"type": "choice", "choices": ["last", "all"], "default": "last", "doc": "whose hidden units: the last block's MLP, or every block's in one ranking"},
+        "prune_step": {"type": "float", "default": 0.01, "min": 0.0001, "max": 1.0, "doc": "share of the units pruned between two looks at the accuracy"},
+        "acc_ratio": {"type": "float", "default": 0.1, "min": 0.0, "max": 1.0, "doc": "stop before the accuracy on the same rows falls by this share of itself"},
+        "epochs": {"doc": "passes of fine-tuning"},
     },
-}
+}  # fmt: skip
 
 
 def activity(patient: Patient, mlps: Sequence[Mlp]) -> Tensor:

@@ -11,67 +11,20 @@ from mergesec_methods.backdoor.defenses._repair import Patient, Rows, Sgd, cosin
 from mergesec_methods.merging._adaptation import progress
 
 CARD = {
+    "extends": "ft",
     "name": "ft_sam",
-    "kind": "defense",
     "class": "SharpnessAwareFineTuning",
-    "version": "1",
     "title": "FT-SAM",
     "paper": "Zhu et al., Enhancing fine-tuning based backdoor defense with sharpness-aware minimization, ICCV 2023",
     "url": "https://arxiv.org/abs/2304.11823",
     "summary": "fine-tune on a few clean rows with (adaptive) sharpness-aware steps",
-    "threat": "backdoor",
-    "hooks": ["repair"],
-    "knowledge": "clean labelled tuning rows of every merged task",
-    "data": "tuning",
-    "modalities": ["image", "text"],
-    "seeded": True,
     "trial": {"epochs": 2, "batch_size": 16, "rho": 0.1},
     "parameters": {
-        "share": {
-            "type": "float",
-            "default": 0.5,
-            "min": 0.0,
-            "max": 1.0,
-            "doc": "share of each task's tuning rows; tuning holds a tenth of a task's rows, so half is 5 %",
-        },
-        "epochs": {"type": "int", "default": 100, "min": 0, "max": 100000, "doc": "passes over those rows"},
-        "batch_size": {
-            "type": "int",
-            "default": 256,
-            "min": 1,
-            "max": 65536,
-            "doc": "rows per task and step",
-        },
-        "lr": {
-            "type": "float",
-            "default": 0.01,
-            "min": 0.0,
-            "max": 10.0,
-            "doc": "step size, falling to 0 by a cosine over the epochs",
-        },
-        "momentum": {"type": "float", "default": 0.9, "min": 0.0, "max": 1.0, "doc": "SGD's momentum"},
-        "weight_decay": {"type": "float", "default": 5e-4, "min": 0.0, "max": 1.0, "doc": "weight decay"},
-        "rho": {
-            "type": "float",
-            "default": 2.0,
-            "min": 0.0,
-            "max": 1000.0,
-            "doc": "radius of the neighbourhood that is made flat (published: 2; GTSRB and Tiny ImageNet 8)",
-        },
-        "adaptive": {
-            "type": "bool",
-            "default": True,
-            "doc": "measure the radius in units of each weight's size, as BackdoorBench does",
-        },
-        "label_smoothing": {
-            "type": "float",
-            "default": 0.1,
-            "min": 0.0,
-            "max": 1.0,
-            "doc": "mass given to the wrong classes",
-        },
+        "rho": {"type": "float", "default": 2.0, "min": 0.0, "max": 1000.0, "doc": "radius of the neighbourhood that is made flat (published: 2; GTSRB and Tiny ImageNet 8)"},
+        "adaptive": {"type": "bool", "default": True, "doc": "measure the radius in units of each weight's size, as BackdoorBench does"},
+        "label_smoothing": {"type": "float", "default": 0.1, "min": 0.0, "max": 1.0, "doc": "mass given to the wrong classes"},
     },
-}
+}  # fmt: skip
 
 NEAR_ZERO = 1e-12
 
