@@ -30,8 +30,7 @@ from mergesec.execution.store import Store, tensor_digest
 from mergesec.planning.catalog import Catalog
 from mergesec.planning.plan import Step
 from mergesec.planning.refs import Ref
-from mergesec.streaming.reading import NAMES
-from mergesec.weights import check_finite, check_same_layout, read_only
+from mergesec.weights import DTYPE_NAMES, check_finite, check_same_layout, read_only
 
 MAPPED = ("data",)
 """Kinds of artifact whose large byte tensors (decoded images) stay on disk, mapped: batches copy what they need."""
@@ -116,7 +115,7 @@ class Bench:
 
 def _digest_of(name: str, tensor: Tensor) -> str:
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-    return tensor_digest(name, NAMES[tensor.dtype], tuple(tensor.shape), flat.numpy().data)
+    return tensor_digest(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), flat.numpy().data)
 
 
 class Work:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from mergesec.contracts import ContractError
 from mergesec.files import Full
-from mergesec.streaming.reading import NAMES, SINGLE, Extent, LazyWeights
+from mergesec.streaming.reading import SINGLE, Extent, LazyWeights
 from mergesec.tensorwise import BLOCK
-from mergesec.weights import mergeable
+from mergesec.weights import DTYPE_NAMES, mergeable
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def _shard(file: str, tensors: Mapping[str, Extent], metadata: Mapping[str, str]
         extent = tensors[name]
         end = position + extent.size
         header[name] = {
-            "dtype": NAMES[extent.dtype], "shape": list(extent.shape), "data_offsets": [position, end],
+            "dtype": DTYPE_NAMES[extent.dtype], "shape": list(extent.shape), "data_offsets": [position, end],
         }  # fmt: skip
         starts[name], position = position, end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
