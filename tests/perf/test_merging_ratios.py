@@ -63,6 +63,8 @@ def test_merging_against_copying(
 ) -> None:
     """Peer: one read of all inputs and one write of the result, as plain copies. Bounds are several times
     what a quiet machine shows, so that they catch a lost order of magnitude and not a busy neighbour."""
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("the bounds are the compiled loops', which are not used without AVX2 (see tensorwise)")
     base, experts = inputs
     method, ctx = create(name), context(name, 0)
     target = torch.empty(PARAMETERS)
