@@ -29,6 +29,7 @@ class Ran(NamedTuple):
     err: str
 
 
+ROOT = Path(__file__).resolve().parents[2]
 Invoke = Callable[..., Ran]
 
 
@@ -424,3 +425,25 @@ def test_brackets_are_shown_as_they_are_on_a_terminal(
     shown = capsys.readouterr()
     assert "ValueError: [/refuse] [red]x" in shown.out
     assert "failed merge [/t]: no [/such] [i]thing" in shown.err
+
+
+def test_escape_codes_of_others_do_not_reach_the_terminal(invoke: Invoke, tmp_path: Path) -> None:
+    shipped = ROOT / "results" / "records" / "mini-ownership"
+    source = next(p for p in sorted(shipped.glob("*-*.json")))
+    home = tmp_path / "records" / "mini-ownership"
+    home.mkdir(parents=True)
+    (home / "grid.json").write_text(json.dumps({"cells": [source.stem]}))
+    hostile = {**json.loads(source.read_text()), "attack": "\x1b[2J\x1b[31mgone"}
+    (home / source.name).write_text(json.dumps(hostile))
+    ran = invoke("board", "mini-ownership", "--results", str(tmp_path))
+    assert ran.code == 2
+    assert "\x1b" not in ran.err and "\ufffd[2J" in ran.err
+
+
+def test_a_file_that_is_not_utf8_is_no_traceback(invoke: Invoke, tmp_path: Path) -> None:
+    path = tmp_path / "g.yaml"
+    path.write_bytes(b"name: caf\xe9\n")
+    for verb in ("board", "status", "plan", "run"):
+        ran = invoke(verb, str(path), *(["--results", str(tmp_path)] if verb != "plan" else []))
+        assert ran.code == 2, verb
+        assert ran.err.startswith("error: "), verb

@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from mergesec.errors import UsageError, nearest
+from mergesec.files import plain
 
 VERBS = {
     "list": "What is registered: tasks, backbones, merge methods, attacks, defenses.",
@@ -85,7 +86,7 @@ def main() -> None:
         app(prog_name="bench")
     except (UsageError, Full) as error:
         for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            print(f"error: {plain(line)}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(0)

@@ -84,7 +84,7 @@ def run_name(grid: str) -> str:
     path = Path(grid)
     if path.suffix != ".yaml" or not path.is_file():
         return grid
-    named = re.search(r"^name: *([^\s#]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    named = re.search(r"^name: *([^\s#]+)", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
     return named[1].strip("\"'") if named else path.stem
 
 
