@@ -132,7 +132,7 @@ def _values(pairs: list[str] | tuple[str, ...]) -> dict[str, Any]:
     """``key=value`` arguments as YAML values, numbers like 1e-3 included."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
+    from yaml import AliasEvent, SafeLoader, YAMLError, parse
 
     found: dict[str, Any] = {}
     for pair in pairs:
@@ -142,6 +142,8 @@ def _values(pairs: list[str] | tuple[str, ...]) -> dict[str, Any]:
         if key in found:
             raise UsageError("parameter", f"{key} is given twice")
         try:
+            if any(isinstance(event, AliasEvent) for event in parse(pair[len(key) + 1 :], Loader=SafeLoader)):
+                raise ValueError("aliases expand to more than they say")
             found[key] = OmegaConf.to_container(OmegaConf.from_dotlist([pair]))[key]  # type: ignore[index, call-overload]
         except (YAMLError, OmegaConfBaseException, ValueError, RecursionError):
             raise UsageError("parameter", f"cannot read {brief(pair)!r}") from None

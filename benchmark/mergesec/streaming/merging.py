@@ -57,6 +57,7 @@ def check_out(out: Path, inputs: Mapping[str, LazyWeights], force: bool) -> None
     """UsageError unless ``out`` (a ``.safetensors`` file or a folder) may be written."""
     single = out.suffix == ".safetensors"
     try:
+        str(out).encode()  # safetensors opens no other names
         exists = stat.S_ISREG if single else stat.S_ISDIR
         fits = not (out.exists() or out.is_symlink()) or exists(out.stat().st_mode)
         taken = _published(out)
