@@ -141,7 +141,7 @@ def _clear(store: Store, found: list[Stored]) -> None:
 
 
 def _forget(failures: Failures, kind: str | None, age: float) -> None:
-    forgotten = failures.clear(None if kind in (None, FAILURES) else (kind,), age)
+    forgotten = failures.clear(None if kind == FAILURES else kind, age)
     if forgotten:
         print(f"forgot {show.many(forgotten, 'failure')}")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from traceback import TracebackException
@@ -50,11 +50,11 @@ class Failures:
         """Keep it, in the place of an older one. Full if there is no room."""
         write_atomic(self._path(failure.key), json.dumps(asdict(failure)).encode())
 
-    def clear(self, kinds: Container[str] | None = None, older_than: float = 0.0) -> int:
-        """Forget all, or those of some kinds of step, that are older than some seconds; how many there were."""
+    def clear(self, kind: str | None = None, older_than: float = 0.0) -> int:
+        """Forget all, or those of one kind of step, that are older than some seconds; how many there were."""
         number = 0
         for failure in self:
-            if (kinds is None or failure.kind in kinds) and self.age(failure.key) >= older_than:
+            if kind in (None, failure.kind) and self.age(failure.key) >= older_than:
                 self.forget(failure.key)
                 number += 1
         return number
