@@ -19,7 +19,8 @@ QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json"
 FIELDS = ("quantization_config", "compression_config", "quantization")
 """Fields of config.json that say it."""
 FACTORS = re.compile(
-    r"(^|\.)base_model\.model\.|(^|\.)[^.]*(lora|hada_w|lokr_w|oft_r|boft_r|ia3_l|vera_lambda|prompt_embeddings)",
+    r"(^|\.)base_model\.model\.|(^|[._])(lora|dora)([._]|$)|(^|\.)prompt_embeddings$"
+    r"|(^|\.)((hada|lokr|oft|boft|ia3|vera|randlora|vblora)_)",
     re.IGNORECASE,
 )
 """Names of tensors that adapters have: of factors, scales, rotations and prompts, and what peft puts before any."""
