@@ -21,6 +21,7 @@ from mergesec.cli.main import main
 from mergesec.execution.interrupts import EAR
 from mergesec.execution.scheduler import History, Scheduler
 from mergesec.execution.store import Store
+from mergesec.planning.gridspec import load_grid
 from mergesec.planning.plan import Step
 
 MOMENTS = int(os.environ.get("MERGESEC_INTERRUPTS", "8"))
@@ -278,3 +279,15 @@ def test_at_any_time_of_a_process_it_is_an_interrupt_and_nothing_else(
 
 def _hear() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_what_hydra_makes_of_it_is_an_interrupt_for_python_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compose(*_: Any, **__: Any) -> None:
+        try:
+            _press()
+        finally:  # as OmegaConf does, which then stumbles over what is half made
+            None._invalidate()  # type: ignore[attr-defined]
+
+    monkeypatch.setattr("hydra.compose", compose)
+    with pytest.raises(KeyboardInterrupt):
+        load_grid("quickstart")
