@@ -105,7 +105,9 @@ def other_function(base: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     A field that only one of them has is a release's default. One may be a part of the other: a tower of CLIP.
     """
     base, config = _part(base, config), _part(config, base)
-    for name, value in base.items():
+    for name, value in sorted(
+        base.items(), key=lambda item: item[0] != "model_type"
+    ):  # what says most goes first
         given = config.get(name, value)
         if TRIFLES.search(name) or given == value:
             continue
