@@ -76,7 +76,7 @@ def _met(what: str, folder: Path, read: Callable[[], object]) -> str:
     except (ContractError, FileNotFoundError, UsageError) as error:
         text = str(error)
         if len(text) > LONGEST or "Traceback" in text:
-            return f"{what}: a message of {len(text)} characters"
+            return f"{what}: a message of {len(text)} characters: {text[:200]}"
         if str(folder) not in text and "leave none" not in text:
             return f"{what}: a message that names no file: {text[:200]}"
     except Exception as error:

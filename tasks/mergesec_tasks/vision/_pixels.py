@@ -97,9 +97,8 @@ def _check_tiff(image: Image) -> None:
     tags = image.tag_v2  # type: ignore[attr-defined]
     bits, kinds = set(tags.get(TAG_BITS, (1,))), set(tags.get(TAG_SAMPLE, (1,)))
     if kinds != {1} or len(bits) != 1 or not bits <= {1, 2, 4, 8, 16}:
-        raise Refused(
-            f"has samples of {sorted(bits)} bits, kind {sorted(kinds)}; store 8 or 16 bits unsigned"
-        )
+        told = f"{sorted(bits)[:4]} bits, kind {sorted(kinds)[:4]}"
+        raise Refused(f"has samples of {told}; store 8 or 16 bits unsigned")
     if image.mode in DEEP and tags.get(TAG_PHOTOMETRIC) != 1:
         raise Refused("has 16 bits with white at 0; store black at 0")
 
