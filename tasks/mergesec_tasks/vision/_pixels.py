@@ -136,7 +136,11 @@ def _shallow(image: Image) -> Image:
 
     if "transparency" in image.info:
         raise Refused("has 16 bits and a transparent colour; store transparency as alpha")
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > DEEPEST:
+    stored = np.asarray(image)
+    if stored.min() < 0 or stored.max() > DEEPEST:
         raise Refused(f"has values outside of 0..{DEEPEST}, whose range is not known")
-    return images.fromarray(((values * 255 + DEEPEST // 2) // DEEPEST).astype(np.uint8)).convert("RGB")
+    values = stored.astype(np.uint32)
+    values *= 255
+    values += DEEPEST // 2
+    values //= DEEPEST
+    return images.fromarray(values.astype(np.uint8)).convert("RGB")
