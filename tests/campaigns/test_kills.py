@@ -247,14 +247,14 @@ def _recent(bench: Any) -> Iterator[Path]:
 def _damage(rng: random.Random, path: Path) -> str:
     """What a file may look like afterwards."""
     data = path.read_bytes()
-    how = rng.choice(("zeroed", "zeroed from a block on", "cut", "emptied", "not there"))
+    how = rng.choice(("zeroed", "zeroed from a block on", "another's bytes", "cut", "emptied", "not there"))
     place = rng.randrange(len(data) + 1)
     if how == "not there":
         path.unlink()
     else:
         after = {
             "zeroed": bytes(len(data)), "zeroed from a block on": data[: place // 512 * 512].ljust(len(data), b"\0"),
-            "cut": data[:place], "emptied": b"",
+            "cut": data[:place], "emptied": b"", "another's bytes": rng.randbytes(len(data)),
         }  # fmt: skip
         path.write_bytes(after[how])
     return how

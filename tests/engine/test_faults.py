@@ -127,6 +127,8 @@ def test_flipped_bytes_are_found_and_computed_again(
             data = bytearray(path.read_bytes())
             data[len(data) // 2] ^= 1
             path.write_bytes(bytes(data))
+    record = next((copied.results / "records" / "whole").glob("clean-*.json"))
+    record.write_bytes(b"\xff\x00" * 500)
     ran = copied.run(copied.grid("whole", **whole))
     assert ran.code == 0, ran.err
     assert copied.boards("whole") == finished.boards("whole")
@@ -134,6 +136,7 @@ def test_flipped_bytes_are_found_and_computed_again(
     again = {name.split("/")[0] for name in before if after[name] != before[name]}
     assert again == {"evaluate", "compare", "expert"}
     assert copied("cache", "verify").code == 0
+    assert record.read_bytes().startswith(b'{"adversaries"')
 
 
 FULL = """
