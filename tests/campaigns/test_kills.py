@@ -68,8 +68,9 @@ def _records(bench: Any) -> dict[str, Any]:
     return found
 
 
-def _start(bench: Any) -> subprocess.Popen[str]:
-    arguments = bench.arguments(bench.home / "life.yaml", "--jobs", "1", "--results", str(bench.results))
+def _start(bench: Any, results: str = "results") -> subprocess.Popen[str]:
+    place = str(bench.home / results)
+    arguments = bench.arguments(bench.home / "life.yaml", "--jobs", "1", "--results", place)
     process: subprocess.Popen[str] = bench.start("run", *arguments)
     return process
 
@@ -183,6 +184,22 @@ def test_kills_at_random_moments_lose_nothing(
     campaign.tell(capsys, "kills")
 
 
+@contextlib.contextmanager
+def _rival(bench: Any, campaign: Campaign) -> Iterator[None]:
+    """Now and then another run of the same grid on the same store, which claims steps and is killed at some moment."""
+    rng = campaign.rng
+    if rng.random() < 0.75:
+        yield
+        return
+    other = _start(bench, "rival")
+    try:
+        yield
+        _wait_for_moment(rng, other, bench.store)
+    finally:
+        campaign.figures["of a rival"] += _kill("all", other)
+        other.communicate(timeout=DEADLINE)
+
+
 def _live(bench: Any, campaign: Campaign, wanted: dict[str, Any]) -> None:
     """Run a grid to its end; kill the run, its worker or all of it as long as kills are left, at most 12 times."""
     rng, figures, process, kills, workers, how = campaign.rng, campaign.figures, None, 0, 0, ""
@@ -191,7 +208,8 @@ def _live(bench: Any, campaign: Campaign, wanted: dict[str, Any]) -> None:
         if process is None:
             process, workers = _start(bench), 0
         if kills < 12 and figures["effective"] < KILLS:
-            _wait_for_moment(rng, process, bench.store)
+            with _rival(bench, campaign):
+                _wait_for_moment(rng, process, bench.store)
             how = rng.choice(("run", "run", "worker", "all"))
             checkpoints = any(bench.store.glob("checkpoints/*.safetensors"))
             if _kill(how, process):
