@@ -54,10 +54,9 @@ def image_cells(name: str) -> Column:
     """Bytes, or the Hugging Face struct with ``bytes``."""
 
     def fits(kind: Any) -> bool:
-        if str(kind).startswith("struct"):
-            place = kind.get_field_index("bytes")
-            return place >= 0 and fits(kind.field(place).type)
-        return re.fullmatch(r"(large_)?binary(_view)?|fixed_size_binary\[\d+\]", str(kind)) is not None
+        place = kind.get_field_index("bytes") if str(kind).startswith("struct") else None
+        stored = str(kind if place is None else kind.field(place).type if place >= 0 else "")
+        return re.fullmatch(r"(large_)?binary(_view)?|fixed_size_binary\[\d+\]", stored) is not None
 
     return Column(name, fits, "encoded images (binary, or a struct with 'bytes')")
 
