@@ -165,6 +165,7 @@ TABLES: dict[str, dict[str, Field]] = {
     "qwen2": {
         **_LLAMA, "intermediate_size": size(22016, 16 * WIDTH), "vocab_size": size(151936, WORDS),
         "max_position_embeddings": size(32768, POSITIONS), "use_sliding_window": one_of(False),
+        "sliding_window": size_or_none(None, POSITIONS)._replace(decides=False),
     },
     "mistral": {
         **_LLAMA, "intermediate_size": size(14336, 16 * WIDTH), "num_key_value_heads": size_or_none(8, HEADS),
@@ -287,7 +288,7 @@ def _together(values: Values, raw: Values) -> Iterator[str]:
     if values["model_type"] in ("roberta", "xlm-roberta") and (pad is None or pad < 0):
         yield f"pad_token_id is {shown(pad)}; the first position is the one behind it"
     kinds = raw.get("layer_types")
-    full = values.get("sliding_window") is None
+    full = values.get("sliding_window") is None or values.get("use_sliding_window") is False
     wanted = ["full_attention" if full else "sliding_attention"] * layers_of(values)
     if kinds is not None and kinds != wanted:
         yield f"layer_types is {shown(kinds)}; expected {layers_of(values)} × {wanted[0]}, or null"

@@ -192,6 +192,19 @@ def test_fields_of_heads_and_of_training_change_nothing(bases: dict[str, Path], 
     assert subject("bert", bases["bert"]).published(str(tmp_path / "m"))
 
 
+def test_a_window_that_is_not_used_changes_nothing(bases: dict[str, Path], tmp_path: Path) -> None:
+    """As published: ``sliding_window`` stands there, ``use_sliding_window`` is false."""
+    shutil.copytree(bases["qwen2"], tmp_path / "m")
+    full = ["full_attention"] * 2
+    edit(tmp_path / "m" / "config.json", sliding_window=4, use_sliding_window=False, layer_types=full)
+    found = subject("qwen2", tmp_path / "m")
+    assert found.config.sliding_window is None
+    assert subject("qwen2", bases["qwen2"]).published(str(tmp_path / "m"))
+    edit(tmp_path / "m" / "config.json", layer_types=["full_attention", "sliding_attention"])
+    with pytest.raises(UsageError, match="layer_types is .*; expected 2 × full_attention"):
+        subject("qwen2", tmp_path / "m").build()
+
+
 def test_tensors_that_would_be_left_out_or_are_codes_are_refused(
     bases: dict[str, Path], tmp_path: Path
 ) -> None:
