@@ -201,7 +201,7 @@ def test_a_window_that_is_not_used_changes_nothing(bases: dict[str, Path], tmp_p
     assert found.config.sliding_window is None
     assert subject("qwen2", bases["qwen2"]).published(str(tmp_path / "m"))
     edit(tmp_path / "m" / "config.json", layer_types=["full_attention", "sliding_attention"])
-    with pytest.raises(UsageError, match="layer_types is .*; expected 2 × full_attention"):
+    with pytest.raises(UsageError, match=r"layer_types is .*; expected 2 × full_attention"):
         subject("qwen2", tmp_path / "m").build()
 
 
