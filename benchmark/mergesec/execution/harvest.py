@@ -118,7 +118,11 @@ def make_records(plan: Plan, store: Store, outcome: Outcome) -> list[Record]:
         cost = _cost(road, planned, found) if status == "done" else {}
         if status == "done" and planned.cell.threat == Threat.BACKDOOR:
             cost |= _sides(planned, road)
-        records.append(_record(plan, planned, status, reason, counts, values, facts, cost, found, shared))
+        inside = status != "done" or all(
+            road.facts(k).get("contained") is True for k in plan.foreign(planned)
+        )
+        record = _record(plan, planned, status, reason, counts, values, facts, cost, found, shared)
+        records.append(record if inside else record.model_copy(update={"contained": "no"}))
     return records
 
 
@@ -139,7 +143,7 @@ def _note(role: str, info: Mapping[str, Any], values: dict[str, float], facts: d
         values[f"statistic/{suspect}"] = float(info["statistic"])
 
 
-MEASURED = ("seconds", "peak_mb", "device")
+MEASURED = ("seconds", "peak_mb", "device", "plugins", "contained")
 """Facts that the worker adds to a step's own."""
 
 

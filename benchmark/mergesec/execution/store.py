@@ -107,7 +107,7 @@ class Store:
         for path in self._checkpoints(key):
             path.unlink(missing_ok=True)
 
-    def read(self, kind: str, key: str) -> tuple[bytes, dict[str, Any]]:
+    def read(self, kind: str, key: str) -> tuple[bytes | mmap.mmap, dict[str, Any]]:
         """(safetensors bytes, metadata), verified. CorruptArtifact (removed) on any mismatch."""
         meta_path, tensor_path = self._paths(kind, key)
         if not meta_path.is_file():  # absent, or just being committed by another worker: nothing to remove
