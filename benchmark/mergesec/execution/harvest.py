@@ -121,8 +121,9 @@ def make_records(plan: Plan, store: Store, outcome: Outcome) -> list[Record]:
         inside = status != "done" or all(
             road.facts(k).get("contained") is True for k in plan.foreign(planned)
         )
-        record = _record(plan, planned, status, reason, counts, values, facts, cost, found, shared)
-        records.append(record if inside else record.model_copy(update={"contained": "no"}))
+        records.append(
+            _record(plan, planned, status, reason, counts, values, facts, cost, found, shared, inside)
+        )
     return records
 
 
@@ -280,7 +281,7 @@ def _cost(road: Road, planned: CellPlan, found: Mapping[str, Any]) -> dict[str, 
 def _record(
     plan: Plan, planned: CellPlan, status: Status, reason: str, counts: dict[str, Count],
     values: dict[str, float], facts: dict[str, Any], cost: dict[str, dict[str, float]],
-    found: Mapping[str, Any], shared: dict[str, Any],
+    found: Mapping[str, Any], shared: dict[str, Any], inside: bool,
 ) -> Record:  # fmt: skip
     cell, spec = planned.cell, plan.grid.spec
     devices = sorted({found[k][1]["device"] for _, k in planned.roles if k in found})
@@ -291,7 +292,8 @@ def _record(
         protocol=spec.protocol, threat=cell.threat, merging=cell.merging.label, attack=cell.attack.label,
         defense=cell.defense.label, components=_components(cell), subject=cell.subject, target_class=cell.target_class,
         experts=list(cell.experts), seed=cell.seed, protected=cell.protected, secrets=cell.secrets,
-        adversaries=cell.adversaries, target_task=cell.target_task, status=status, reason=reason, counts=counts,
+        adversaries=cell.adversaries, target_task=cell.target_task, status=status, reason=reason,
+        contained="yes" if inside else "no", counts=counts,
         values=values, facts=facts, steps=dict(planned.roles), cost=cost,
         provenance={**shared, "components": components, "devices": devices},
     )  # fmt: skip

@@ -31,6 +31,8 @@ def main(number: int, words: int) -> None:
     from mergesec.execution.guests import guest
     from mergesec.planning.catalog import load_catalog
 
+    torch.set_num_threads(setting["threads"])
+    torch.use_deterministic_algorithms(True, warn_only=True)
     catalog = load_catalog(setting["plugins"])
     send(control, {"ready": os.getpid()})
     while True:
@@ -55,8 +57,6 @@ def main(number: int, words: int) -> None:
         with contextlib.suppress(Ended):
             _settle(output, words)
             order = _behind_walls(line, receive(line))
-            torch.set_num_threads(setting["threads"])
-            torch.use_deterministic_algorithms(True, warn_only=True)
             guest.serve(line, catalog, torch.device(setting["device"]), order)
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
