@@ -48,8 +48,9 @@ def check_writable(folder: Path, field: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"0" * 4096)
-    except OSError as error:
-        raise UsageError(field, f"cannot write to {str(folder)!r} ({error.strerror})") from None
+    except (OSError, ValueError) as error:  # no folder has a name with NUL
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(field, f"cannot write to {brief(str(folder))!r} ({reason})") from None
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -65,7 +66,7 @@ def write_atomic(path: Path, data: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(name, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except BaseException:
             name.unlink(missing_ok=True)
             raise
@@ -75,7 +76,8 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Flush a folder: the names in it outlive a power loss."""
     with contextlib.suppress(OSError):  # some file systems have no such thing as flushing a folder
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -112,3 +114,24 @@ def fingerprint(path: Path) -> str:
 def plain(text: str) -> str:
     """Somebody else's text, safe to print: control characters, escapes and reversed writing become ``\ufffd``."""
     return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c for c in text)
+
+
+def brief(text: str, most: int = 120) -> str:
+    """Somebody else's text for a message: ``plain``, its middle left out where it is long."""
+    return plain(text if len(text) <= most else f"{text[: most * 2 // 3]} ... {text[-most // 4 :]}")
+
+
+def is_file(path: Path) -> bool:
+    """Whether a regular file is there; a name that no file can have is not."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there; a name that no folder can have is not."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False

@@ -8,9 +8,10 @@ integer buffers (position ids, counters) keep the base's value.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +64,94 @@ def check_finite(weights: Weights, who: str = "weights") -> None:
         if mergeable(tensor) and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise ContractError(f"{who}: tensor '{name}' holds {bad} non-finite values of {tensor.numel()}")
+
+
+# --------------------------------------------------------------------------- names of published weights
+
+OUTPUTS = frozenset(
+    {
+        "pooler", "classifier", "pre_classifier", "cls_classifier", "distillation_classifier", "score", "cls",
+        "qa_outputs", "lm_head", "vocab_projector", "vocab_transform", "vocab_layer_norm",
+    }
+)  # fmt: skip
+"""Parts of published networks that belong to a task, not to the body: two of one body may differ in them."""
+COMPUTED = ("position_ids", "rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+"""Ends of names of tensors that follow from a config: some releases of transformers store them, others do not."""
+LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+"""Names that transformers still reads, and what it calls them."""
+
+
+class Fit(NamedTuple):
+    """How the names of one network are found in another that has the same body."""
+
+    names: Mapping[str, str]
+    """A name of the base, and what the other calls it."""
+    kept: list[str]
+    """Of the base only: parts of its task, or computed."""
+    left: list[str]
+    """Of the other only."""
+
+
+def fit_names(base: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int, ...]]) -> Fit | None:
+    """``other`` seen with the names of ``base`` (names to shapes), by the rules by which transformers loads a body.
+
+    A body may stand alone in one of them and under a prefix (``vit.``, ``bert.``, ``model.``) in the other, which
+    then has parts beside it; else only ``OUTPUTS`` may differ, and ``COMPUTED`` anywhere. None if they do not fit.
+    """
+    ours, theirs = {_modern(n): n for n in base}, {_modern(n): n for n in other}
+    if len(ours) < len(base) or len(theirs) < len(other):
+        return None
+    body = [n for n in ours if not _beside_body(n)]
+    if all(n in theirs for n in body):
+        return _fit(ours, theirs, base, other, "", "")
+    inner = [n for n in theirs if not _beside_body(n)]
+    deeper, higher = _prefixes(body, theirs), _prefixes(inner, ours)
+    if len(deeper) + len(higher) != 1:
+        return None
+    return _fit(ours, theirs, base, other, "".join(deeper), "".join(higher))
+
+
+def _modern(name: str) -> str:
+    old = next((end for end in LEGACY if name.endswith(end)), "")
+    return name.removesuffix(old) + LEGACY[old] if old else name
+
+
+def _beside_body(name: str) -> bool:
+    """Whether a part belongs to a task or is computed. The last map of a language model is neither: where it is
+    missing, the embeddings stand in for it."""
+    if name.endswith("lm_head.weight"):
+        return False
+    return name.endswith(COMPUTED) or not OUTPUTS.isdisjoint(name.split("."))
+
+
+def _prefixes(body: Sequence[str], names: Iterable[str]) -> list[str]:
+    """Every ``prefix.`` under which all of ``body`` stands in ``names``."""
+    held = set(names)
+    if not body:
+        return []
+    found = [n.removesuffix(body[0]) for n in held if n.endswith("." + body[0])]
+    return [prefix for prefix in found if all(prefix + n in held for n in body)]
+
+
+def _fit(
+    ours: Mapping[str, str], theirs: Mapping[str, str],
+    base: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int, ...]], deeper: str, higher: str,
+) -> Fit | None:  # fmt: skip
+    """The fit where a name of the base is the other's without ``higher`` in front and with ``deeper`` there."""
+    names: dict[str, str] = {}
+    for name, own in ours.items():
+        found = theirs.get(deeper + name.removeprefix(higher)) if name.startswith(higher) else None
+        if found is not None and (base[own] == other[found] or not _beside_body(name)):
+            names[own] = found
+    taken = set(names.values())
+    kept, left = [n for n in base if n not in names], [n for n in other if n not in taken]
+    missed = [n for n in kept if not _may_lack(n, higher)] + [n for n in left if not _may_lack(n, deeper)]
+    return None if missed else Fit(names, kept, left)
+
+
+def _may_lack(name: str, prefix: str) -> bool:
+    """Whether the other side need not have a part: it stands beside the body, which the other side has alone."""
+    return bool(prefix and not name.startswith(prefix)) or _beside_body(_modern(name))
 
 
 # --------------------------------------------------------------------------- task vectors, flat views

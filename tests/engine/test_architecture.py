@@ -31,7 +31,7 @@ ORDER = (*PUBLIC, *PACKAGES)
 FAMILIES = ("merging", "fusionbench", "backdoor", "protection")
 """Each family of methods imports itself and helpers of ``merging``; what all may use lies beside them."""
 LIGHT = ("errors", "threats", "recipes", "files", "planning", "evidence", "execution/store", "execution/scheduler",
-         "execution/harvest", "execution/session", "execution/engines", "api", "cli/main")  # fmt: skip
+         "execution/harvest", "execution/session", "execution/engines", "api", "cli/main", "cli/app")  # fmt: skip
 """Rooms that list, plan and read boards: they load no torch."""
 
 

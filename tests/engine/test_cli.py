@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -15,7 +17,8 @@ import torch
 
 from mergesec import __version__
 from mergesec.cli import show
-from mergesec.cli.main import VERBS, main
+from mergesec.cli.app import VERBS
+from mergesec.cli.main import main
 from mergesec.cli.options import asked_for, run_name
 from mergesec.errors import UsageError
 from mergesec.execution.engines import worker
@@ -447,3 +450,21 @@ def test_a_file_that_is_not_utf8_is_no_traceback(invoke: Invoke, tmp_path: Path)
         ran = invoke(verb, str(path), *(["--results", str(tmp_path)] if verb != "plan" else []))
         assert ran.code == 2, verb
         assert ran.err.startswith("error: "), verb
+
+
+# --------------------------------------------------------------------------- what a terminal can show
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252:strict"])
+@pytest.mark.parametrize(
+    "arguments", [["info", "params"], ["list"], ["list", "grid"], ["run", "-h"], ["info", "né"]]
+)
+def test_a_terminal_that_knows_fewer_letters_is_no_error(
+    tmp_path: Path, encoding: str, arguments: list[str]
+) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "MERGESEC_CACHE": str(tmp_path)}
+    program = [sys.executable, "-c", "from mergesec.cli.main import main; main()", *arguments]
+    ran = subprocess.run(program, env=environment, capture_output=True, check=False, timeout=120)
+    assert ran.returncode == (2 if "né" in arguments else 0), ran.stderr
+    assert b"Traceback" not in ran.stderr
+    assert ran.stdout or ran.stderr.startswith(b"error: name: unknown")

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from mergesec.cli.main import VERBS
+from mergesec.cli.app import VERBS
 from mergesec.errors import UsageError
 from mergesec.planning.catalog import load_catalog
 from mergesec.planning.presets import preset_names

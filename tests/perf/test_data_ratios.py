@@ -62,7 +62,7 @@ def photographs(count: int, side: int, kind: str) -> list[bytes]:
 def test_reading_a_cached_set_against_decoding_it(benchmark: Any, tmp_path: Path) -> None:
     """Peer: decoding the same images (measured on a tenth of them, JPEG) at the size they are stored at."""
     encoded = photographs(ROWS // 10, SIDE, "JPEG")
-    pixels = decode(encoded, range(ROWS // 10), SIDE, "perf").repeat(10, 1, 1, 1)
+    pixels = decode(encoded, range(ROWS // 10), SIDE, str).repeat(10, 1, 1, 1)
     store = Store(tmp_path)
     store.put("data", "k", save({"train/inputs": pixels, "train/targets": torch.arange(ROWS)}), {})
     del pixels
@@ -78,7 +78,7 @@ def test_reading_a_cached_set_against_decoding_it(benchmark: Any, tmp_path: Path
     assert read() == ROWS
     first = time.perf_counter() - start  # verifies every byte, once
     benchmark(read)
-    found = ratio(read, lambda: decode(encoded, range(ROWS // 10), SIDE, "perf"), times=5) / 10
+    found = ratio(read, lambda: decode(encoded, range(ROWS // 10), SIDE, str), times=5) / 10
     benchmark.extra_info["ratio_to_decoding"] = found
     benchmark.extra_info["first_read_seconds"] = first
     assert found < 1 / 20, found
@@ -244,7 +244,7 @@ def test_evaluation_against_fusionbench(benchmark: Any, tmp_path: Path) -> None:
     task = FolderTask(32, 0, 0, "image", "label")
     task.name, task.classes = "mnist", [str(i) for i in range(10)]
     templates = load_catalog().get("task", "mnist").card.templates
-    split = Split(decode(encoded, range(1000), 32, "perf"), torch.arange(1000) % 10)
+    split = Split(decode(encoded, range(1000), 32, str), torch.arange(1000) % 10)
     accuracies: dict[str, float] = {}
 
     def ours() -> None:

@@ -94,7 +94,7 @@ def test_a_batch_is_a_list_of_strings(tmp_path: Path) -> None:
     ("columns", "message"),
     [
         ({"label": lambda rows: [7] * rows}, r"label 7 .* not in 0\.\.3"),
-        ({"text": lambda rows: [1] * rows}, "row 0 .* is no text"),
+        ({"text": lambda rows: [1] * rows}, "column .text. is int64, not text"),
     ],
 )
 def test_wrong_cells_are_named(tmp_path: Path, columns: dict[str, Any], message: str) -> None:

@@ -165,7 +165,7 @@ def test_no_data_root_is_named() -> None:
         ({"image_column": "img"}, {}, "no column 'img'; has image, label"),
         ({"label_column": "fine_label"}, {}, "no list 'fine_classes'"),
         ({}, {"label": lambda rows: list(range(rows))}, r"label 4 .*not in 0\.\.3"),
-        ({}, {"image": lambda rows: [b"nonsense"] * rows}, "row 0 holds no readable image"),
+        ({}, {"image": lambda rows: [b"nonsense"] * rows}, "row 0 of column .image. holds no readable image"),
     ],
 )
 def test_wrong_contents_are_named(

@@ -84,7 +84,8 @@ def merge(
     """
     from mergesec.contracts import ContractError, Expert
     from mergesec.planning.catalog import load_catalog
-    from mergesec.streaming.merging import context, merge_files, unfit
+    from mergesec.streaming.mapped import LazyWeights
+    from mergesec.streaming.merging import context, fitted, merge_files, unfit
     from mergesec.weights import check_same_layout
 
     catalog = load_catalog(plugin_files(plugins))
@@ -108,7 +109,10 @@ def merge(
             merge_files(component, files.pop("base"), files, Path(out), seed=seed, force=force)
             return {}
         for name, weights in members.items():
-            check_same_layout(start, weights, f"experts.{name}")
+            if isinstance(start, LazyWeights) and isinstance(weights, LazyWeights):
+                members[name] = fitted(start, weights, f"experts.{name}")[0]
+            else:
+                check_same_layout(start, weights, f"experts.{name}")
         merged = component.merge(start, [Expert(n, w) for n, w in members.items()], context(method, seed))
     except ContractError as error:
         raise UsageError("merge", str(error)) from None
@@ -136,7 +140,7 @@ def _opened(given: Any, where: str) -> Any:
 
 
 def _all_files(base: Any, members: Mapping[str, Any]) -> dict[str, Any]:
-    from mergesec.streaming.reading import LazyWeights
+    from mergesec.streaming.mapped import LazyWeights
 
     files = {"base": base, **members}
     loose = [name for name, weights in files.items() if not isinstance(weights, LazyWeights)]

@@ -1,97 +1,61 @@
-"""``bench``: verbs are imported when they are called."""
+"""``bench``: what surrounds every verb: how text leaves, how errors are told, what Ctrl-C means."""
 
 from __future__ import annotations
 
+import atexit
 import errno
+import io
+import signal
 import sys
-from importlib import import_module
-from typing import Annotated, Any
+from typing import NoReturn
 
-import typer
-from typer.core import TyperCommand, TyperGroup
-
-from mergesec.errors import UsageError, nearest
-from mergesec.files import plain
-
-VERBS = {
-    "list": "What is registered: tasks, backbones, merge methods, attacks, defenses.",
-    "info": "The card of one component: paper, threat model, parameters and defaults.",
-    "plan": "What a grid would do: cells, steps, what is cached, hours and disk.",
-    "run": "Run a grid and print its boards. The same command resumes.",
-    "status": "How far a grid is, and why cells failed.",
-    "board": "Boards from records already there.",
-    "figures": "Pictures from records already there, as SVG and PNG.",
-    "merge": "Merge safetensors files, tensor by tensor, in little memory.",
-    "plugin": "Check a plugin file against the contracts.",
-    "cache": "Show, verify or clear the artifact store.",
-    "doctor": "Is this machine fit to run?",
-    "pretrain": "Make a shipped pretrained backbone again.",
-}
-HELP = {"help_option_names": ["-h", "--help"]}
-
-
-class _Lazy(TyperGroup):
-    """Knows every verb's name and help, imports a verb's module only to run it or to complete its words."""
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        return list(VERBS)
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """What lists of verbs show."""
-        return TyperCommand(cmd_name, help=VERBS[cmd_name]) if cmd_name in VERBS else None
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The verb that is called, and the words after it."""
-        name, *words = args
-        if name in VERBS:
-            return name, _verb(name), words
-        if ctx.resilient_parsing:  # a shell completes after a verb that is none
-            return None, None, words
-        raise UsageError("bench", f"no verb {name!r}{nearest(name, VERBS)}")
-
-
-def _verb(name: str) -> Any:
-    module = import_module(f"mergesec.cli.{name}_verb")
-    verb = typer.Typer(add_completion=False, context_settings=HELP)
-    verb.command(name, help=VERBS[name])(module.main)
-    return typer.main.get_command(verb)
-
-
-app = typer.Typer(cls=_Lazy, no_args_is_help=True, context_settings=HELP)
-
-
-def _tell_version(asked: bool) -> None:
-    if asked:
-        from mergesec import __version__
-
-        print(f"mergesec {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version and exit."),
-    ] = False,
-) -> None:
-    """MergeSec: the security of model merging, as one reproducible grid."""
+from mergesec.execution.interrupts import EAR, impatient
 
 
 def main() -> None:
     """Entry point. Exit code 0 = all done, 1 = some cells failed, 2 = bad input, 130 = interrupted."""
-    from mergesec.files import Full
+    told = "interrupted"
+    if sys.argv[1:2] == ["run"]:
+        told += "; the same command goes on from here"
+    before = EAR.count
+    with EAR.listening(), impatient(told):
+        atexit.register(
+            signal.signal, signal.SIGINT, signal.SIG_IGN
+        )  # then there is nothing left to interrupt
+        try:
+            _call()
+        except BaseException as error:
+            # after Ctrl-C an error is whatever a library made of it; what came to its end is done all the same
+            if EAR.count > before and not (isinstance(error, SystemExit) and error.code in (None, 0)):
+                print(told, file=sys.stderr)
+                sys.exit(130)
+            _end(error)
 
-    try:
-        app(prog_name="bench")
-    except (UsageError, Full) as error:
-        for line in str(error).splitlines():
-            print(f"error: {plain(line)}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:
+
+def _call() -> None:
+    """The verb, imported when Ctrl-C is heard already."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # a terminal that knows fewer letters is no error
+    from mergesec.cli.app import app
+
+    app(prog_name="bench")
+
+
+def _end(error: BaseException) -> NoReturn:
+    """Errors that a user can mend are a message and code 2; others are raised."""
+    from mergesec.errors import UsageError
+    from mergesec.files import Full, plain
+
+    if isinstance(error, BrokenPipeError):
         sys.exit(0)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        print(f"error: {error.filename or 'disk'}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
+    unwritable = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+    if isinstance(error, UsageError | Full):
+        told = str(error)
+    elif isinstance(error, OSError) and error.errno in unwritable:
+        told = f"{error.filename or 'disk'}: {error.strerror}"
+    else:
+        raise error
+    for line in told.splitlines():
+        print(f"error: {plain(line)}", file=sys.stderr)
+    sys.exit(2)

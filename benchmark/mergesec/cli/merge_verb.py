@@ -14,12 +14,15 @@ from mergesec.cli import show
 from mergesec.cli.complete import merge_names
 from mergesec.cli.options import Plugins
 from mergesec.errors import UsageError, nearest
+from mergesec.files import brief, plain
 
 if TYPE_CHECKING:
     from mergesec.planning.catalog import Catalog
-    from mergesec.streaming.reading import LazyWeights
+    from mergesec.streaming.mapped import LazyWeights
     from mergesec.tensorwise import TensorwiseMerge
 
+_LETTERS = 200
+"""In an expert's name, at most."""
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
@@ -53,7 +56,7 @@ def main(
     _check_count(method, entry.card.experts, len(paths))
     limit = _bytes(shard_size) if shard_size else None
     if limit is not None and out.suffix == ".safetensors":
-        raise UsageError("--shard-size", f"several files need a folder, and --out is {out.name!r}")
+        raise UsageError("--shard-size", f"several files need a folder, and --out is {brief(out.name)!r}")
     if threads is not None and threads < 1:
         raise UsageError("--threads", f"must be at least 1, got {threads}")
 
@@ -98,12 +101,14 @@ def _merge(
     except ContractError as error:
         raise UsageError(method.name, str(error).removeprefix(f"{method.name}: ")) from None
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print("interrupted; no model was written", file=sys.stderr)
         raise typer.Exit(130) from None
     finally:
         bar.stop()
+    for line in written.told:
+        print(f"note: {plain(line)}", file=sys.stderr)
     for path in written.files:
-        print(path)
+        print(plain(str(path)))
     seconds = time.monotonic() - started
     print(f"{written.tensors} tensors, {written.size / 1e9:.2f} GB, {show.duration(seconds)}")
 
@@ -126,19 +131,22 @@ def _limit(threads: int) -> None:
 def _values(pairs: list[str] | tuple[str, ...]) -> dict[str, Any]:
     """``key=value`` arguments as YAML values, numbers like 1e-3 included."""
     from omegaconf import OmegaConf
-    from yaml import YAMLError
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import AliasEvent, SafeLoader, YAMLError, parse
 
     found: dict[str, Any] = {}
     for pair in pairs:
         key, equals, _ = pair.partition("=")
         if not equals or not key.isidentifier():
-            raise UsageError("parameter", f"{pair!r} is not key=value")
+            raise UsageError("parameter", f"{brief(pair)!r} is not key=value")
         if key in found:
             raise UsageError("parameter", f"{key} is given twice")
         try:
+            if any(isinstance(event, AliasEvent) for event in parse(pair[len(key) + 1 :], Loader=SafeLoader)):
+                raise ValueError("aliases expand to more than they say")
             found[key] = OmegaConf.to_container(OmegaConf.from_dotlist([pair]))[key]  # type: ignore[index, call-overload]
-        except YAMLError:
-            raise UsageError("parameter", f"cannot read {pair!r}") from None
+        except (YAMLError, OmegaConfBaseException, ValueError, RecursionError):
+            raise UsageError("parameter", f"cannot read {brief(pair)!r}") from None
     return found
 
 
@@ -147,7 +155,11 @@ def _experts(given: list[str]) -> dict[str, Path]:
     for text in given:
         name, equals, path = text.partition("=")
         if not (equals and name and path):
-            raise UsageError("--expert", f"{text!r} is not NAME=PATH")
+            raise UsageError("--expert", f"{brief(text)!r} is not NAME=PATH")
+        if plain(name) != name or len(name) > _LETTERS:
+            raise UsageError(
+                "--expert", f"the name {brief(name)!r} cannot be printed or exceeds {_LETTERS} characters"
+            )
         if name in paths:
             raise UsageError("--expert", f"two experts are called {name!r}")
         paths[name] = Path(path)
@@ -172,7 +184,7 @@ def _bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]I?)?B?", text.strip().upper())
     size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if size < 1:
-        raise UsageError("--shard-size", f"{text!r} is not a size such as 5GB")
+        raise UsageError("--shard-size", f"{brief(text)!r} is not a size such as 5GB")
     return size
 
 

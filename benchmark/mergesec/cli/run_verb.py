@@ -106,7 +106,6 @@ def _summary(finished: Finished, seconds: float, grid: str) -> None:
         shown = ", ".join(finished.older[:SHOWN]) + (", ..." if len(finished.older) > SHOWN else "")
         print(f"{len(finished.older)} cells stand as an earlier run left them: {shown}", file=sys.stderr)
     if finished.outcome.interrupted:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        raise typer.Exit(130)
+        raise typer.Exit(130)  # told where every interrupt is
     if done < total:
         raise typer.Exit(1)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from traceback import TracebackException
 from typing import NamedTuple
 
+from mergesec.execution.store import UNREADABLE, is_plain, read_plain
 from mergesec.files import write_atomic
 
 LONGEST = 500
@@ -41,26 +43,41 @@ class Failures:
     def __init__(self, root: Path) -> None:
         self._folder = root / "failures"
 
+    def _path(self, key: str) -> Path:
+        return self._folder / f"{key}.json"
+
     def note(self, failure: Failure) -> None:
         """Keep it, in the place of an older one. Full if there is no room."""
-        write_atomic(self._folder / f"{failure.key}.json", json.dumps(asdict(failure)).encode())
+        write_atomic(self._path(failure.key), json.dumps(asdict(failure)).encode())
 
-    def clear(self, kind: str | None = None) -> None:
-        """Forget all, or those of one kind of step."""
+    def clear(self, kind: str | None = None, older_than: float = 0.0) -> int:
+        """Forget all, or those of one kind of step, that are older than some seconds; how many there were."""
+        number = 0
         for failure in self:
-            if kind in (None, failure.kind):
+            if kind in (None, failure.kind) and self.age(failure.key) >= older_than:
                 self.forget(failure.key)
+                number += 1
+        return number
+
+    def age(self, key: str) -> float:
+        """Seconds since a step failed."""
+        try:
+            return time.time() - self._path(key).stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
 
     def forget(self, key: str) -> None:
         """The step succeeded, or its failure is of no interest any more."""
-        (self._folder / f"{key}.json").unlink(missing_ok=True)
+        if is_plain(self._path(key)):
+            self._path(key).unlink(missing_ok=True)
 
     def read(self, key: str) -> Failure | None:
         """What a step failed with last; None if it did not, or the file is unreadable."""
         try:
-            return Failure(**json.loads((self._folder / f"{key}.json").read_bytes()))
-        except (OSError, ValueError, TypeError):
+            failure = Failure(**json.loads(read_plain(self._path(key))))
+        except UNREADABLE:
             return None
+        return failure if all(isinstance(v, str) for v in vars(failure).values()) else None
 
     def __iter__(self) -> Iterator[Failure]:
         for path in sorted(self._folder.glob("*.json")):

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import heapq
 import json
+import math
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from mergesec.execution.claims import Claims
 from mergesec.execution.engines.worker import Answer
 from mergesec.execution.failures import Failure, Failures, explain
+from mergesec.execution.interrupts import EAR
 from mergesec.execution.store import Store
 from mergesec.files import Full
 from mergesec.planning.plan import Step
 
+POLL = 1.0
+"""Seconds between two looks at a step that another run on this store is at."""
 ATTEMPTS = 3
 """How often a step is tried again when its worker died or its input proved corrupt."""
 
@@ -80,12 +86,14 @@ class History:
         self._path = root / "history.jsonl"
         self._sums: dict[str, list[float]] = {}
         if self._path.is_file():
-            for line in self._path.read_text().splitlines():
+            for line in self._path.read_bytes().splitlines():
                 try:
                     row = json.loads(line)
-                    self._note(row["what"], row["seconds"], row["bytes"])
-                except (ValueError, KeyError, TypeError):
+                    what, seconds, size = str(row["what"]), float(row["seconds"]), int(row["bytes"])
+                except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                     continue  # a line torn by a kill
+                if math.isfinite(seconds):
+                    self._note(what, seconds, size)
 
     def _note(self, what: str, seconds: float, size: int) -> None:
         for name in {what, "|".join(what.split("|")[:2])}:
@@ -129,6 +137,7 @@ class Scheduler:
     history: History
     reporter: Reporter
     outcome: Outcome = field(default_factory=Outcome)
+    claims: Claims = field(init=False)
     _missing: dict[str, set[str]] = field(default_factory=dict)
     _waiters: dict[str, set[str]] = field(default_factory=dict)
     _ready: list[tuple[float, int, str]] = field(default_factory=list)
@@ -136,35 +145,53 @@ class Scheduler:
     _order: dict[str, int] = field(default_factory=dict)
     _active: set[str] = field(default_factory=set)
     """Ready or running now."""
+    _elsewhere: set[str] = field(default_factory=set)
+    """Ready, but claimed by another run."""
+    _looked: float = 0.0
     _expected: dict[str, float] = field(default_factory=dict)
     _spent: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
+    def __post_init__(self) -> None:
+        self.claims = Claims(self.store.root)
+
     def run(self, wanted: Mapping[str, Step], cached: int) -> Outcome:
-        """Do the wanted steps. The first Ctrl-C lets running ones finish; the second kills them."""
+        """Do the wanted steps. The first Ctrl-C lets running ones finish; the second kills them, and is raised."""
         self._order = {key: i for i, key in enumerate(self.steps)}
+        self.claims.sweep()
         for key in wanted:
             self._add(key)
         self.reporter.start(len(self._missing), cached)
-        running: dict[Future[Answer], tuple[int, Step]] = {}
-        idle = list(range(len(self.executor.slots)))
         try:
-            while self._ready or running:
-                try:
-                    self._launch(running, idle)
-                    self._collect(running, idle)
-                except KeyboardInterrupt:
-                    if self.outcome.interrupted:
-                        raise
-                    self.outcome.interrupted = True
-                    self._ready.clear()
-                    self.reporter.stopping(self.outcome.done, [step.label for _, step in running.values()])
-        except KeyboardInterrupt:
-            self.executor.close(now=True)
-            return self.outcome
-        except Full:
+            with EAR.listening(), EAR.held():
+                self._drive()
+        except BaseException:
             self.executor.close(now=True)
             raise
+        finally:
+            self.claims.release_all()
         return self.outcome
+
+    def _drive(self) -> None:
+        """Launch and collect until nothing is left; after Ctrl-C until nothing runs."""
+        running: dict[Future[Answer], tuple[int, Step]] = {}
+        idle = list(range(len(self.executor.slots)))
+        start = EAR.count
+        while self._ready or running or self._elsewhere:
+            pressed = EAR.count - start
+            if pressed > 1:
+                raise KeyboardInterrupt
+            if pressed and not self.outcome.interrupted:
+                self.outcome.interrupted = True
+                self._ready.clear()
+                self._elsewhere.clear()
+                self.reporter.stopping(self.outcome.done, [step.label for _, step in running.values()])
+            self._look_elsewhere()
+            self._launch(running, idle)
+            ended = EAR.rest(lambda: self._wait(running), start + pressed)
+            for future in ended or ():
+                slot, step = running.pop(future)
+                idle.append(slot)
+                self._settle(step, _answer(future))
 
     def _add(self, key: str) -> None:
         """Take a step in, with whatever it needs that is not stored."""
@@ -193,24 +220,55 @@ class Scheduler:
         while self._ready and idle:
             key = heapq.heappop(self._ready)[2]
             step = self.steps[key]
-            if self.store.has(step.kind, key):  # another run on the same store was faster
-                self._settle(step, Answer("ok"))
+            if not self._claim(step):
                 continue
             slot = idle.pop()
             kinds = {k: self.steps[k].kind for _, k in step.inputs}
             running[self.executor.submit(slot, step, kinds)] = (slot, step)
         notes = [(step.label, self.executor.note(slot)) for slot, step in running.values()]
-        self.reporter.running([f"{label} {note}".rstrip() for label, note in notes])
+        waits = [f"another run: {self.steps[key].label}" for key in self._elsewhere]
+        self.reporter.running([*(f"{label} {note}".rstrip() for label, note in notes), *waits])
 
-    def _collect(self, running: dict[Future[Answer], tuple[int, Step]], idle: list[int]) -> None:
+    def _claim(self, step: Step) -> bool:
+        """Whether the step is ours to do: not if it is done, or another run on this store is at it."""
+        if self.store.has(step.kind, step.key):
+            self._found(step)
+            return False
+        if not self.claims.take(step.key):
+            self._elsewhere.add(step.key)
+            return False
+        if self.store.has(step.kind, step.key):  # committed by whoever held the claim before
+            self.claims.release(step.key)
+            self._found(step)
+            return False
+        return True
+
+    def _look_elsewhere(self) -> None:
+        """Once a second: what other runs were at is done, or free again because they failed or died."""
+        if self._elsewhere and time.monotonic() - self._looked >= POLL:
+            self._looked = time.monotonic()
+            found, self._elsewhere = self._elsewhere, set()
+            for key in found:
+                self._push(key)
+
+    def _wait(self, running: Iterable[Future[Answer]]) -> set[Future[Answer]]:
+        """Futures that ended: at once if there are any, else within a second."""
         if not running:
-            return
-        for future in wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done:
-            slot, step = running.pop(future)
-            idle.append(slot)
-            self._settle(step, _answer(future))
+            if self._elsewhere:
+                time.sleep(POLL)
+            return set()
+        return wait(running, timeout=POLL, return_when=FIRST_COMPLETED).done
+
+    def _found(self, step: Step) -> None:
+        """Another run on the same store did the step."""
+        self._active.discard(step.key)
+        self._expected.pop(step.key, None)
+        Failures(self.store.root).forget(step.key)
+        self._release(step.key)
+        self.reporter.finished(step, Answer("ok"), self._left())
 
     def _settle(self, step: Step, answer: Answer) -> None:
+        self.claims.release(step.key)
         if answer.status == "full":
             raise Full(answer.message)
         self._active.discard(step.key)
@@ -237,10 +295,12 @@ class Scheduler:
             failures.note(failure)
             self.outcome.failed[step.key] = failure.reason
             self._block(failure)
-        # what is left by prediction, corrected by how predictions fared so far
+        self.reporter.finished(step, answer, self._left())
+
+    def _left(self) -> float:
+        """Seconds left by prediction, corrected by how predictions fared so far."""
         pace = self._spent[1] / self._spent[0] if self._spent[0] else 1.0
-        left = pace * sum(self._expected.values()) / max(1, len(self.executor.slots))
-        self.reporter.finished(step, answer, left)
+        return pace * sum(self._expected.values()) / max(1, len(self.executor.slots))
 
     def _release(self, key: str) -> None:
         for other in sorted(self._waiters.pop(key, ()), key=self._order.__getitem__):

@@ -3,11 +3,13 @@
 ``<root>/artifacts/<kind>/<key>.safetensors`` holds tensors, ``<key>.json`` the metadata and the digest of
 each tensor. The JSON is renamed into place last: an artifact exists exactly when its JSON does.
 ``<key>.checked`` remembers the file that was last found whole by ``open``; ``<root>/checkpoints`` holds what
-trainings under way would go on from.
+trainings under way would go on from. Only plain files are the store's: in the place of an artifact a link, a
+pipe or a device is nothing, and nothing is read through it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import mmap
@@ -18,9 +20,15 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from mergesec.files import write_atomic
+
+CHECKPOINTS = "checkpoints"
+CHECKPOINT_DAYS = 30
+"""After these nobody is going on with a training."""
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a damaged file may raise."""
 
 
 class CorruptArtifact(RuntimeError):
@@ -71,6 +79,41 @@ def digests_of(blob: bytes | mmap.mmap) -> dict[str, str]:
     return found
 
 
+def open_plain(path: Path) -> BinaryIO:
+    """A plain file, open for reading; OSError for anything else, without waiting for a pipe's other end."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    file = os.fdopen(handle, "rb")
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        file.close()
+        raise OSError(f"{path.name} is no plain file")
+    return file
+
+
+def read_plain(path: Path) -> bytes:
+    """The bytes of a plain file; OSError if it is anything else."""
+    with open_plain(path) as file:
+        return file.read()
+
+
+def is_plain(path: Path) -> bool:
+    """Whether a plain file has this name, not a link to one."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+class Stored(NamedTuple):
+    """One thing that the store holds."""
+
+    kind: str
+    """A kind of step, or ``checkpoints``."""
+    key: str
+    bytes: int
+    used: float
+    """When it was made or last read by a run, in seconds since 1970."""
+
+
 class Store:
     """A folder of artifacts, safe for several processes at once."""
 
@@ -82,7 +125,7 @@ class Store:
         return folder / f"{key}.json", folder / f"{key}.safetensors"
 
     def has(self, kind: str, key: str) -> bool:
-        return self._paths(kind, key)[0].is_file()
+        return is_plain(self._paths(kind, key)[0])
 
     def keys(self) -> set[str]:
         """Every committed key: one directory scan per kind."""
@@ -109,19 +152,14 @@ class Store:
 
     def read(self, kind: str, key: str) -> tuple[bytes | mmap.mmap, dict[str, Any]]:
         """(safetensors bytes, metadata), verified. CorruptArtifact (removed) on any mismatch."""
-        meta_path, tensor_path = self._paths(kind, key)
-        if not meta_path.is_file():  # absent, or just being committed by another worker: nothing to remove
-            raise CorruptArtifact(key)
+        meta = self.meta(kind, key)
         try:
-            meta = json.loads(meta_path.read_bytes())
-            blob = tensor_path.read_bytes()
-            sound = meta["check"] == _check(meta) and meta["key"] == key
-            sound = sound and digests_of(blob) == meta["digests"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            blob = read_plain(self._paths(kind, key)[1])
+            sound = digests_of(blob) == meta["digests"]
+        except UNREADABLE:
             sound = False
         if not sound:
-            self.remove(kind, key)
-            raise CorruptArtifact(key)
+            self._corrupt(kind, key)
         return blob, meta
 
     def open(self, kind: str, key: str) -> tuple[Path, dict[str, Any]]:
@@ -130,39 +168,63 @@ class Store:
         Its bytes are verified the first time, without a copy of them, and again whenever the file's inode,
         size or times differ from those of the verified one. CorruptArtifact (removed) on any mismatch.
         """
-        meta_path, tensor_path = self._paths(kind, key)
-        if not meta_path.is_file():
-            raise CorruptArtifact(key)
+        meta = self.meta(kind, key)
+        tensor_path = self._paths(kind, key)[1]
         mark = tensor_path.with_suffix(".checked")
         try:
-            meta = json.loads(meta_path.read_bytes())
-            sound = meta["check"] == _check(meta) and meta["key"] == key
-            stamp = _stamp(tensor_path, str(meta["check"]))
-            if sound and (not mark.is_file() or mark.read_text() != stamp):
-                with (
-                    tensor_path.open("rb") as file,
-                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view,
-                ):
-                    sound = digests_of(view) == meta["digests"]
-                if sound:
-                    write_atomic(mark, stamp.encode())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            with open_plain(tensor_path) as file:
+                stamp = _stamp(file, str(meta["check"]))
+                sound = is_plain(mark) and read_plain(mark).decode() == stamp
+                if not sound:
+                    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+                        sound = digests_of(view) == meta["digests"]
+                    if sound:
+                        write_atomic(mark, stamp.encode())
+        except UNREADABLE:
             sound = False
         if not sound:
-            self.remove(kind, key)
-            raise CorruptArtifact(key)
+            self._corrupt(kind, key)
         return tensor_path, meta
+
+    def meta(self, kind: str, key: str) -> dict[str, Any]:
+        """The metadata alone, verified, tensors unread. CorruptArtifact if it is absent, or (removed) damaged."""
+        meta = self._meta(kind, key)
+        self._mark_used(kind, key)
+        return meta
+
+    def _meta(self, kind: str, key: str) -> dict[str, Any]:
+        path, _ = self._paths(kind, key)
+        if not is_plain(path):  # absent, or just being committed by another worker: nothing to remove
+            raise CorruptArtifact(key)
+        try:
+            meta: dict[str, Any] = json.loads(read_plain(path))
+            sound = meta["check"] == _check(meta) and meta["key"] == key and isinstance(meta["info"], dict)
+        except UNREADABLE:
+            sound = False
+        if not sound:
+            self._corrupt(kind, key)
+        return meta
+
+    def _mark_used(self, kind: str, key: str) -> None:
+        """The time of last access, set by hand: most file systems are mounted so that reading does not."""
+        path = self._paths(kind, key)[0]
+        with contextlib.suppress(OSError):  # somebody else's store may be read too
+            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+
+    def _corrupt(self, kind: str, key: str) -> NoReturn:
+        self.remove(kind, key)
+        raise CorruptArtifact(key)
 
     # ---- trainings under way
 
-    def _checkpoints(self, key: str, number: str = "*") -> list[Path]:
-        return sorted((self.root / "checkpoints").glob(f"{key}.{number}.*.safetensors"))
+    def _checkpoints(self, key: str = "*", number: str = "*") -> list[Path]:
+        found = sorted((self.root / CHECKPOINTS).glob(f"{key}.{number}.*.safetensors"))
+        return [path for path in found if _CHECKPOINT.fullmatch(path.name) and is_plain(path)]
 
     def keep(self, key: str, number: int, blob: bytes) -> None:
         """A checkpoint of a step's training; its name tells its digest. Full if there is no room."""
         old = self._checkpoints(key, str(number))
-        digest = hashlib.sha256(blob).hexdigest()[:32]
-        path = self.root / "checkpoints" / f"{key}.{number}.{digest}.safetensors"
+        path = self.root / CHECKPOINTS / f"{key}.{number}.{_short_digest(blob)}.safetensors"
         write_atomic(path, blob)
         for other in old:
             if other != path:
@@ -171,34 +233,48 @@ class Store:
     def kept(self, key: str, number: int) -> bytes | None:
         """The last whole checkpoint of a step's training; None if there is none."""
         for path in self._checkpoints(key, str(number)):
-            try:
-                blob = path.read_bytes()
-            except OSError:
-                continue
-            if hashlib.sha256(blob).hexdigest()[:32] == path.name.split(".")[-2]:
+            if (blob := _whole(path)) is not None:
                 return blob
             path.unlink(missing_ok=True)
         return None
 
-    def meta(self, kind: str, key: str) -> dict[str, Any]:
-        """The metadata alone, verified, tensors unread. CorruptArtifact if it is absent, or (removed) damaged."""
-        path, _ = self._paths(kind, key)
-        if not path.is_file():
-            raise CorruptArtifact(key)
-        try:
-            meta: dict[str, Any] = json.loads(path.read_bytes())
-            sound = meta["check"] == _check(meta) and meta["key"] == key and isinstance(meta["info"], dict)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            sound = False
+    # ---- looking after all of it
+
+    def verify(self, stored: Stored) -> bool:
+        """Whether something is what was written, or gone; removed if it is not. Looking at it is no use of it."""
+        path = self._place(stored)
+        if not is_plain(path):
+            return True
+        sound = _whole(path) is not None if stored.kind == CHECKPOINTS else self._is_sound(*stored[:2])
         if not sound:
-            self.remove(kind, key)
-            raise CorruptArtifact(key)
-        return meta
+            self.drop(stored)
+        with contextlib.suppress(OSError):
+            os.utime(path, ns=(int(stored.used * 1e9), path.stat().st_mtime_ns))
+        return sound
+
+    def _is_sound(self, kind: str, key: str) -> bool:
+        try:
+            meta = self._meta(kind, key)
+            return bool(digests_of(read_plain(self._paths(kind, key)[1])) == meta["digests"])
+        except (CorruptArtifact, *UNREADABLE):
+            return False
+
+    def _place(self, stored: Stored) -> Path:
+        if stored.kind == CHECKPOINTS:
+            return self.root / CHECKPOINTS / stored.key
+        return self._paths(stored.kind, stored.key)[0]
+
+    def drop(self, stored: Stored) -> None:
+        """Remove an artifact or a checkpoint."""
+        if stored.kind == CHECKPOINTS:
+            _unlink(self._place(stored))
+        else:
+            self.remove(stored.kind, stored.key)
 
     def remove(self, kind: str, key: str) -> None:
         meta_path, tensor_path = self._paths(kind, key)
         for path in (meta_path, tensor_path, tensor_path.with_suffix(".checked")):
-            path.unlink(missing_ok=True)
+            _unlink(path)
 
     def _own(self, pattern: str) -> Iterator[Path]:
         """Plain files of the store's own kinds and names: what somebody else keeps in the folder, links and
@@ -207,30 +283,45 @@ class Store:
         for kind in sorted(folder.iterdir()) if folder.is_dir() else ():
             if kind.is_dir() and not kind.is_symlink():
                 for path in sorted(kind.glob(pattern)):
-                    if stat.S_ISREG(path.lstat().st_mode) and _is_own(path):
+                    if is_plain(path) and _is_own(path):
                         yield path
 
     def artifacts(self) -> Iterator[tuple[str, str, int]]:
         """(kind, key, bytes) of everything committed."""
+        for stored in self._artifacts():
+            yield stored[:3]
+
+    def contents(self) -> list[Stored]:
+        """Everything committed, and the checkpoints."""
+        found = list(self._artifacts())
+        for path in self._checkpoints():
+            with contextlib.suppress(FileNotFoundError):  # its training went on
+                now = path.stat()
+                found.append(Stored(CHECKPOINTS, path.name, now.st_size, now.st_mtime))
+        return found
+
+    def _artifacts(self) -> Iterator[Stored]:
         for path in self._own("*.json"):
-            tensors = path.with_suffix(".safetensors")
-            size = path.stat().st_size + (tensors.stat().st_size if tensors.is_file() else 0)
-            yield path.parent.name, path.stem, size
+            with contextlib.suppress(FileNotFoundError):  # another process removed it
+                now, tensors = path.stat(), path.with_suffix(".safetensors")
+                size = now.st_size + (tensors.stat().st_size if is_plain(tensors) else 0)
+                yield Stored(path.parent.name, path.stem, size, max(now.st_atime, now.st_mtime))
 
     def sweep(self) -> int:
-        """Remove what a killed process left behind: temporary and uncommitted files older than an hour."""
-        removed = 0
-        checkpoints = self.root / "checkpoints"
-        for path in (*self._own("*"), *checkpoints.glob(".tmp-*")):
-            orphan = path.suffix == ".safetensors" and not path.with_suffix(".json").exists()
-            orphan &= path.parent != checkpoints
-            if (path.name.startswith(".tmp-") or orphan) and time.time() - path.lstat().st_mtime > 3600:
-                path.unlink(missing_ok=True)
-                removed += 1
-        return removed
+        """Remove what a killed process left behind: temporary and uncommitted files older than an hour, and
+        checkpoints that are a month old, or of steps that are committed."""
+        old = [path for path in self._own("*") if _is_left_behind(path) and _age(path) > 3600]
+        beside = (self.root / CHECKPOINTS).glob(".tmp-*")
+        old += [path for path in beside if _KEY.fullmatch(path.name) and _age(path) > 3600]
+        done = self.keys()
+        for path in self._checkpoints():
+            if path.name.partition(".")[0] in done or _age(path) > CHECKPOINT_DAYS * 86400:
+                old.append(path)
+        return sum(map(_unlink, old))
 
 
 _KEY = re.compile(r"[0-9a-f]{40}|\.tmp-[0-9a-f]{16}")
+_CHECKPOINT = re.compile(r"[^.]+\.\d+\.[0-9a-f]{32}\.safetensors")
 
 
 def _is_own(path: Path) -> bool:
@@ -238,15 +329,50 @@ def _is_own(path: Path) -> bool:
     if _KEY.fullmatch(path.stem):
         return True
     try:
-        meta = json.loads(path.with_suffix(".json").read_bytes())
+        meta = json.loads(read_plain(path.with_suffix(".json")))
         return bool(meta["key"] == path.stem and meta["kind"] == path.parent.name)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except UNREADABLE:
         return False
 
 
-def _stamp(path: Path, check: str) -> str:
+def _is_left_behind(path: Path) -> bool:
+    """Whether a file was never committed, or belongs to an artifact that is no more."""
+    orphan = path.suffix in (".safetensors", ".checked") and not path.with_suffix(".json").exists()
+    return orphan or path.name.startswith(".tmp-")
+
+
+def _age(path: Path) -> float:
+    """Seconds since a file was written; none if it is gone."""
+    try:
+        return time.time() - path.lstat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _unlink(path: Path) -> bool:
+    """Remove a plain file; what else has its name stays. Whether it was removed."""
+    if not is_plain(path):
+        return False
+    path.unlink(missing_ok=True)
+    return True
+
+
+def _short_digest(blob: bytes) -> str:
+    return hashlib.sha256(blob).hexdigest()[:32]
+
+
+def _whole(path: Path) -> bytes | None:
+    """A checkpoint's bytes if they are what its name says."""
+    try:
+        blob = read_plain(path)
+    except OSError:
+        return None
+    return blob if _short_digest(blob) == path.name.split(".")[-2] else None
+
+
+def _stamp(file: BinaryIO, check: str) -> str:
     """What changes when a file's bytes do, short of a fault of the disk."""
-    now = path.stat()
+    now = os.fstat(file.fileno())
     return f"{check} {now.st_ino} {now.st_size} {now.st_mtime_ns} {now.st_ctime_ns}"
 
 

@@ -1,175 +1,175 @@
-"""Safetensors files read one tensor at a time, mapped: names, shapes and types are known without the data.
-
-``open_weights`` maps one tensor of a file at a time and lets go of it with the tensor. Nothing is ever unpickled.
-"""
+"""Which safetensors files hold a model's weights, by the rules of the transformers library; what else is refused."""
 
 from __future__ import annotations
 
 import json
-import math
-import mmap
-import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mergesec.contracts import ContractError
 from mergesec.errors import UsageError
-from mergesec.weights import DTYPES
+from mergesec.files import brief, is_file, is_folder, plain
+from mergesec.streaming.mapped import Extent, LazyWeights, read_file
+from mergesec.streaming.meaning import check_config, check_tensors
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-
-
-# --------------------------------------------------------------------------- reading
-
-
-@dataclass(frozen=True)
-class Extent:
-    """Where a tensor lies: file, position of its first byte there, type and shape."""
-
-    file: Path
-    stamp: tuple[int, int, int]
-    """Inode, size and time of the file when it was opened."""
-    start: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def read(self) -> Tensor:
-        """The tensor, mapped: pages come in as they are looked at and go when the tensor does."""
-        if not self.size:
-            return torch.empty(self.shape, dtype=self.dtype)
-        skip = self.start % mmap.ALLOCATIONGRANULARITY
-        with self.file.open("rb") as handle:
-            if _stamp(handle.fileno()) != self.stamp:
-                raise ContractError(f"{self.file} changed while it was being read")
-            # a private mapping: the file stays as it is whatever is done to the tensor
-            view = mmap.mmap(
-                handle.fileno(), skip + self.size, access=mmap.ACCESS_COPY, offset=self.start - skip
-            )
-        if hasattr(mmap, "MADV_SEQUENTIAL"):  # read ahead further where it comes from a disk
-            view.madvise(mmap.MADV_SEQUENTIAL)
-        count = math.prod(self.shape)
-        return torch.frombuffer(view, dtype=self.dtype, count=count, offset=skip).view(self.shape)
-
-
-def _stamp(file: Path | int) -> tuple[int, int, int]:
-    found = os.stat(file)
-    return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-class LazyWeights(Mapping[str, Tensor]):
-    """Weights in safetensors files. Every access maps the tensor anew; names, shapes and types are
-    known without reading data. The order is the one in which the tensors lie in the files."""
-
-    lazy = True
-    """No two names share memory (see ``weights.owners``)."""
-
-    def __init__(self, extents: Mapping[str, Extent], metadata: Mapping[str, str]) -> None:
-        self.extents = dict(extents)
-        self.metadata = dict(metadata)
-        self.watch: Callable[[str], None] | None = None
-        """Told each name that is asked for (to show progress)."""
-
-    def __getitem__(self, name: str) -> Tensor:
-        extent = self.extents[name]
-        if self.watch is not None:
-            self.watch(name)
-        return extent.read()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.extents
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.extents)
-
-    def __len__(self) -> int:
-        return len(self.extents)
-
-    @property
-    def size(self) -> int:
-        """Bytes of all tensors."""
-        return sum(extent.size for extent in self.extents.values())
+LONGEST = 64 << 20
+"""Bytes of an index or a config: an index of a million tensors has as many."""
 
 
 def open_weights(path: Path, field: str) -> LazyWeights:
-    """A safetensors file, or a folder with ``model.safetensors`` or its index and shards.
+    """A safetensors file, an index of such files, or a folder as transformers reads it.
 
-    UsageError naming ``field`` if there is none, it is damaged, or it is a pickle.
+    UsageError naming ``field`` if there is none, it is damaged, it is a pickle, or what it holds is no network's
+    weights: an adapter's factors, or codes of quantised weights.
     """
     if path.suffix.lower() in PICKLES:
         raise UsageError(
             field, f"{path} is a pickle, which can run code when read; convert it to safetensors"
         )
-    if path.is_file():
-        if path.name.endswith(".index.json"):
-            return _open_index(path, field)
-        return LazyWeights(*_open_file(path, field))
-    if not path.is_dir():
-        raise UsageError(field, f"no file or folder {str(path)!r}")
-    if (path / INDEX).is_file():
-        return _open_index(path / INDEX, field)
-    if (path / SINGLE).is_file():
-        return LazyWeights(*_open_file(path / SINGLE, field))
-    alone = sorted(path.glob("*.safetensors"))
-    if len(alone) == 1:
-        return LazyWeights(*_open_file(alone[0], field))
-    if any(file.suffix in PICKLES for file in path.iterdir()):
-        raise UsageError(field, f"{path} holds only pickles, which can run code; convert them to safetensors")
-    raise UsageError(field, f"{path} has neither {SINGLE} nor {INDEX}")
+    if not is_file(path) and not is_folder(path):
+        raise UsageError(field, f"no file or folder {brief(str(path))!r}")
+    folder = path if is_folder(path) else path.parent
+    config = _config(folder, field)
+    check_config(folder, config, field)
+    weights = _read_folder(folder, config, field) if folder is path else _read(path, field)
+    if not weights:
+        raise UsageError(field, f"{path} holds no tensors")
+    check_tensors(weights, field)
+    return weights
 
 
-def _open_file(path: Path, field: str) -> tuple[dict[str, Extent], dict[str, str]]:
+def _read(path: Path, field: str) -> LazyWeights:
+    return _read_index(path, field) if path.name.endswith(".index.json") else read_file(path, field)
+
+
+def _read_folder(folder: Path, config: Mapping[str, Any], field: str) -> LazyWeights:
+    """What ``from_pretrained`` of transformers loads: the file that config.json names, the single file, the index.
+
+    A folder without any of these may hold one safetensors file of another name.
+    """
+    named = config.get("transformers_weights")
+    if named is not None:
+        return _read(_beside(folder / CONFIG, named, "transformers_weights", field), field)
+    single, index = folder / SINGLE, folder / INDEX
+    if is_file(single):
+        weights = read_file(single, field)
+        if is_file(index):
+            _check_same(single, weights, index, field)
+        return weights
+    if is_file(index):
+        return _read_index(index, field)
+    files = sorted(folder.iterdir())
+    alone = [file for file in files if file.suffix == ".safetensors" and is_file(file)]
+    pickles = [file for file in files if file.suffix in PICKLES]
+    if len(alone) == 1 and not pickles:
+        return read_file(alone[0], field)
+    if pickles and not alone:
+        raise UsageError(
+            field, f"{folder} holds only pickles, which can run code; convert them to safetensors"
+        )
+    choice = f"; name the file: {', '.join(brief(file.name) for file in alone[:5])}" if alone else ""
+    raise UsageError(field, f"{folder} has neither {SINGLE} nor {INDEX}{choice}")
+
+
+def _check_same(single: Path, weights: LazyWeights, index: Path, field: str) -> None:
+    """UsageError unless the index and its shards hold what the single file holds, byte for byte."""
     try:
-        with safe_open(path, framework="pt") as checked:  # names, types, offsets and length fit
-            metadata = dict(checked.metadata() or {})
-        with path.open("rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            header = json.loads(handle.read(length))
-    except (SafetensorError, ValueError, OSError) as error:
-        reason = str(error).removeprefix("Error while deserializing header: ") or "unreadable"
-        raise UsageError(field, f"{path} is not a whole safetensors file ({reason})") from None
-    stamp = _stamp(path)
-    extents = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in DTYPES:
-            raise UsageError(
-                field, f"{path}: tensor {name!r} has type {entry['dtype']}, which cannot be merged"
-            )
-        start = 8 + length + entry["data_offsets"][0]
-        extents[name] = Extent(path, stamp, start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-    ordered = sorted(extents.items(), key=lambda item: (item[1].start, item[0]))
-    return dict(ordered), metadata
+        other = _read_index(index, field)
+        differs = _difference(weights, other)
+    except UsageError as error:
+        differs = error.message
+    if differs:
+        raise UsageError(
+            field,
+            f"{single.parent} holds {SINGLE}, which transformers loads, and {INDEX}, which does not agree with it "
+            f"({differs}); name the one that is meant, or remove the other",
+        )
 
 
-def _open_index(path: Path, field: str) -> LazyWeights:
-    try:
-        listed = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, TypeError, KeyError):
-        raise UsageError(field, f"{path} is not an index of safetensors files") from None
+def _difference(one: LazyWeights, other: LazyWeights) -> str:
+    """The first tensor in which two sets of files differ, in words; empty if in none."""
+    for name in sorted({*one, *other}):
+        if name not in one or name not in other:
+            return f"tensor {name!r} is in one of them only"
+        a, b = one.extents[name], other.extents[name]
+        if (a.dtype, a.shape) != (b.dtype, b.shape) or not torch.equal(_raw(a), _raw(b)):
+            return f"tensor {name!r} differs"
+    return ""
+
+
+def _raw(extent: Extent) -> Tensor:
+    return extent.read().reshape(-1).view(torch.uint8)
+
+
+# --------------------------------------------------------------------------- JSON beside the tensors
+
+
+def _read_index(path: Path, field: str) -> LazyWeights:
+    """The shards that an index names, which hold the tensors that it lists, and no others."""
+    listed = _json(path, field).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()):
+        raise UsageError(
+            field,
+            f"{path} is not an index of safetensors files: weight_map must map names of tensors to names of files",
+        )
     extents: dict[str, Extent] = {}
     metadata: dict[str, str] = {}
-    for shard in sorted(set(map(str, listed.values()))):
-        file = path.parent / shard
-        if Path(shard).name != shard or not file.is_file():
-            raise UsageError(field, f"{path} names a file {shard!r} that is not beside it")
-        found, more = _open_file(file, field)
-        metadata.update(more)
-        extents.update((name, extent) for name, extent in found.items() if listed.get(name) == shard)
+    for shard in sorted(set(listed.values())):
+        file = _beside(path, shard, "weight_map", field)
+        part = read_file(file, field)
+        metadata.update(part.metadata)
+        strange = [name for name in part if listed.get(name) != shard]
+        if strange:
+            raise UsageError(field, f"{file}: tensor {brief(strange[0])!r} does not lie here by {path.name}")
+        extents.update(part.extents)
     lost = [name for name in listed if name not in extents]
     if lost:
         raise UsageError(
-            field, f"{path.parent / listed[lost[0]]}: tensor {lost[0]!r} of the index is missing"
+            field, f"{path.parent / listed[lost[0]]}: tensor {brief(lost[0])!r} of the index is missing"
         )
     return LazyWeights(extents, metadata)
+
+
+def _beside(source: Path, name: Any, key: str, field: str) -> Path:
+    """The file that ``source`` names under ``key``: beside it, and not a place elsewhere or another index's index."""
+    ends = (".safetensors",) if source.name != CONFIG else (".safetensors", ".safetensors.index.json")
+    if not isinstance(name, str) or Path(name).name != name or plain(name) != name or not name.endswith(ends):
+        raise UsageError(
+            field,
+            f"{source}: {key} names {brief(str(name))!r}; expected a .safetensors file's name, without folders",
+        )
+    if not is_file(source.parent / name):
+        raise UsageError(field, f"{source} names a file {brief(name)!r} that is not beside it")
+    return source.parent / name
+
+
+def _config(folder: Path, field: str) -> Mapping[str, Any]:
+    path = folder / CONFIG
+    return _json(path, field) if path.exists() or path.is_symlink() else {}
+
+
+def _json(path: Path, field: str) -> dict[str, Any]:
+    """The mapping in a JSON file. UsageError for anything else, for names given twice, and for endless files."""
+    try:
+        if not is_file(path) or path.stat().st_size > LONGEST:
+            raise ValueError(f"not a file of at most {LONGEST >> 20} MiB")
+        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+    except (ValueError, RecursionError, OSError) as error:
+        raise UsageError(field, f"{path} cannot be read as JSON ({brief(str(error))})") from None
+    if not isinstance(found, dict):
+        raise UsageError(field, f"{path} is not a mapping of fields")
+    return found
+
+
+def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} is given twice")
+        found[name] = value
+    return found

@@ -6,8 +6,9 @@ import errno
 import json
 import math
 import os
+import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,16 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mergesec.contracts import ContractError
-from mergesec.files import Full
-from mergesec.streaming.reading import SINGLE, Extent, LazyWeights
+from mergesec.files import Full, sync_folder
+from mergesec.streaming.mapped import Extent, LazyWeights
+from mergesec.streaming.reading import SINGLE
 from mergesec.tensorwise import BLOCK
 from mergesec.weights import DTYPE_NAMES, mergeable
+
+SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
+"""Names of the files that an index in a folder lists."""
+HEADER = 100_000_000
+"""Bytes of the longest header that safetensors reads."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,10 @@ def _shard(file: str, tensors: Mapping[str, Extent], metadata: Mapping[str, str]
         starts[name], position = position, end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > HEADER:
+        raise ContractError(
+            f"the names of {len(tensors)} tensors and the metadata fill {len(text)} bytes; use shards"
+        )
     first = 8 + len(text)
     return _Shard(
         file, {n: first + s for n, s in starts.items()}, len(text).to_bytes(8, "little") + text,
@@ -110,7 +121,7 @@ class Writer:
         extent = self.like.extents[name]
         if tensor.dtype != extent.dtype or tuple(tensor.shape) != extent.shape:
             raise ContractError(f"'{name}' came out as {tensor.dtype} {list(tensor.shape)}")
-        if mergeable(tensor) and not _finite(tensor):
+        if mergeable(tensor) and not finite(tensor):
             raise ContractError(f"'{name}' came out with values that are not finite")
         self.waiting.discard(name)
         if extent.size:
@@ -121,8 +132,12 @@ class Writer:
             except OSError as error:
                 raise _no_room(error) from None
 
-    def commit(self) -> list[Path]:
-        """Flush, read the headers back, and rename into place; the published files, index last."""
+    def commit(self, stale: Sequence[Path] = ()) -> list[Path]:
+        """Flush, read the headers back, rename into place, and remove what is ``stale``; the published files.
+
+        The index comes last. Where shards of an earlier result would be replaced under its index, that one goes
+        first: stopped at any moment this leaves the old model, the new one, or none, and never parts of both.
+        """
         if self.waiting:
             raise ContractError(f"'{min(self.waiting)}' was never written")
         for handle, shard in zip(self._handles, self.shards, strict=True):
@@ -133,9 +148,18 @@ class Writer:
         names = [shard.name for shard in self.shards]
         if len(names) > 1:
             names.append(self._index())
-        for name in names:
-            os.replace(self._temporary / name, self.folder / name)
-        return [self.folder / name for name in names]
+        files = [self.folder / name for name in names]
+        for path in stale if len(names) > 1 else ():
+            if path.suffix == ".json":
+                path.unlink()
+                sync_folder(self.folder)
+        for path in files:
+            os.replace(self._temporary / path.name, path)
+            sync_folder(self.folder)
+        for path in sorted(set(stale) - set(files)):
+            path.unlink(missing_ok=True)
+        sync_folder(self.folder)
+        return files
 
     def _index(self) -> str:
         owned = {name: shard.name for shard in self.shards for name in shard.starts}
@@ -144,7 +168,10 @@ class Writer:
             "weight_map": {name: owned[name] for name in self.like},
         }
         name = f"{self.shards[0].name.rsplit('-', 3)[0]}.safetensors.index.json"
-        (self._temporary / name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        with (self._temporary / name).open("w", encoding="utf-8") as file:
+            file.write(json.dumps(index, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         return name
 
 
@@ -171,7 +198,7 @@ def _no_room(error: BaseException) -> BaseException:
     return error
 
 
-def _finite(tensor: Tensor) -> bool:
+def finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite, a block at a time; a sum tells, unless it overflows."""
     flat = tensor.reshape(-1)
     for start in range(0, len(flat), BLOCK):

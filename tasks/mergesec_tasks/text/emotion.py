@@ -1,23 +1,22 @@
 """Text classification from local folders: ``<root>/<task>/{train,test}.parquet`` + ``classes.json``.
 
-Columns: ``text`` (strings) and an integer label column. Nothing is downloaded and no data ships with the
+Instead of parquet: shards of it, CSV or JSON lines. Columns: ``text`` (strings) and an integer label column. Nothing is downloaded and no data ships with the
 project.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from mergesec.contracts import ContractError, DataContext, Split
+from mergesec.contracts import DataContext, Split
 from mergesec.text import TextTask
 from mergesec_tasks._folder import (
     FolderSplits,
     capped,
-    labelled_rows,
     split_tuning,
 )
+from mergesec_tasks._tables import read_table, text_cells
 
 CARD: dict[str, Any] = {
     "name": "emotion",
@@ -46,7 +45,9 @@ CARD: dict[str, Any] = {
 class FolderText(FolderSplits, TextTask):
     """One text task read from its own folder. ``partial`` tells a subset of the official set after ``load``."""
 
+    layout = "expected <data root>/<task>/train.parquet, test.parquet (or .csv, .jsonl) and classes.json"
     page = "docs/methods/text.md"
+    kinds = ("parquet", "csv", "jsonl")
 
     def __init__(self, max_train: int, max_test: int, text_column: str, label_column: str) -> None:
         self.max_train, self.max_test = max_train, max_test
@@ -56,29 +57,20 @@ class FolderText(FolderSplits, TextTask):
 
     # ---- reading
 
-    def _read_classes(self, folder: str | None) -> list[str]:
-        path = self._file(folder, "classes.json")
-        names = json.loads(path.read_text(encoding="utf-8")).get("classes")
-        if not isinstance(names, list) or not names:
-            raise ContractError(f"{path}: no list 'classes'")
-        return [str(name) for name in names]
-
-    def _read_rows(self, path: Path) -> Split:
-        """Texts and labels int64 ``[N]`` of one file; only the two columns needed are read."""
-        texts, targets = labelled_rows(path, self.text_column, self.label_column, len(self.classes))
-        wrong = [row for row, text in enumerate(texts) if not isinstance(text, str)]
-        if wrong:
-            raise ContractError(f"{path}: row {wrong[0]} of column '{self.text_column}' is no text")
-        return Split(texts, targets)
+    def _read_rows(self, files: list[Path]) -> Split:
+        """Texts and labels int64 ``[N]`` of a split's files; only the two columns needed are read."""
+        table = read_table(files, text_cells(self.text_column), self.label_column, len(self.classes))
+        return Split(table.cells, table.targets)
 
     def load(self, ctx: DataContext) -> dict[str, Split]:
         """Splits of strings. Tuning is cut from train before ``max_train`` applies.
 
         FileNotFoundError if a file is missing; ContractError for a wrong column, label or text.
         """
-        self.classes = self._read_classes(ctx.folder)
-        rows = self._read_rows(self._file(ctx.folder, "train.parquet"))
-        test = self._read_rows(self._file(ctx.folder, "test.parquet"))
+        files = self._tables(ctx.folder)
+        self.classes = self._class_names(ctx.folder, "classes", self.label_column, files)
+        self._check_present(ctx.folder, files)
+        rows, test = self._read_rows(files["train"]), self._read_rows(files["test"])
         self.partial = self._missing(len(rows) + len(test))
         train, tuning = split_tuning(rows.targets)
         return {

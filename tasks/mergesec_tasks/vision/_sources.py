@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,19 +14,32 @@ import torch
 from torch import Tensor
 
 from mergesec.contracts import ContractError
+from mergesec.errors import nearest
+from mergesec_tasks._folder import checked_names, same_name
 from mergesec_tasks._hub import dataset_files
+from mergesec_tasks._tables import check_shards, image_cells, linked, listed, read_table
 
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp")
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".webp")
+NOTES = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".md", ".html")
+"""Endings of files beside the images that are read over."""
+SYSTEM = {
+    "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "$recycle.bin",
+    "system volume information", "lost+found", "__pycache__",
+}  # fmt: skip
+"""What operating systems leave in folders, beside names that begin with a dot."""
+DEEPEST = 32
+LARGEST = 2**30
+"""Bytes of an encoded image; the most pixels that are read take less, whatever their format."""
 SPLITS = ("train", "test")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Encoded images and labels int64 ``[N]`` of one file, folder or hub split."""
+    """Encoded images and labels int64 ``[N]`` of one split, and where a row stands."""
 
     images: Sequence[bytes]
     targets: Tensor
-    where: str
+    place: Callable[[int], str]
 
 
 @dataclass(frozen=True)
@@ -44,50 +58,171 @@ class Files(Sequence[bytes]):
         self._paths = paths
 
     def __getitem__(self, index: Any) -> Any:
-        return self._paths[index].read_bytes()
+        path = self._paths[index]
+        try:
+            if (size := path.stat().st_size) > LARGEST:
+                raise ContractError(f"{path}: {size} bytes; an image has at most {LARGEST}")
+            return path.read_bytes()
+        except OSError as error:
+            raise ContractError(f"{path}: cannot be read ({error.strerror})") from None
 
     def __len__(self) -> int:
         return len(self._paths)
 
+    def place(self, row: int) -> str:
+        return str(self._paths[row])
+
+
+def from_tables(
+    files: Mapping[str, Sequence[Path]], classes: list[str], images: str, label_column: str
+) -> Source:
+    """Parquet files of each split."""
+    rows = {}
+    for split in SPLITS:
+        table = read_table(files[split], image_cells(images), label_column, len(classes))
+        rows[split] = Rows(table.cells, table.targets, table.place)
+    return Source(classes, rows["train"], rows["test"])
+
+
+# --------------------------------------------------------------------------- a folder per class
+
+
+def is_system(name: str) -> bool:
+    """Hidden, or an operating system's own."""
+    return name.startswith(".") or name.casefold() in SYSTEM
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    """Folders of a split that stand for classes, sorted. ContractError for images beside them, and links."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        if is_system(path.name):
+            continue
+        if path.is_dir():
+            if path.is_symlink():
+                raise ContractError(linked(path))
+            found.append(path)
+        elif path.suffix.lower() in IMAGES:
+            raise ContractError(f"{path}: an image outside of the folders of classes")
+    return found
+
 
 def has_class_folders(folder: Path) -> bool:
-    """Whether ``folder`` has ``train/<class>/`` and ``test/<class>/``."""
-    return all(
-        (folder / split).is_dir() and any(p.is_dir() for p in (folder / split).iterdir()) for split in SPLITS
+    """Whether ``folder`` has ``train/<class>/`` or ``test/<class>/``."""
+    return any(
+        p.is_dir() and not is_system(p.name)
+        for split in SPLITS
+        if (folder / split).is_dir()
+        for p in (folder / split).iterdir()
     )
 
 
 def from_class_folders(folder: Path, names: list[str] | None) -> Source:
     """``train/<class>/*.jpg`` and ``test/<class>/*.jpg``; classes are ``names``, or the folders, sorted.
 
-    ContractError for a folder that is no class, or an empty split.
+    ContractError for a folder that is no class, a class without images in a split, two folders of one name,
+    and files that are neither images nor notes.
     """
-    if names is None:
-        names = sorted({p.name for split in SPLITS for p in (folder / split).iterdir() if p.is_dir()})
-    rows = {}
     for split in SPLITS:
-        paths: list[Path] = []
-        labels: list[int] = []
-        for place in sorted(p for p in (folder / split).iterdir() if p.is_dir()):
-            if place.name not in names:
-                raise ContractError(f"{place}: '{place.name}' is not one of the {len(names)} classes")
-            found = sorted(p for p in place.rglob("*") if p.suffix.lower() in IMAGES)
-            paths += found
-            labels += [names.index(place.name)] * len(found)
-        if not paths:
-            raise ContractError(f"{folder / split}: no image ({', '.join(IMAGES)}) in any class folder")
-        rows[split] = Rows(Files(paths), torch.tensor(labels, dtype=torch.int64), str(folder / split))
+        if not (folder / split).is_dir():
+            raise ContractError(f"{folder}: no folder '{split}' beside the other split's")
+        if (folder / split).is_symlink():
+            raise ContractError(linked(folder / split))
+    places = {split: _class_folders(folder / split) for split in SPLITS}
+    if names is None:
+        names = sorted({p.name for found in places.values() for p in found})
+        _check_spellings(folder, names)
+    labels = {same_name(name): label for label, name in enumerate(names)}
+    rows = {split: _split_rows(folder / split, places[split], names, labels) for split in SPLITS}
     return Source(list(names), rows["train"], rows["test"])
+
+
+def _check_spellings(folder: Path, names: Sequence[str]) -> None:
+    """ContractError if two folders differ only by case, spaces around, or how letters are composed."""
+    checked_names(names, str(folder))
+    known: dict[str, str] = {}
+    for name in names:
+        other = known.setdefault(same_name(name).casefold(), name)
+        if other != name:
+            raise ContractError(
+                f"{folder}: classes {other!r} and {name!r} differ by case only; one class has one name (if they "
+                "are two, list both in classes.json)"
+            )
+
+
+def _split_rows(split: Path, places: Sequence[Path], names: Sequence[str], labels: Mapping[str, int]) -> Rows:
+    """Images of the class folders ``places``, every class present once."""
+    paths: list[Path] = []
+    found: list[int] = []
+    taken: dict[int, Path] = {}
+    for place in places:
+        label = labels.get(same_name(place.name))
+        if label is None:
+            close = nearest(place.name, names)
+            raise ContractError(f"{place}: '{place.name}' is not one of the {len(names)} classes{close}")
+        if label in taken:
+            raise ContractError(f"{place}: the class of {taken[label]} once more")
+        images = _images(place)
+        if not images:
+            raise ContractError(f"{place}: no image ({', '.join(IMAGES)}); a class needs some in each split")
+        taken[label] = place
+        paths += images
+        found += [label] * len(images)
+    lacking = [name for label, name in enumerate(names) if label not in taken]
+    if lacking:
+        raise ContractError(
+            f"{split}: no folder for {len(lacking)} of {len(names)} classes: {listed(lacking)}"
+        )
+    files = Files(paths)
+    return Rows(files, torch.tensor(found, dtype=torch.int64), files.place)
+
+
+def _images(place: Path) -> list[Path]:
+    """All images below a class folder, sorted. ContractError for what is neither image nor note."""
+    found: list[Path] = []
+
+    def stop(error: OSError) -> None:
+        raise ContractError(f"{error.filename}: cannot be read ({error.strerror})")
+
+    for at, folders, files in os.walk(place, onerror=stop):
+        here = Path(at)
+        folders[:] = [name for name in folders if not is_system(name)]
+        if len(here.parts) - len(place.parts) > DEEPEST:
+            raise ContractError(f"{place}: folders nested more than {DEEPEST} deep")
+        for name in folders:
+            if (here / name).is_symlink():
+                raise ContractError(linked(here / name))
+        for name in files:
+            path = here / name
+            suffix = path.suffix.lower()
+            if is_system(name) or suffix in NOTES:
+                continue
+            if suffix not in IMAGES:
+                raise ContractError(
+                    f"{path}: neither an image ({', '.join(IMAGES)}) nor a note ({', '.join(NOTES)})"
+                )
+            if not path.is_file():
+                raise ContractError(f"{path}: not a regular file, nor a link to one")
+            found.append(path)
+    return sorted(found)
+
+
+# --------------------------------------------------------------------------- the hub
 
 
 class _Column(Sequence[bytes]):
     """Encoded images of a hub data set, read when asked for."""
 
-    def __init__(self, rows: Any, column: str) -> None:
-        self._rows, self._column = rows, column
+    def __init__(self, rows: Any, column: str, where: str) -> None:
+        self._rows, self._column, self._where = rows, column, where
+
+    def place(self, row: int) -> str:
+        return f"{self._where}: row {row} of column '{self._column}'"
 
     def __getitem__(self, index: Any) -> Any:
-        cell = self._rows[int(index)][self._column]
+        cell = self._rows[int(index)][self._column] or {}
+        if cell.get("bytes") is None and not cell.get("path"):
+            raise ContractError(f"{self.place(index)} is null")
         return cell["bytes"] if cell.get("bytes") is not None else Path(cell["path"]).read_bytes()
 
     def __len__(self) -> int:
@@ -113,6 +248,7 @@ def from_hub(
             files = dataset_files(name, revision, pattern, f"task '{task}'")
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{looked}. {error}") from None
+        check_shards(files)
         found = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
         for column in (image_column, label_column):
             if column not in found.column_names:
@@ -121,8 +257,15 @@ def from_hub(
         if not classes:
             raise ContractError(f"{name}: column '{label_column}' does not name its classes")
         encoded = found.cast_column(image_column, datasets.Image(decode=False))
-        labels = torch.tensor(found[label_column][:], dtype=torch.int64)
-        rows[split] = Rows(_Column(encoded, image_column), labels, f"{name} {split}")
+        labels = found[label_column][:]
+        wrong = next((i for i, x in enumerate(labels) if x is None or not 0 <= x < len(classes)), None)
+        if wrong is not None:
+            raise ContractError(
+                f"{name} {split}: label {labels[wrong]} in column '{label_column}' is not in "
+                f"0..{len(classes) - 1} (row {wrong})"
+            )
+        images = _Column(encoded, image_column, f"{name} {split}")
+        rows[split] = Rows(images, torch.tensor(labels, dtype=torch.int64), images.place)
     return Source(classes, rows["train"], rows["test"])
 
 

@@ -7,11 +7,9 @@ at a commit. No data ships with the project.
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,17 +19,21 @@ from mergesec.images import ImageTask
 from mergesec_tasks._folder import (
     FolderSplits,
     capped,
-    labelled_rows,
     split_tuning,
 )
+from mergesec_tasks.vision._pixels import Refused, picture, strictly
 from mergesec_tasks.vision._sources import (
     Rows,
     Source,
     from_class_folders,
     from_hub,
+    from_tables,
     has_class_folders,
     phrase,
 )
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 CARDS: list[dict[str, Any]] = [
     {
@@ -197,38 +199,43 @@ CARDS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 LAYOUT = (
-    "expected <data root>/<task>/train.parquet, test.parquet and classes.json, "
+    "expected <data root>/<task>/train.parquet, test.parquet (or shards) and classes.json, "
     "or train/<class>/ and test/<class>/"
 )
 
 
 def decode(
-    images: Sequence[bytes], rows: Sequence[int], size: int, where: str, fit: str = "squash"
+    images: Sequence[bytes], rows: Sequence[int], size: int, where: Callable[[int], str], fit: str = "squash"
 ) -> Tensor:
-    """Encoded images ``rows`` as uint8 ``[N, 3, size, size]``; grey becomes RGB, other sizes are resized (bicubic).
+    """Encoded images ``rows`` as uint8 ``[N, 3, size, size]``; other sizes are resized (bicubic).
 
     ``fit``: ``squash`` changes the aspect; ``crop`` scales the shorter side and cuts out the centre, as CLIP does.
+    ContractError begins with what ``where`` calls the row.
     """
     import numpy as np
-    from PIL import Image, UnidentifiedImageError
 
     pixels = np.empty((len(rows), 3, size, size), dtype=np.uint8)
-    for place, row in enumerate(rows):
-        try:
-            with Image.open(io.BytesIO(images[row])) as image:
-                picture = image.convert("RGB")
-        except (UnidentifiedImageError, OSError, TypeError) as error:
-            raise ContractError(f"{where}: row {row} holds no readable image ({error})") from None
-        if picture.size != (size, size):
-            box = None
-            if fit == "crop":
-                width, height = picture.size
-                side = min(width, height)
-                left, top = (width - side) / 2, (height - side) / 2
-                box = (left, top, left + side, top + side)
-            picture = picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
-        pixels[place] = np.asarray(picture).transpose(2, 0, 1)
+    with strictly():
+        for place, row in enumerate(rows):
+            try:
+                pixels[place] = np.asarray(_fitted(picture(images[row]), size, fit)).transpose(2, 0, 1)
+            except Refused as error:
+                raise ContractError(f"{where(row)} {error}") from None
     return torch.from_numpy(pixels)
+
+
+def _fitted(image: Image, size: int, fit: str) -> Image:
+    from PIL.Image import Resampling
+
+    if image.size == (size, size):
+        return image
+    box = None
+    if fit == "crop":
+        width, height = image.size
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        box = (left, top, left + side, top + side)
+    return image.resize((size, size), Resampling.BICUBIC, box=box)
 
 
 class FolderTask(FolderSplits, ImageTask):
@@ -259,42 +266,29 @@ class FolderTask(FolderSplits, ImageTask):
 
     # ---- reading
 
-    def _read_classes(self, folder: str | None) -> list[str]:
-        """Class names from ``classes.json``: ``label`` -> "classes", ``coarse_label`` -> "coarse_classes"."""
-        path = self._file(folder, "classes.json")
-        key = self.label_column.replace("label", "classes")
-        content = json.loads(path.read_text(encoding="utf-8"))
-        names = content.get(key)
-        if not isinstance(names, list) or not names:
-            raise ContractError(
-                f"{path}: no list '{key}' (label column '{self.label_column}'); has {list(content)}"
-            )
-        return [str(name) for name in names]
-
-    def _read_rows(self, path: Path, classes: int) -> tuple[list[bytes], Tensor]:
-        """Encoded images and labels int64 ``[N]`` of one file; only the two columns needed are read."""
-        cells, targets = labelled_rows(path, self.image_column, self.label_column, classes)
-        # The Hugging Face image type stores {"bytes": ..., "path": ...}.
-        return [cell["bytes"] if isinstance(cell, dict) else cell for cell in cells], targets
-
     def _source(self, folder: str | None) -> Source:
         """A local folder first (parquet files, or a folder per class), then the hub at a commit."""
         card = self._card()
-        if folder is not None and has_class_folders(Path(folder)):
-            named = (Path(folder) / "classes.json").is_file()
-            return from_class_folders(Path(folder), self._read_classes(folder) if named else None)
-        if card.get("hub") and (folder is None or not Path(folder).is_dir()):
+        home = Path(folder) if folder is not None and Path(folder).is_dir() else None
+        if home is None and card.get("hub"):
             looked = f"task '{self.name}': " + (f"no folder '{folder}'" if folder else "no data root is set")
             looked += f" ({LAYOUT}; set --data-root or MERGESEC_DATA)"
             revision = self.revision or card["hub"]["revision"]
             return from_hub(card["hub"], revision, self.image_column, self.label_column, self.name, looked)
-        classes = self._read_classes(folder)
-        files = [self._file(folder, f"{split}.parquet") for split in ("train", "test")]
-        train, test = (Rows(*self._read_rows(file, len(classes)), str(file)) for file in files)
-        return Source(classes, train, test)
+        tables = self._tables(folder)
+        key = self.label_column.replace("label", "classes")
+        if home is not None and has_class_folders(home):
+            if found := [file for files in tables.values() for file in files]:
+                raise ContractError(f"{home}: {found[0].name} and folders of classes; keep one of them")
+            named = (home / "classes.json").exists()
+            names = self._class_names(folder, key, self.label_column, {}) if named else None
+            return from_class_folders(home, names)
+        classes = self._class_names(folder, key, self.label_column, tables)
+        self._check_present(folder, tables)
+        return from_tables(tables, classes, self.image_column, self.label_column)
 
     def _split(self, source: Rows, rows: Tensor) -> Split:
-        pixels = decode(source.images, rows.tolist(), self.size, source.where, self.fit)
+        pixels = decode(source.images, rows.tolist(), self.size, source.place, self.fit)
         return Split(pixels, source.targets[rows])
 
     def load(self, ctx: DataContext) -> dict[str, Split]:

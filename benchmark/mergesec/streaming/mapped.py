@@ -1,0 +1,136 @@
+"""Safetensors files read one tensor at a time, mapped: names, shapes and types are known without the data.
+
+What a file holds is asked of safetensors itself, so that both read the same or nothing. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mergesec.contracts import ContractError
+from mergesec.errors import UsageError
+from mergesec.files import brief
+from mergesec.weights import DTYPES
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where a tensor lies: file, position of its first byte there, type and shape."""
+
+    file: Path
+    stamp: tuple[int, int, int]
+    """Inode, size and time of the file when it was opened."""
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        """The tensor, mapped: pages come in as they are looked at and go when the tensor does."""
+        if not self.size:
+            return torch.empty(self.shape, dtype=self.dtype)
+        skip = self.start % mmap.ALLOCATIONGRANULARITY
+        try:
+            with self.file.open("rb") as handle:
+                if _stamp(handle.fileno()) != self.stamp:
+                    raise ContractError(f"{self.file} changed while it was being read")
+                # a private mapping: the file stays as it is whatever is done to the tensor
+                view = mmap.mmap(
+                    handle.fileno(), skip + self.size, access=mmap.ACCESS_COPY, offset=self.start - skip
+                )
+        except OSError as error:
+            raise ContractError(f"{self.file} changed while it was being read ({error.strerror})") from None
+        if hasattr(mmap, "MADV_SEQUENTIAL"):  # read ahead further where it comes from a disk
+            view.madvise(mmap.MADV_SEQUENTIAL)
+        count = math.prod(self.shape)
+        return torch.frombuffer(view, dtype=self.dtype, count=count, offset=skip).view(self.shape)
+
+
+def _stamp(file: Path | int) -> tuple[int, int, int]:
+    found = os.stat(file)
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+class LazyWeights(Mapping[str, Tensor]):
+    """Weights in safetensors files. Every access maps the tensor anew; names, shapes and types are
+    known without reading data. The order is the one in which the tensors lie in the files."""
+
+    lazy = True
+    """No two names share memory (see ``weights.owners``)."""
+
+    def __init__(self, extents: Mapping[str, Extent], metadata: Mapping[str, str]) -> None:
+        self.extents = dict(extents)
+        self.metadata = dict(metadata)
+        self.watch: Callable[[str], None] | None = None
+        """Told each name that is asked for (to show progress)."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        extent = self.extents[name]
+        if self.watch is not None:
+            self.watch(name)
+        return extent.read()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.extents
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.extents)
+
+    def __len__(self) -> int:
+        return len(self.extents)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(extent.size for extent in self.extents.values())
+
+
+def read_file(path: Path, field: str) -> LazyWeights:
+    """The tensors of one file. UsageError naming ``field`` where safetensors reads it no more than we can."""
+    try:
+        stamp = _stamp(path)
+        with safe_open(path, framework="pt") as stored:  # names, types, offsets and length fit
+            metadata = dict(stored.metadata() or {})
+            found = [(name, stored.get_slice(name)) for name in stored.offset_keys()]
+            layout = [(name, part.get_dtype(), tuple(part.get_shape())) for name, part in found]
+        with path.open("rb") as handle:
+            start = 8 + int.from_bytes(handle.read(8), "little")
+    except (SafetensorError, ValueError, OSError) as error:
+        reason = brief(str(error).removeprefix("Error while deserializing header: "))
+        raise UsageError(
+            field, f"{path} is not a whole safetensors file ({reason or 'unreadable'})"
+        ) from None
+    extents: dict[str, Extent] = {}
+    for name, dtype, shape in layout:
+        if dtype not in DTYPES:
+            raise UsageError(
+                field, f"{path}: tensor {brief(name)!r} has type {dtype}, which cannot be merged"
+            )
+        if not _fits(shape):
+            raise UsageError(field, f"{path}: tensor {brief(name)!r} has the shape {brief(str(list(shape)))}")
+        extents[name] = Extent(path, stamp, start, DTYPES[dtype], shape)
+        start += extents[name].size  # safetensors holds them in this order and without gaps
+    ordered = sorted(extents.items(), key=lambda item: (item[1].start, item[0]))
+    return LazyWeights(dict(ordered), metadata)
+
+
+def _fits(shape: tuple[int, ...]) -> bool:
+    """Whether torch can hold a tensor of this shape: with no entries at all a side may still be too long."""
+    try:
+        torch.empty(shape, device="meta")
+    except (RuntimeError, TypeError, OverflowError):
+        return False
+    return True

@@ -1,0 +1,90 @@
+"""Whether tensors are a network's weights, which can be averaged, or something that stands for them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergesec.errors import UsageError
+from mergesec.files import brief, plain
+from mergesec.streaming.mapped import Extent, LazyWeights
+
+ADAPTER = "adapter_config.json"
+QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json")
+"""Files in which tools for quantisation say what they did."""
+FIELDS = ("quantization_config", "compression_config", "quantization")
+"""Fields of config.json that say it."""
+FACTORS = re.compile(
+    r"(^|\.)base_model\.model\.|(^|\.)[^.]*(lora|hada_w|lokr_w|oft_r|boft_r|ia3_l|vera_lambda|prompt_embeddings)",
+    re.IGNORECASE,
+)
+"""Names of tensors that adapters have: of factors, scales, rotations and prompts, and what peft puts before any."""
+COMPANIONS = re.compile(
+    r"(^|\.)(SCB|qweight|qzeros|g_idx|absmax|nested_absmax|quant_map|nested_quant_map|quant_state\..*|weight_format"
+    r"|(weight|input|output|k|v)_(scale|zero_point)(_inv|_2)?|weight_(packed|shape|global_scale|g_idx)"
+    r"|weight\._(data|scale|zeropoint))$"
+)
+"""Names of tensors that stand beside codes: of bitsandbytes, GPTQ, AWQ, compressed-tensors, ModelOpt, quanto, fp8."""
+CODES = ("weight", "W_q", "_blocks", "_scales")
+"""How names of codes end."""
+SIDES, LETTERS = 64, 500
+"""What torch computes with; what a name of a tensor has at most."""
+
+
+def check_config(folder: Path, config: Mapping[str, Any], field: str) -> None:
+    """UsageError if a folder says that its tensors are an adapter or quantised."""
+    if (folder / ADAPTER).exists():
+        raise UsageError(
+            field,
+            f"{folder} holds an adapter ({ADAPTER}), whose factors cannot be merged apart; merge it into its base "
+            "first (peft: merge_and_unload, then save_pretrained elsewhere), or publish it to a grid as it is",
+        )
+    for name in QUANTISED:
+        if (folder / name).exists():
+            raise UsageError(field, f"{folder} is quantised, says {name}; {_DEQUANTISE}")
+    for key, value in _said(config):
+        if value not in (None, {}):
+            raise UsageError(field, f"{folder} is quantised, says {key} in config.json; {_DEQUANTISE}")
+
+
+_DEQUANTISE = (
+    "codes cannot be merged: save the dequantised weights in float16, bfloat16 or float32 "
+    "(transformers: from_pretrained, dequantize, save_pretrained) and merge those"
+)
+
+
+def _said(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What a config, or that of one of its parts, says about quantisation."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        yield from ((key, part[key]) for key in FIELDS if key in part)
+
+
+def check_tensors(weights: LazyWeights, field: str) -> None:
+    """UsageError, naming the tensor, unless names and types are those of weights that can be merged."""
+    for name, extent in weights.extents.items():
+        if reason := _strange(name, extent):
+            raise UsageError(field, f"{extent.file}: tensor {brief(name)!r} {reason}")
+
+
+def _strange(name: str, extent: Extent) -> str:
+    if plain(name) != name or not 0 < len(name) <= LETTERS:
+        return f"has a name that is empty, cannot be printed or is longer than {LETTERS} characters"
+    if len(extent.shape) > SIDES:
+        return f"has {len(extent.shape)} dimensions, at most {SIDES} can be computed with"
+    if FACTORS.search(name):
+        return "is a part of an adapter, which cannot be merged apart; merge the adapter into its base first"
+    if extent.dtype.is_floating_point and extent.dtype.itemsize == 1:
+        return f"has type {_name(extent.dtype)}; {_DEQUANTISE}"
+    if COMPANIONS.search(name):
+        return f"stands beside codes of quantised weights; {_DEQUANTISE}"
+    if not extent.dtype.is_floating_point and name.endswith(CODES):
+        return f"holds weights as {_name(extent.dtype)}; {_DEQUANTISE}"
+    return ""
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
