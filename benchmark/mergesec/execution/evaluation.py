@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from mergesec.anatomy import AnatomyError
 from mergesec.contracts import (
-    Attack,
     Defense,
     MergeMethod,
     Model,
@@ -106,11 +105,6 @@ def trigger_of(work: Work) -> Iterator[Callable[[Task, Any], Any]]:
             return task.check_triggered(apply(inputs), inputs, name)
 
         yield mark
-
-
-def triggered(task: Task, attack: Attack, trigger: Weights, inputs: Any) -> Any:
-    """Raw inputs of ``task`` with the trigger on them; ContractError if they no longer are that."""
-    return task.check_triggered(attack.apply(trigger, inputs), inputs, attack.name)
 
 
 def evaluate(work: Work) -> Result:

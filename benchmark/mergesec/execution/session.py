@@ -185,20 +185,26 @@ def run_session(
 
 
 def _walls(session: Session, results: Path, contained: bool | None) -> tuple[Walls | None, str]:
-    """What contained plugins may see (code, and their own files; never the store, data or results), or why they
-    are not contained. UsageError if they must be and cannot."""
+    """Walls for the plugins of a grid, or why they are not contained; neither where there are none. UsageError if
+    they must be and cannot."""
     if not (session.plan.plugins or contained):
         return None, ""
     if contained is False:
         return None, "--not-contained"
+    walls, obstacle = walls_of(session.catalog, [session.store.root, results, session.data_root])
+    if contained and obstacle:
+        raise UsageError("--contained", f"plugins cannot be contained on this machine: {obstacle}")
+    return walls, obstacle
+
+
+def walls_of(catalog: Catalog, hidden: Iterable[Path | None]) -> tuple[Walls | None, str]:
+    """What contained plugins may see (code, and their own files; nothing ``hidden``), or why this machine cannot
+    contain them."""
     ground = survey()
     if ground.obstacle:
-        if contained:
-            raise UsageError("--contained", f"plugins cannot be contained on this machine: {ground.obstacle}")
         return None, ground.obstacle
-    files = [str(e.path if e.path.name == e.origin else e.path.parent) for e in session.catalog if e.digest]
-    hidden = [session.store.root, results, *([session.data_root] if session.data_root else [])]
-    return Walls((*ground.code, *files), tuple(str(place.resolve()) for place in hidden)), ""
+    files = [str(e.path if e.path.name == e.origin else e.path.parent) for e in catalog if e.digest]
+    return Walls((*ground.code, *files), tuple(str(place.resolve()) for place in hidden if place)), ""
 
 
 def _drop_uncontained(session: Session) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 import os
@@ -89,10 +90,13 @@ class Bench:
     guests: Guests | None = None
     """Where plugins' code runs; None in a process that is a guest itself, and where somebody tries a component."""
     _held: OrderedDict[str, Held] = field(default_factory=OrderedDict)
+    _given: dict[str, Held] = field(default_factory=dict)
     _instances: dict[str, Any] = field(default_factory=dict)
 
     def read(self, kind: str, key: str) -> tuple[Weights, dict[str, Any]]:
         """Verified tensors and facts of an artifact; least recently used ones are dropped."""
+        if key in self._given:
+            return self._given[key][:2]
         if key in self._held:
             self._held.move_to_end(key)
             return self._held[key][:2]
@@ -111,6 +115,17 @@ class Bench:
             self._held.popitem(last=False)
         return self._held[key][:2]
 
+    def give(self, tensors: Mapping[str, Tensor]) -> str:
+        """Take somebody's own tensors as an artifact that is not stored; its key."""
+        digests = {name: _digest_of(name, tensor) for name, tensor in tensors.items()}
+        key = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:40]
+        self._given[key] = Held(read_only(dict(tensors)), {}, digests)
+        return key
+
+    def digests(self, key: str) -> Mapping[str, str]:
+        """Of each tensor of an artifact that was read."""
+        return (self._given.get(key) or self._held[key]).digests
+
     def _size(self) -> int:
         """Bytes of memory; mapped pixels are the system's to drop."""
         tensors = [t for held in self._held.values() for t in held.tensors.values()]
@@ -124,7 +139,7 @@ class Bench:
         """The first tensor of a kept artifact whose bytes are no longer those that were read, whoever wrote them
         (``.data`` and ``.numpy()`` move no version counter); empty if none. Mapped pixels are let go of instead:
         mapping them anew costs less than reading them."""
-        held = self._held.get(key)
+        held = self._given.get(key) or self._held.get(key)
         if held is None:
             return ""
         for name, tensor in held.tensors.items():

@@ -150,14 +150,6 @@ def _no_main() -> Iterator[None]:
                 setattr(main, name, value)
 
 
-def _kill_group(process: SpawnProcess) -> None:
-    """End a worker with its guests."""
-    if process.pid is not None:
-        with contextlib.suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL)  # no such group if it never came to making one
-    process.kill()
-
-
 class _Ended(NamedTuple):
     """How a worker ended: its exit code, and where it was if it could still tell."""
 
@@ -234,7 +226,7 @@ class _Seat:
         """Have a worker that does not answer write down what it is at; it does so in the middle of C code."""
         if self._process is not None and self._process.pid is not None and self._words is not None:
             with contextlib.suppress(OSError):
-                os.killpg(self._process.pid, WHERE)  # the worker and its guests
+                os.kill(self._process.pid, WHERE)
                 self._words.poll(2.0)
 
     def _end(self, kill: bool) -> _Ended:
@@ -249,7 +241,7 @@ class _Seat:
             process.join(10)
         elif not self._closed:
             process.join(0.2)  # its own exit code says more than that of the kill below
-        _kill_group(process)
+        process.kill()
         process.join()
         with words or contextlib.nullcontext():
             return _Ended(process.exitcode, _last_words(words) if kill and words is not None else "")
@@ -260,7 +252,7 @@ class _Seat:
         process = self._process
         if process is not None and process.pid is not None:
             with contextlib.suppress(OSError):
-                _kill_group(process)
+                process.kill()
 
     def close(self) -> None:
         """Dismiss an idle worker."""

@@ -78,7 +78,8 @@ def serve(pipe: Connection, words: Connection, slot: Slot, place: Workplace, par
     Its stacks go into ``words`` if it crashes, or is asked for them by the signal ``WHERE``.
     """
     faulthandler.enable(words.fileno())
-    faulthandler.register(WHERE, words.fileno())
+    signal.signal(WHERE, _ask_guests)
+    faulthandler.register(WHERE, words.fileno(), chain=True)
     printed = _prepare(Post(slot, place, words.fileno()), parent)
     with contextlib.suppress(EOFError, OSError):
         pipe.send(None)
@@ -95,8 +96,6 @@ def _prepare(post: Post, parent: int) -> int:
     global _POST
     _POST = post
     slot, place, _ = post
-    with contextlib.suppress(OSError):
-        os.setpgid(0, 0)  # a group of its own with its guests, to be asked and ended together
     with tempfile.TemporaryFile() as file:
         printed = os.dup(file.fileno())
     for stream in (1, 2):
@@ -110,6 +109,12 @@ def _prepare(post: Post, parent: int) -> int:
     with contextlib.suppress(Exception):  # told again, and then reported, at the first step
         _bench()  # loading torch must not count against the first step's time-out
     return printed
+
+
+def _ask_guests(*_: Any) -> None:
+    """A worker that does not answer may be waiting for a guest."""
+    if _BENCH is not None and _BENCH.guests is not None:
+        _BENCH.guests.signal(WHERE)
 
 
 def _leave_with(parent: int) -> None:

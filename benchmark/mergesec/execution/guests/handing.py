@@ -37,10 +37,9 @@ def handed(work: Work, role: str) -> Handed:
     """An input of the step, with what its side must not know left out."""
     key = work.inputs[role]
     kind = work.kind_of(role)
-    if kind != "data":
-        blob, meta = work.bench.store.read(kind, key)
-        return Handed(bytes(blob), {"info": meta["info"], "digests": meta["digests"]})
     packed, info = work.bench.read(kind, key)
+    if kind != "data":
+        return Handed(save_tensors(dict(packed)), {"info": info, "digests": dict(work.bench.digests(key))})
     kept = {n: t for n, t in packed.items() if _split(n) in visible_splits(work) or _split(n) not in SPLITS}
     if role == "target_data":
         kept = _few(work, packed, kept)

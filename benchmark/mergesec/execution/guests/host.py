@@ -111,7 +111,7 @@ class Zygote:
             words = self._setting.words
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", module, str(theirs.fileno()), str(words)],
-                pass_fds=(theirs.fileno(), words), stdin=subprocess.DEVNULL, env=_environment(),
+                pass_fds=(theirs.fileno(), words), stdin=subprocess.DEVNULL, env=_environment(), process_group=0,
             )  # fmt: skip
             theirs.close()
             self._line = ours
@@ -123,6 +123,12 @@ class Zygote:
             send(ours, told)
             receive(ours)
         return self._line
+
+    def signal(self, number: int) -> None:
+        """Send a signal to all guests."""
+        if self._process is not None:
+            with contextlib.suppress(OSError):
+                os.killpg(self._process.pid, number)
 
     def close(self) -> None:
         """End it, and with it all its guests."""
@@ -157,6 +163,10 @@ class Hosts:
 
     def close(self) -> None:
         self._zygote.close()
+
+    def signal(self, number: int) -> None:
+        """Send a signal to all guests."""
+        self._zygote.signal(number)
 
     def run(self, work: Work) -> Result:
         with self._guest(work, "step", tuple(work.inputs)) as guest:
