@@ -101,11 +101,14 @@ def fingerprint(path: Path) -> str:
         stat = file.stat()
         stamp = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
         if stamp not in known:
-            with file.open("rb") as handle:
-                known[stamp] = hashlib.file_digest(handle, "sha256").hexdigest()
+            try:
+                with file.open("rb") as handle:
+                    known[stamp] = hashlib.file_digest(handle, "sha256").hexdigest()
+            except OSError as error:
+                raise UsageError(str(file), f"cannot be read ({error.strerror})") from None
             changed = True
         name = file.name if path.is_file() else str(file.relative_to(path))
-        digest.update(f"{name}|{known[stamp]}\n".encode())
+        digest.update(f"{name}|{known[stamp]}\n".encode(errors="surrogateescape"))
     if changed:
         write_atomic(cache, json.dumps(known).encode())
     return digest.hexdigest()[:32]

@@ -15,8 +15,17 @@ from mergesec.contracts import Backbone, Context, ContractError, Model, Split, W
 
 
 def pack_strings(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """UTF-8 bytes of all texts, uint8 ``[B]``, and where each begins and the last ends, int64 ``[N + 1]``."""
-    encoded = [text.encode("utf-8") for text in texts]
+    """UTF-8 bytes of all texts, uint8 ``[B]``, and where each begins and the last ends, int64 ``[N + 1]``.
+
+    ContractError for half a character (a lone surrogate), which UTF-8 does not have.
+    """
+    try:
+        encoded = [text.encode("utf-8") for text in texts]
+    except UnicodeEncodeError as error:
+        place = next(i for i, text in enumerate(texts) if text == error.object)
+        raise ContractError(
+            f"text {place} of {len(texts)} holds half a character (a lone surrogate)"
+        ) from None
     offsets = torch.tensor([0, *(len(piece) for piece in encoded)], dtype=torch.int64).cumsum(0)
     joined = b"".join(encoded)
     if not joined:

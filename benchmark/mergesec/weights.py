@@ -72,9 +72,11 @@ OUTPUTS = frozenset(
     {
         "pooler", "classifier", "pre_classifier", "cls_classifier", "distillation_classifier", "score", "cls",
         "qa_outputs", "lm_head", "vocab_projector", "vocab_transform", "vocab_layer_norm",
+        "text_model", "text_projection", "visual_projection", "logit_scale",
     }
 )  # fmt: skip
-"""Parts of published networks that belong to a task, not to the body: two of one body may differ in them."""
+"""Parts of published networks that belong to a task, not to the body, or to the other side of a CLIP: two of one
+body may differ in them."""
 COMPUTED = ("position_ids", "rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Ends of names of tensors that follow from a config: some releases of transformers store them, others do not."""
 LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}

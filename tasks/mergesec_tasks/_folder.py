@@ -59,6 +59,15 @@ def split_tuning(targets: Tensor) -> tuple[Tensor, Tensor]:
     return torch.nonzero(keep).flatten(), tuning
 
 
+def bare(classes: Sequence[str], targets: Mapping[str, Tensor]) -> list[str]:
+    """Per split, how many classes have no row in it, in words; nothing if none."""
+    found = []
+    for split, labels in targets.items():
+        if lacking := int((torch.bincount(labels, minlength=len(classes)) == 0).sum()):
+            found.append(f"{lacking} of {len(classes)} classes without a row in {split}")
+    return found
+
+
 def class_names(path: Path, key: str) -> list[str]:
     """The list ``key`` of a ``classes.json``; a list by itself is its "classes".
 

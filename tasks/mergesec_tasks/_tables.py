@@ -284,6 +284,7 @@ def _batches(path: Path, file: Any, columns: list[str]) -> Iterator[Any]:
     batch_rows = min(max(allowed // max(claimed, 1), 1), BATCH)
     for batch in file.iter_batches(batch_rows, columns=columns, use_threads=False):
         batch.validate(full=True)
+        batch = _decoded(batch)
         rows, read = rows + batch.num_rows, read + batch.nbytes
         if read > allowed:
             raise ContractError(_bomb(path, told.num_rows, read, size))
@@ -299,8 +300,12 @@ def _bomb(path: Path, rows: int, needed: int, size: int) -> str:
     )
 
 
-def _decoded(column: Any) -> Any:
-    return column.dictionary_decode() if str(column.type).startswith("dictionary") else column
+def _decoded(batch: Any) -> Any:
+    """Columns as values, where they are stored by number: what they take is counted."""
+    import pyarrow
+
+    columns = [c.dictionary_decode() if str(c.type).startswith("dictionary") else c for c in batch.columns]
+    return pyarrow.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
 def _check_nulls(path: Path, column: Any, name: str, first: int, what: str) -> None:
@@ -311,9 +316,7 @@ def _check_nulls(path: Path, column: Any, name: str, first: int, what: str) -> N
 
 def _labels(path: Path, column: Any, name: str, first: int, classes: int) -> Tensor:
     _check_nulls(path, column, name, first, "has no label")
-    values = _decoded(column)
-    _check_nulls(path, values, name, first, "has no label")
-    numbers = values.to_numpy(zero_copy_only=False)
+    numbers = column.to_numpy(zero_copy_only=False)
     wrong = (numbers < 0) | (numbers >= classes)
     if wrong.any():
         row = int(wrong.argmax())
@@ -325,11 +328,10 @@ def _labels(path: Path, column: Any, name: str, first: int, classes: int) -> Ten
 
 def _cells(path: Path, column: Any, name: str, first: int) -> list[Any]:
     _check_nulls(path, column, name, first, "is null")
-    values = _decoded(column)
-    if str(values.type).startswith("struct"):
-        values = values.field("bytes")
-    _check_nulls(path, values, name, first, "is null")
-    found: list[Any] = values.to_pylist()
+    if str(column.type).startswith("struct"):
+        column = column.field("bytes")
+        _check_nulls(path, column, name, first, "is null")
+    found: list[Any] = column.to_pylist()
     return found
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
 import io
 import signal
 import sys
+from collections.abc import Iterator
 from typing import NoReturn
 
 from mergesec.execution.interrupts import EAR, impatient
@@ -17,19 +19,36 @@ def main() -> None:
     told = "interrupted"
     if sys.argv[1:2] == ["run"]:
         told += "; the same command goes on from here"
-    before = EAR.count
-    with EAR.listening(), impatient(told):
-        atexit.register(
-            signal.signal, signal.SIGINT, signal.SIG_IGN
-        )  # then there is nothing left to interrupt
-        try:
-            _call()
-        except BaseException as error:
-            # after Ctrl-C an error is whatever a library made of it; what came to its end is done all the same
-            if EAR.count > before and not (isinstance(error, SystemExit) and error.code in (None, 0)):
-                print(told, file=sys.stderr)
-                sys.exit(130)
-            _end(error)
+    try:
+        with EAR.listening(), impatient(told), _no_word_of_finalizers():
+            # then there is nothing left to interrupt
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+            _answer(told)
+    except KeyboardInterrupt:  # once more, while it was being answered
+        sys.exit(130)
+
+
+def _answer(told: str) -> None:
+    """The verb, and how it ended."""
+    try:
+        _call()
+    except BaseException as error:
+        # after Ctrl-C an error is whatever a library made of it; what came to its end is done all the same
+        if EAR.heard and not (isinstance(error, SystemExit) and error.code in (None, 0)):
+            print(told, file=sys.stderr)
+            sys.exit(130)
+        _end(error)
+
+
+@contextlib.contextmanager
+def _no_word_of_finalizers() -> Iterator[None]:
+    """Ctrl-C that falls into a finalizer is heard all the same; nobody wants to read where it fell."""
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda what: None if what.exc_type is KeyboardInterrupt else before(what)
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _call() -> None:

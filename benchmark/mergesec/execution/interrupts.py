@@ -1,7 +1,7 @@
 """Ctrl-C: counted the moment it comes, whatever the code that it falls into makes of it.
 
 A KeyboardInterrupt may be raised anywhere, in a library's import or in a finalizer too, and come out as another
-error or not at all. So whoever has to know asks for ``EAR.count``; and where work must not be torn apart,
+error or not at all. So whoever has to know asks for ``EAR.heard``; and where work must not be torn apart,
 nothing is raised but in the places made for it.
 """
 
@@ -25,27 +25,29 @@ class Ear:
     """The handler of Ctrl-C."""
 
     def __init__(self) -> None:
-        self.count = 0
-        """How often Ctrl-C was pressed while anybody listened."""
+        self.heard = 0
+        """How often Ctrl-C was pressed since somebody began to listen."""
         self._held = False
         self._open = False
 
     def __call__(self, signum: int, frame: Any) -> None:
-        self.count += 1
+        self.heard += 1
         if not self._held or self._open:
             self._open = False
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Hear Ctrl-C, in the main thread of a process that does not ignore it."""
-        mine = _in_main_thread() and signal.getsignal(signal.SIGINT) not in (None, signal.SIG_IGN, self)
-        before = signal.signal(signal.SIGINT, self) if mine else None
+        """Hear Ctrl-C, in the main thread of a process that does not ignore it; inside another one, go on."""
+        if not _in_main_thread() or signal.getsignal(signal.SIGINT) in (None, signal.SIG_IGN, self):
+            yield
+            return
+        self.heard = 0
+        before = signal.signal(signal.SIGINT, self)
         try:
             yield
         finally:
-            if mine:
-                signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGINT, before)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -60,7 +62,7 @@ class Ear:
         """What ``waits`` returns; None at once if Ctrl-C comes meanwhile, or came after ``noticed`` of them."""
         try:
             self._open = True
-            found = None if self.count > noticed else waits()
+            found = None if self.heard > noticed else waits()
             self._open = False
         except KeyboardInterrupt:
             return None

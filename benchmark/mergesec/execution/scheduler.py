@@ -175,9 +175,8 @@ class Scheduler:
         """Launch and collect until nothing is left; after Ctrl-C until nothing runs."""
         running: dict[Future[Answer], tuple[int, Step]] = {}
         idle = list(range(len(self.executor.slots)))
-        start = EAR.count
         while self._ready or running or self._elsewhere:
-            pressed = EAR.count - start
+            pressed = EAR.heard
             if pressed > 1:
                 raise KeyboardInterrupt
             if pressed and not self.outcome.interrupted:
@@ -187,7 +186,7 @@ class Scheduler:
                 self.reporter.stopping(self.outcome.done, [step.label for _, step in running.values()])
             self._look_elsewhere()
             self._launch(running, idle)
-            ended = EAR.rest(lambda: self._wait(running), start + pressed)
+            ended = EAR.rest(lambda: self._wait(running), pressed)
             for future in ended or ():
                 slot, step = running.pop(future)
                 idle.append(slot)

@@ -83,6 +83,8 @@ def load_grid(source: str, overrides: Sequence[str] = ()) -> GridSpec:
         missing = sorted(OmegaConf.missing_keys(config))
         raw = OmegaConf.to_container(config, resolve=True)
     except Exception as error:  # the file's fault, whatever Hydra and OmegaConf make of it
+        if _was_interrupted(error):  # which they make something else of, one time in twenty
+            raise KeyboardInterrupt from None
         raise UsageError(f"grid {source}", _hydra_message(error, folder)) from None
     if not isinstance(raw, dict):
         raise UsageError(f"grid {source}", "not a mapping of fields")
@@ -92,6 +94,15 @@ def load_grid(source: str, overrides: Sequence[str] = ()) -> GridSpec:
         )
     fields = {"name": name, **{str(k): v for k, v in raw.items()}}
     return parse_grid(fields, f"grid {source}")
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C began what ended as this error."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _may_add(override: str) -> str:

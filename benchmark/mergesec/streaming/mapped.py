@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -71,9 +72,16 @@ class LazyWeights(Mapping[str, Tensor]):
     lazy = True
     """No two names share memory (see ``weights.owners``)."""
 
-    def __init__(self, extents: Mapping[str, Extent], metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        extents: Mapping[str, Extent],
+        metadata: Mapping[str, str],
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         self.extents = dict(extents)
         self.metadata = dict(metadata)
+        self.config = dict(config or {})
+        """What the config.json beside the files says."""
         self.watch: Callable[[str], None] | None = None
         """Told each name that is asked for (to show progress)."""
 

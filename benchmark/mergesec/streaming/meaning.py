@@ -19,7 +19,8 @@ QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json"
 FIELDS = ("quantization_config", "compression_config", "quantization")
 """Fields of config.json that say it."""
 FACTORS = re.compile(
-    r"(^|\.)base_model\.model\.|(^|\.)[^.]*(lora|hada_w|lokr_w|oft_r|boft_r|ia3_l|vera_lambda|prompt_embeddings)",
+    r"(^|\.)base_model\.model\.|(^|[._])(lora|dora)([._]|$)|(^|\.)prompt_embeddings$"
+    r"|(^|\.)((hada|lokr|oft|boft|ia3|vera|randlora|vblora)_)",
     re.IGNORECASE,
 )
 """Names of tensors that adapters have: of factors, scales, rotations and prompts, and what peft puts before any."""
@@ -88,3 +89,40 @@ def _strange(name: str, extent: Extent) -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+TRIFLES = re.compile(
+    r"^_|name_or_path$|version$|architectures$|dtype$|label|problem_type|task|token_id|use_cache|output_|return_|summary_"
+    r"|drop|initializer|_loss|gradient_checkpointing|pretraining_tp|torchscript|auto_map|vocab_size|transformers_weights"
+    r"|attn_implementation|encoder_stride|pooler_|mask_time|mask_feature|apply_spec"
+)
+"""Fields of a config that do not decide what a body makes of its weights, or that shapes of tensors decide."""
+
+
+def other_function(base: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """A field in which two configs of the same weights make another function of them, in words; empty if none.
+
+    A field that only one of them has is a release's default. One may be a part of the other: a tower of CLIP.
+    """
+    base, config = _part(base, config), _part(config, base)
+    for name, value in base.items():
+        given = config.get(name, value)
+        if TRIFLES.search(name) or given == value:
+            continue
+        if isinstance(given, dict) and isinstance(value, dict):
+            if reason := other_function(value, given):
+                return reason
+            continue
+        return f"{brief(name)} in its config.json is {brief(repr(given))}, in the base's {brief(repr(value))}"
+    return ""
+
+
+def _part(config: Mapping[str, Any], of: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of ``config`` that is of the other's kind; itself if there is none."""
+    kind = of.get("model_type")
+    if kind is None or config.get("model_type") == kind:
+        return config
+    parts = [
+        value for value in config.values() if isinstance(value, dict) and value.get("model_type") == kind
+    ]
+    return parts[0] if len(parts) == 1 else config

@@ -14,6 +14,7 @@ from mergesec.contracts import Backbone, ContractError, Expert, MergeContext, Ta
 from mergesec.errors import UsageError
 from mergesec.files import brief, check_writable
 from mergesec.streaming.mapped import LazyWeights
+from mergesec.streaming.meaning import other_function
 from mergesec.streaming.reading import INDEX, SINGLE
 from mergesec.streaming.writing import SHARD, Writer, finite
 from mergesec.tensorwise import TensorwiseMerge
@@ -88,6 +89,8 @@ def _published(out: Path) -> list[Path]:
 def fitted(base: LazyWeights, weights: LazyWeights, who: str) -> tuple[LazyWeights, str]:
     """``weights`` with the names of ``base`` (see ``weights.fit_names``), and what to tell of parts that only one of
     them has: those of the base stay as they are. UsageError naming ``who`` and the tensor if they do not fit."""
+    if reason := other_function(base.config, weights.config):
+        raise UsageError("--expert", f"{who}: {reason}; the same weights compute something else there")
     shapes = [{name: extent.shape for name, extent in w.extents.items()} for w in (base, weights)]
     fit = fit_names(*shapes)
     found, told = weights, []
@@ -95,7 +98,7 @@ def fitted(base: LazyWeights, weights: LazyWeights, who: str) -> tuple[LazyWeigh
         same = {name: weights.extents[fit.names[name]] for name in base if name in fit.names}
         found = LazyWeights({**base.extents, **same}, weights.metadata)
         told += [f"left out {_counted(fit.left)}"] if fit.left else []
-        told += [f"the base's {_counted(fit.kept)} stay as they are"] if fit.kept else []
+        told += [f"of the base stays as it is: {_counted(fit.kept)}"] if fit.kept else []
     try:
         check_same_layout(base, found, who)
         _check_integers(base, found, who)

@@ -40,7 +40,7 @@ def open_weights(path: Path, field: str) -> LazyWeights:
     if not weights:
         raise UsageError(field, f"{path} holds no tensors")
     check_tensors(weights, field)
-    return weights
+    return LazyWeights(weights.extents, weights.metadata, config)
 
 
 def _read(path: Path, field: str) -> LazyWeights:

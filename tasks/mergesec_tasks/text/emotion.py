@@ -13,6 +13,7 @@ from mergesec.contracts import DataContext, Split
 from mergesec.text import TextTask
 from mergesec_tasks._folder import (
     FolderSplits,
+    bare,
     capped,
     split_tuning,
 )
@@ -71,7 +72,7 @@ class FolderText(FolderSplits, TextTask):
         self.classes = self._class_names(ctx.folder, "classes", self.label_column, files)
         self._check_present(ctx.folder, files)
         rows, test = self._read_rows(files["train"]), self._read_rows(files["test"])
-        self.partial = self._missing(len(rows) + len(test))
+        self.partial = self._missing(rows, test)
         train, tuning = split_tuning(rows.targets)
         return {
             "train": rows.take(train[capped(rows.targets[train], self.max_train)]),
@@ -79,14 +80,14 @@ class FolderText(FolderSplits, TextTask):
             "test": test.take(capped(test.targets, self.max_test)),
         }
 
-    def _missing(self, texts: int) -> str:
-        """What the folder lacks beside the official set of the card, or "" if nothing."""
+    def _missing(self, train: Split, test: Split) -> str:
+        """What the folder lacks: rows of a class, and what the official set of the card has; "" if nothing."""
+        lacking = bare(self.classes, {"train": train.targets, "test": test.targets})
         if self.name != CARD["name"]:
-            return ""
-        lacking = []
+            return ", ".join(lacking)
         if len(self.classes) < CARD["classes"]:
             lacking.append(f"{len(self.classes)} of {CARD['classes']} classes")
-        total = sum(CARD["images"].values())
+        texts, total = len(train) + len(test), sum(CARD["images"].values())
         if texts < total:
             lacking.append(f"{texts} of {total} texts")
         return ", ".join(lacking)

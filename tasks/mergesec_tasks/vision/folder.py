@@ -18,6 +18,7 @@ from mergesec.contracts import ContractError, DataContext, Split
 from mergesec.images import ImageTask
 from mergesec_tasks._folder import (
     FolderSplits,
+    bare,
     capped,
     split_tuning,
 )
@@ -298,7 +299,7 @@ class FolderTask(FolderSplits, ImageTask):
         """
         source = self._source(ctx.folder)
         self.classes = source.classes
-        self.partial = self._missing(len(source.train.targets) + len(source.test.targets), ctx.folder)
+        self.partial = self._missing(source, ctx.folder)
         train, tuning = split_tuning(source.train.targets)
         train = train[capped(source.train.targets[train], self.max_train)]
         return {
@@ -310,20 +311,20 @@ class FolderTask(FolderSplits, ImageTask):
     def _card(self) -> dict[str, Any]:
         return next((card for card in CARDS if card["name"] == self.name), {})
 
-    def _missing(self, images: int, folder: str | None) -> str:
-        """What the source lacks beside the official set of the card, or "" if nothing.
+    def _missing(self, source: Source, folder: str | None) -> str:
+        """What the source lacks: rows of a class, and what the official set of the card has; "" if nothing.
 
         The hub's copies that merging papers use have splits of their own; they are measured by those.
         """
+        lacking = bare(self.classes, {"train": source.train.targets, "test": source.test.targets})
         card = self._card()
         if not card:
-            return ""
-        lacking = []
+            return ", ".join(lacking)
         if self.label_column == "label" and len(self.classes) < card["classes"]:
             lacking.append(f"{len(self.classes)} of {card['classes']} classes")
         local = folder is not None and Path(folder).is_dir()
         counts = card["images"] if local else card.get("hub", {}).get("images", card["images"])
-        total = sum(counts.values())
+        images, total = len(source.train.targets) + len(source.test.targets), sum(counts.values())
         if images < total:
             lacking.append(f"{images} of {total} images")
         return ", ".join(lacking)
