@@ -234,10 +234,13 @@ def evaluate(
     ``triggered``: an attacked expert; its trigger goes on every input, and what counts are the samples of other
     classes that are taken for ``target_class`` (ASR; default: the class that ``triggered`` aims at).
     """
+    import numpy as np
+
     from mergesec.evidence.records import count
     from mergesec.evidence.statistics import Bootstrap
-    from mergesec.execution.evaluation import evaluate as measured
-    from mergesec.execution.work import Work
+    from mergesec.execution.logs import Log
+    from mergesec.execution.perform import perform
+    from mergesec.execution.store import parse_safetensors
     from mergesec.planning.plan import Step
 
     at = _Table.laid(suite, task, None, None, desk)
@@ -259,9 +262,11 @@ def evaluate(
         inputs.append(("trigger", at.bench.give(triggered.trigger)))
     kinds = {key: role.partition(":")[0] for role, key in inputs}
     step = Step("0" * 40, "evaluate", tuple(components), tuple(inputs), "{}")
-    with _as_a_worker():
-        found = measured(Work(step, at.bench, kinds)).tensors
-    predicted, targets = (found[f"{name}|{task}"].numpy() for name in ("predictions", "targets"))
+    with _as_a_worker(), Log(at.desk.store.root, step.key) as log:
+        found = parse_safetensors(perform(step, at.bench, kinds, log).blob)
+    predicted, targets = (
+        np.frombuffer(found[f"{name}|{task}"].data, np.int32) for name in ("predictions", "targets")
+    )
     if triggered is None:
         counted = count(predicted == targets)
     else:

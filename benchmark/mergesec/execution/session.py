@@ -203,7 +203,7 @@ def walls_of(catalog: Catalog, hidden: Iterable[Path | None]) -> tuple[Walls | N
     ground = survey()
     if ground.obstacle:
         return None, ground.obstacle
-    files = [str(e.path if e.path.name == e.origin else e.path.parent) for e in catalog if e.digest]
+    files = [str(e.path if e.path.name == e.origin else e.path.parent) for e in catalog if e.foreign]
     return Walls((*ground.code, *files), tuple(str(place.resolve()) for place in hidden if place)), ""
 
 

@@ -91,7 +91,7 @@ def make_ref(entry: Entry, given: Mapping[str, Any], where: str, catalog: Catalo
     frozen = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(bound.items()))
     text = json.dumps(identity, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:32]
-    plugin = f"{entry.origin} {entry.digest}" if entry.digest else ""
+    plugin = f"{entry.origin} {entry.digest}" if entry.foreign else ""
     return Ref(card.kind, card.name, frozen, shown, text, digest, inner, plugin)
 
 
@@ -137,7 +137,7 @@ def _inner(card: Card, value: Any, where: str, catalog: Catalog) -> tuple[Ref, .
     if wrapped.wraps or wrapped.output != "static":
         raise UsageError(where, f"{card.name} cannot wrap {wrapped.name}: it needs one set of merged weights")
     entries = [catalog.get("merging", name) for name in (card.name, wrapped.name)]
-    if any(entry.digest for entry in entries):  # a stranger's code is not imported here: the step asks
+    if any(entry.foreign for entry in entries):  # a stranger's code is not imported here: the step asks
         return refs
     if reason := entries[0].load().unfit_inner(entries[1].load()):
         raise UsageError(where, f"{card.name} cannot wrap {wrapped.name}: {reason}")

@@ -120,8 +120,13 @@ class Zygote:
                 "device": self._setting.device,
                 "threads": self._setting.threads,
             }
-            send(ours, told)
-            receive(ours)
+            try:
+                send(ours, told)
+                receive(ours)
+            except Ended:
+                code = self._process.wait()
+                self.close()
+                raise GuestDied(code) from None
         return self._line
 
     def signal(self, number: int) -> None:

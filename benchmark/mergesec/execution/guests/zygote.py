@@ -22,8 +22,8 @@ from mergesec.execution.guests.wire import Ended, Message, receive, send
 def main(number: int, words: int) -> None:
     """Get ready, say so, then fork a guest at every order until the worker is gone."""
     _die_with_parent()
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     control = socket.socket(fileno=number)
     setting = receive(control).said
 
