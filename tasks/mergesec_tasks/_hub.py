@@ -6,25 +6,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mergesec.errors import UsageError
+from mergesec.files import brief, is_file, is_folder
+
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "tokenizer.model")
 
 
 def model_folder(source: str, who: str, patterns: Sequence[str] = MODEL_FILES) -> Path:
     """The folder of ``source``: a local folder, or ``owner/name@commit`` of the hub (fetched once).
 
-    FileNotFoundError, saying what was looked for, where, and how to get it.
+    UsageError, saying what was looked for, where, and how to get it.
     """
     local = Path(source).expanduser()
-    if source and local.exists():
+    if source and (is_file(local) or is_folder(local)):
         return local
     name, _, commit = source.partition("@")
     if not commit:
-        raise FileNotFoundError(f"{who}: no folder '{source}', and it names no owner/name@commit of the hub")
+        raise UsageError(who, f"no folder {brief(source)!r}, and it names no owner/name@commit of the hub")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise FileNotFoundError(
-            f"{who}: no folder '{source}'; to fetch it from the hub: pip install huggingface_hub"
+        raise UsageError(
+            who, f"no folder {brief(source)!r}; to fetch it from the hub: pip install huggingface_hub"
         ) from None
     kept = list(patterns)
     try:
@@ -34,7 +37,8 @@ def model_folder(source: str, who: str, patterns: Sequence[str] = MODEL_FILES) -
     try:
         return Path(snapshot_download(name, revision=commit, allow_patterns=kept, etag_timeout=10))
     except Exception as error:
-        raise FileNotFoundError(missing(who, "model", name, commit, error)) from None
+        told = missing(who, "model", name, commit, error).removeprefix(f"{who}: ")
+        raise UsageError(who, told) from None
 
 
 def dataset_files(name: str, commit: str, pattern: str, who: str) -> list[Path]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mergesec.contracts import ContractError
+from mergesec_tasks._pages import Chunk, unpacked
 
 ROOM, RATIO = 2**26, 200
 """A table may unpack to 64 MiB, and to this many times the file's size: texts reach 20, images hardly 2."""
@@ -53,10 +54,9 @@ def image_cells(name: str) -> Column:
     """Bytes, or the Hugging Face struct with ``bytes``."""
 
     def fits(kind: Any) -> bool:
-        if str(kind).startswith("struct"):
-            place = kind.get_field_index("bytes")
-            return place >= 0 and fits(kind.field(place).type)
-        return re.fullmatch(r"(large_)?binary(_view)?|fixed_size_binary\[\d+\]", str(kind)) is not None
+        place = kind.get_field_index("bytes") if str(kind).startswith("struct") else None
+        stored = str(kind if place is None else kind.field(place).type if place >= 0 else "")
+        return re.fullmatch(r"(large_)?binary(_view)?|fixed_size_binary\[\d+\]", stored) is not None
 
     return Column(name, fits, "encoded images (binary, or a struct with 'bytes')")
 
@@ -270,13 +270,14 @@ def _batches(path: Path, file: Any, columns: list[str]) -> Iterator[Any]:
     chunks = [
         told.row_group(g).column(c) for g in range(told.num_row_groups) for c in range(told.num_columns)
     ]
-    claimed = sum(
-        chunk.total_uncompressed_size
+    wanted = [
+        chunk
         for chunk in chunks
         if any(
             chunk.path_in_schema == name or chunk.path_in_schema.startswith(f"{name}.") for name in columns
         )
-    )
+    ]
+    claimed = max(sum(c.total_uncompressed_size for c in wanted), unpacked(path, [pages(c) for c in wanted]))
     needed = max(claimed, told.num_rows * ROW)
     if needed > allowed:
         raise ContractError(_bomb(path, told.num_rows, needed, size))
@@ -291,6 +292,14 @@ def _batches(path: Path, file: Any, columns: list[str]) -> Iterator[Any]:
         yield batch
     if rows != told.num_rows:
         raise ContractError(f"{path}: {rows} rows where the file promises {told.num_rows}")
+
+
+def pages(chunk: Any) -> Chunk:
+    """Where a column's pages lie in the file, its dictionary first."""
+    start = chunk.data_page_offset
+    if chunk.has_dictionary_page and chunk.dictionary_page_offset is not None:
+        start = min(start, chunk.dictionary_page_offset)
+    return Chunk(start, start + chunk.total_compressed_size)
 
 
 def _bomb(path: Path, rows: int, needed: int, size: int) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from mergesec.compat import ensure_torchvision
-from mergesec.contracts import ContractError
+from mergesec.errors import UsageError
+from mergesec.files import brief
+from mergesec.weights import OUTPUTS
+from mergesec_tasks._configs import settings
+from mergesec_tasks._modelfiles import COMPUTED
 
 
 @contextmanager
@@ -38,42 +43,127 @@ def without_pooler(network: nn.Module) -> nn.Module:
     return network
 
 
-def built(config: Any) -> nn.Module:
+def config_of(values: Mapping[str, Any], who: str) -> Any:
+    """transformers' config of a checked one (see ``_configs``)."""
+    ensure_torchvision()
+    from transformers import AutoConfig
+
+    with quiet(), _complaining(who, f"transformers makes no config of these values: {dict(values)}"):
+        return AutoConfig.for_model(values["model_type"], **settings(dict(values)))
+
+
+def built(config: Any, who: str) -> nn.Module:
     """A network of this config with fused attention and without pooler; its weights mean nothing."""
     ensure_torchvision()
     from transformers import AutoModel
 
-    with torch.random.fork_rng(devices=[]):  # construction draws initial weights
+    with (
+        torch.random.fork_rng(devices=[]),  # construction draws initial weights
+        _complaining(who, f"transformers builds no {config.model_type} of its config"),
+    ):
         network = AutoModel.from_config(config, attn_implementation="sdpa")  # type: ignore[no-untyped-call]
     return without_pooler(network)
 
 
-def require_safetensors(folder: Path, who: str) -> None:
-    """FileNotFoundError if the folder has no safetensors file."""
-    if not any(folder.glob("*.safetensors")):
-        raise FileNotFoundError(f"{who}: no safetensors file in '{folder}' (other formats are not read)")
+@contextmanager
+def _complaining(who: str, what: str) -> Iterator[None]:
+    """What a library says of somebody's files, as one message that names them."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:  # whatever the library calls it
+        reason = brief(f"{type(error).__name__}: {error}", 300)
+        raise UsageError(who, f"{brief(what, 400)} ({reason})") from None
+
+
+BESIDE = OUTPUTS | {
+    "classification_head", "distillation_token", "mask_token", "text_model", "vision_model", "text_projection",
+    "visual_projection", "logit_scale",
+}  # fmt: skip
+"""Parts of a checkpoint that features do not pass through."""
+_LAYER = re.compile(r"(?:^|\.)(?:layers?|h)\.(\d{1,9})\.")
 
 
 def loaded(folder: Path, config: Any, who: str, optional: Sequence[str]) -> nn.Module:
-    """The folder's network in float32, without pooler; ContractError if tensors are missing.
+    """The folder's network in float32, without pooler; UsageError, naming the tensor, if any is missing, has another
+    shape or would be left out without being a head.
 
     transformers maps the names on disk to its own (they differ between releases 4 and 5). Tensors whose
-    names contain a part of ``optional`` may be missing.
+    names contain a part of ``optional`` may be missing. Layers beyond the config's are left out.
     """
     from transformers import AutoModel
 
-    with quiet():
+    with quiet(), _complaining(who, f"transformers does not load {str(folder)!r}"):
         network, report = AutoModel.from_pretrained(
             os.fspath(folder), config=config, dtype=torch.float32, local_files_only=True,
-            use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            use_safetensors=True, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
+    for name, *shapes in sorted(report["mismatched_keys"]):
+        held, wanted = (list(shape) for shape in shapes)
+        raise UsageError(
+            who, f"{str(folder)!r}: tensor '{name}' has the shape {held}, by config.json it would be {wanted}"
+        )
     missing = [n for n in sorted(report["missing_keys"]) if not any(part in n for part in optional)]
     if missing:
-        raise ContractError(f"{who}: '{folder}' lacks {len(missing)} tensors, the first is '{missing[0]}'")
+        raise UsageError(who, f"{str(folder)!r} lacks {len(missing)} tensors, the first is '{missing[0]}'")
+    left = [n for n in sorted(report["unexpected_keys"]) if not _beside(n, config.num_hidden_layers)]
+    if left:
+        raise UsageError(
+            who, f"{str(folder)!r}: tensor '{brief(left[0])}' is none of a {config.model_type}, and {len(left) - 1} "
+            "others: they would be left out",
+        )  # fmt: skip
     return without_pooler(network)
+
+
+def _beside(name: str, layers: int) -> bool:
+    """Whether a network may be read without a tensor."""
+    number = _LAYER.search(name)
+    beyond = number is not None and int(number[1]) >= layers
+    return beyond or bool(COMPUTED.search(name)) or not BESIDE.isdisjoint(name.split("."))
 
 
 def shapes_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name to shape, what an anatomy is described from."""
     tensors: dict[str, Tensor] = network.state_dict()
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+# --------------------------------------------------------------------------- words
+
+
+def tokenizer_of(folder: Path, who: str) -> Any:
+    """The tokenizer that a folder's tokenizer.json describes."""
+    ensure_torchvision()
+    from transformers import PreTrainedTokenizerFast
+
+    # a model's own class may build another tokenizer than the file describes
+    with quiet(), _complaining(who, f"the tokenizer in {str(folder)!r} cannot be read"):
+        return PreTrainedTokenizerFast.from_pretrained(os.fspath(folder), local_files_only=True)
+
+
+def clip_tokenizer(folder: Path, who: str) -> Any:
+    """A CLIP's tokenizer, from tokenizer.json or the older vocab.json and merges.txt."""
+    ensure_torchvision()
+    import transformers
+
+    library: Any = transformers  # the name is resolved when it is asked for
+    with quiet(), _complaining(who, f"the tokenizer in {str(folder)!r} cannot be read"):
+        return library.CLIPTokenizerFast.from_pretrained(os.fspath(folder), local_files_only=True)
+
+
+def text_tower(folder: Path, config: Any, who: str) -> Any:
+    """A CLIP's text tower in float32. UsageError, naming the tensor, if any is missing or has another shape."""
+    import transformers
+
+    kind: Any = transformers.CLIPTextModel
+    with quiet(), _complaining(who, f"transformers does not load the text tower in {str(folder)!r}"):
+        tower, report = kind.from_pretrained(
+            os.fspath(folder), config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32,
+            output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    wrong = sorted(name for name, *_ in report["mismatched_keys"])
+    wrong += sorted(n for n in report["missing_keys"] if "position_ids" not in n)
+    if wrong:
+        raise UsageError(who, f"{str(folder)!r} lacks tensors of its text tower, first '{wrong[0]}'")
+    return tower

@@ -323,6 +323,24 @@ def _odd_files(rng: random.Random, folder: Path) -> None:
         place.write_bytes(rng.choice(kinds).encode("latin-1"))
 
 
+CONFIGURED: dict[str, Any] = {
+    "model_type": "vit", "num_attention_heads": 2, "hidden_act": "gelu", "id2label": {"0": "a"}, "parts": {"model_type": "x"},
+    "layer_norm_eps": 1e-6, "quantization_config": None,
+}  # fmt: skip
+
+
+def _odd_configs(rng: random.Random, folder: Path, home: Path) -> None:
+    """Two configs of one network, in one of which a field is odd."""
+    (folder / "config.json").write_text(json.dumps(CONFIGURED))
+    odd = {
+        **CONFIGURED,
+        rng.choice([*CONFIGURED, "transformers_weights", "\x1b[31m"]): rng.choice([*NUMBERS, *ODD_SHARDS]),
+    }
+    nested = "[" * rng.choice([30, 900, 100_000])
+    text = json.dumps(odd) if rng.random() < 0.8 else f'{{"hidden_act": {nested}{"]" * len(nested)}}}'
+    (home / "config.json").write_bytes(_flipped(rng, text.encode()) if rng.random() < 0.3 else text.encode())
+
+
 def _mutated(rng: random.Random, folder: Path) -> str:
     """A mutated input in ``folder``; its path there."""
     (folder / "sub").mkdir()
@@ -336,8 +354,10 @@ def _mutated(rng: random.Random, folder: Path) -> str:
     (home / "endless.safetensors").symlink_to("/dev/zero")
     (home / "loop.safetensors").symlink_to("loop.safetensors")
     (home / "folder.safetensors").mkdir()
-    if rng.random() < 0.4:
+    if rng.random() < 0.3:
         _odd_files(rng, home)
+    elif rng.random() < 0.3:
+        _odd_configs(rng, folder, home)
     elif rng.random() < 0.6:
         _odd_index(rng, home)
     else:

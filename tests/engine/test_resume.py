@@ -295,6 +295,22 @@ def test_ruined_files_are_corrupt(images: tuple[Bench, Tensor], ruin: bytes) -> 
         bench.store.open("data", "k")
 
 
+def test_any_truncated_or_zeroed_end_of_a_mapped_file_is_corrupt(images: tuple[Bench, Tensor]) -> None:
+    bench, _ = images
+    path, _ = bench.store.open("data", "k")
+    kept = {file: file.read_bytes() for file in path.parent.iterdir()}
+    blob = kept[path]
+    for place in (0, 5, 40, 200, len(blob) // 2 // 512 * 512, len(blob) - 4000, len(blob) - 1):
+        for damaged in (blob[:place], blob[:place].ljust(len(blob), b"\0")):
+            if damaged == blob:
+                continue
+            path.write_bytes(damaged)
+            with pytest.raises(CorruptArtifact):
+                bench.store.open("data", "k")
+            for file, data in kept.items():
+                file.write_bytes(data)
+
+
 def test_writing_to_mapped_pixels_never_reaches_the_file(images: tuple[Bench, Tensor]) -> None:
     bench, pixels = images
     tensors, _ = bench.read("data", "k")

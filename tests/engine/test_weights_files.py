@@ -273,6 +273,7 @@ def test_shards_are_read_through_links(tmp_path: Path) -> None:
     [
         ("[]", "not a mapping"), ("{", "cannot be read as JSON"), ("{}", "weight_map"), ("[" * 100_000, "cannot be read as JSON"),
         ('{"weight_map": {"a": 1}}', "weight_map"), ('{"weight_map": []}', "weight_map"), ('{"weight_map": {}}', "no tensors"),
+        ('{"metadata": ' + '{"a": [' * 30 + "]}" * 30 + "}", "nested more than 40 levels deep"),
         ('{"weight_map": {"a": "x", "a": "y"}}', "'a' is given twice"), ("\xff", "cannot be read as JSON"),
     ],
 )  # fmt: skip

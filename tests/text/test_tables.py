@@ -19,7 +19,8 @@ from extras import needs
 from mergesec.contracts import ContractError, DataContext, Split
 from mergesec.text import pack_strings
 from mergesec_tasks._folder import class_names
-from mergesec_tasks._tables import check_shards, image_cells, read_table, split_files, text_cells
+from mergesec_tasks._pages import Chunk, unpacked
+from mergesec_tasks._tables import check_shards, image_cells, pages, read_table, split_files, text_cells
 from mergesec_tasks.text.emotion import FolderText
 
 pa = needs("pyarrow")
@@ -321,6 +322,35 @@ def _one_text_by_number(path: Path) -> None:
     _one_text_many_times(path, store_schema=True)
 
 
+def _zigzag(number: int, length: int = 1) -> bytes:
+    """A number as Thrift writes it, at least ``length`` bytes long."""
+    found, rest = bytearray(), number << 1
+    while rest > 127:
+        found.append(rest & 127 | 128)
+        rest >>= 7
+    found.append(rest)
+    while len(found) < length:
+        found[-1] |= 128
+        found.append(0)
+    return bytes(found)
+
+
+def _one_long_text_that_is_denied(path: Path) -> None:
+    """The summary says 1000 bytes; the page says what it is."""
+    _one_long_text(path)
+    group = parquet.read_metadata(path).row_group(0)
+    data = bytearray(path.read_bytes())
+    summary = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    for size in {group.total_byte_size, *(group.column(c).total_uncompressed_size for c in range(2))}:
+        told = _zigzag(size)
+        place = data.find(told, summary) if size > 2**20 else -1
+        while place >= 0:
+            data[place : place + len(told)] = _zigzag(1000, len(told))
+            place = data.find(told, summary)
+    path.write_bytes(data)
+    assert parquet.read_metadata(path).row_group(0).column(0).total_uncompressed_size == 1000
+
+
 READER = """
 import resource, sys
 from pathlib import Path
@@ -335,7 +365,11 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
-@pytest.mark.parametrize("make", [_many_rows, _one_long_text, _one_text_many_times, _one_text_by_number])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "make",
+    [_many_rows, _one_long_text, _one_long_text_that_is_denied, _one_text_many_times, _one_text_by_number],
+)
 def test_a_small_file_that_unpacks_to_hundreds_of_megabytes(
     tmp_path: Path, make: Callable[[Path], None]
 ) -> None:
@@ -348,6 +382,34 @@ def test_a_small_file_that_unpacks_to_hundreds_of_megabytes(
     message, megabytes = ran.stdout.splitlines()
     assert re.search(r"train\.parquet: \d+ rows unpack to \d+ MiB or more from \d+ bytes; at most", message)
     assert int(megabytes) < 350, megabytes
+
+
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("extras", [True, False])
+def test_pages_say_what_the_summary_says(
+    tmp_path: Path, compression: str, version: str, extras: bool
+) -> None:
+    """But for their headers, which the summary counts."""
+    path = tmp_path / "train.parquet"
+    parquet.write_table(
+        pa.table(rows(20_000)), path, compression=compression, data_page_version=version, data_page_size=4096,
+        write_statistics=extras, write_page_index=extras, use_dictionary=extras, row_group_size=6_000,
+    )  # fmt: skip
+    told = parquet.read_metadata(path)
+    chunks = [
+        told.row_group(g).column(c) for g in range(told.num_row_groups) for c in range(told.num_columns)
+    ]
+    summary = sum(chunk.total_uncompressed_size for chunk in chunks)
+    assert 0.98 * summary < unpacked(path, [pages(chunk) for chunk in chunks]) < summary
+
+
+def test_pages_of_damaged_files_are_walked_once(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    for data in (b"", bytes(5_000), b"\xff" * 5_000, b"\x1c" * 5_000, b"\x19\xf9" * 5_000):
+        path.write_bytes(data)
+        assert unpacked(path, [Chunk(0, 2**60)] * 100_000) == 0
+    assert unpacked(path, [Chunk(-5, 3), Chunk(2**60, 2**61)]) == 0
 
 
 def test_many_texts_of_one_kind_are_no_bomb(tmp_path: Path) -> None:
@@ -365,9 +427,10 @@ def test_class_names_and_rows_of_images(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"image": pa.array(["a", "b"]), "label": pa.array([0, 1])}), path)
     with pytest.raises(ContractError, match=r"column 'image' is string, not encoded images"):
         read_table([path], image_cells("image"), "label", CLASSES)
-    parquet.write_table(pa.table({"image": pa.array([{"url": b"a"}]), "label": pa.array([0])}), path)
-    with pytest.raises(ContractError, match=r"column 'image' is struct"):
-        read_table([path], image_cells("image"), "label", CLASSES)
+    for cell in ({"url": b"a"}, {"bytes": {"bytes": b"a"}}, {"bytes": "a"}):
+        parquet.write_table(pa.table({"image": pa.array([cell]), "label": pa.array([0])}), path)
+        with pytest.raises(ContractError, match=r"column 'image' is struct"):
+            read_table([path], image_cells("image"), "label", CLASSES)
     for kind in ("binary", "large_binary", pa.binary(1)):
         parquet.write_table(pa.table({"image": pa.array([b"a"], kind), "label": pa.array([0])}), path)
         assert read_table([path], image_cells("image"), "label", CLASSES).cells == [b"a"]

@@ -10,7 +10,8 @@ import torch
 from extras import needs
 from safetensors.torch import load_file, save_file
 
-from mergesec.contracts import ContractError, load_network
+from mergesec.contracts import load_network
+from mergesec.errors import UsageError
 from mergesec_tasks.vision.clip import Clip
 
 transformers = needs("transformers")
@@ -100,7 +101,7 @@ def test_a_vision_tower_alone_is_not_a_clip(tiny_clip: Path, tmp_path: Path) -> 
         {"format": "pt"},
     )  # fmt: skip
     subject = clip(tmp_path)
-    with pytest.raises(ContractError, match=r"visual_projection\.weight.*whole CLIP"):
+    with pytest.raises(UsageError, match=r"visual_projection\.weight.*whole CLIP"):
         subject.features(load_network(subject, subject.base_weights()), torch.rand(1, 3, 32, 32))
 
 
@@ -112,9 +113,7 @@ def test_offline_absence_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", nothing)
     name = "openai/clip-vit-base-patch32@" + "c" * 40
-    with pytest.raises(
-        FileNotFoundError, match=r"clip: model openai/clip-vit-base-patch32 at c{12}.*hf download"
-    ):
+    with pytest.raises(UsageError, match=r"clip: model openai/clip-vit-base-patch32 at c{12}.*hf download"):
         _ = clip(name).config
-    with pytest.raises(FileNotFoundError, match="no folder 'nowhere'"):
+    with pytest.raises(UsageError, match="no folder 'nowhere'"):
         _ = clip("nowhere").config

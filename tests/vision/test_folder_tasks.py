@@ -289,6 +289,37 @@ def test_the_grids_commit_wins(hub: list[tuple[Any, ...]]) -> None:
     assert hub[0] == ("ufldl-stanford/svhn", "dataset", "a" * 40, "cropped_digits/train-*.parquet")
 
 
+@pytest.mark.parametrize(
+    ("name", "label", "message"),
+    [
+        ("train-00000-of-00002.parquet", 0, r"shard 1 of 2 is missing"),
+        ("train-00000-of-00001.parquet", -1, r"tanganke/dtd train: label -1 .* \(row 3\)"),
+        ("train-00000-of-00001.parquet", None, r"tanganke/dtd train: label None .* \(row 3\)"),
+        ("train-00000-of-00001.parquet", "damaged", r"tanganke/dtd: .* holds no readable parquet"),
+    ],
+)
+def test_a_wrong_copy_of_the_hub_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, label: Any, message: str
+) -> None:
+    """A download cut off between shards, labels that are none, a damaged file."""
+    datasets = needs("datasets")
+    import huggingface_hub
+
+    file = tmp_path / "hub" / "data" / name
+    file.parent.mkdir(parents=True)
+    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["banded", "dotted"])}
+    labels = [0, 1, 0, 1 if label == "damaged" else label]
+    cells = [{"bytes": encoded(0), "path": None}] * len(labels)
+    rows = datasets.Dataset.from_dict({"image": cells, "label": labels}, features=datasets.Features(kinds))
+    rows.to_parquet(file)
+    if label == "damaged":
+        file.write_bytes(file.read_bytes()[:-9])
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "hub"))
+    with pytest.raises(ContractError, match=message):
+        make_task("dtd").load(context(tmp_path / "dtd"))
+
+
 def test_without_network_one_message_says_it_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     needs("datasets")
     import huggingface_hub

@@ -359,9 +359,9 @@ def write_records(folder: Path, records: list[Record], grid: Grid) -> Standing:
             standing.append(before)
             continue
         standing.append(record)
-        text = json.dumps(record.model_dump(mode="json"), sort_keys=True) + "\n"
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            write_atomic(path, text.encode())
+        data = (json.dumps(record.model_dump(mode="json"), sort_keys=True) + "\n").encode()
+        if not path.is_file() or path.read_bytes() != data:
+            write_atomic(path, data)
     manifest = {
         "schema_version": SCHEMA,
         "spec": json.loads(grid.spec.model_dump_json(), object_hook=_without_place),

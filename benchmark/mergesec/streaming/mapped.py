@@ -42,7 +42,7 @@ class Extent:
     def read(self) -> Tensor:
         """The tensor, mapped: pages come in as they are looked at and go when the tensor does."""
         if not self.size:
-            return torch.empty(self.shape, dtype=self.dtype)
+            return torch.empty(0, dtype=self.dtype).reshape(self.shape)
         skip = self.start % mmap.ALLOCATIONGRANULARITY
         try:
             with self.file.open("rb") as handle:
@@ -136,9 +136,8 @@ def read_file(path: Path, field: str) -> LazyWeights:
 
 
 def _fits(shape: tuple[int, ...]) -> bool:
-    """Whether torch can hold a tensor of this shape: with no entries at all a side may still be too long."""
+    """Whether torch can hold a tensor of this shape: one without entries may still have a side that is too long."""
     try:
-        torch.empty(shape, device="meta")
+        return bool(math.prod(shape)) or torch.empty(0).reshape(shape).numel() == 0
     except (RuntimeError, TypeError, OverflowError):
         return False
-    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -74,8 +75,8 @@ def check_tensors(weights: LazyWeights, field: str) -> None:
 def _strange(name: str, extent: Extent) -> str:
     if plain(name) != name or not 0 < len(name) <= LETTERS:
         return f"has a name that is empty, cannot be printed or is longer than {LETTERS} characters"
-    if len(extent.shape) > SIDES:
-        return f"has {len(extent.shape)} dimensions, at most {SIDES} can be computed with"
+    if len(extent.shape) > SIDES or math.prod(side or 1 for side in extent.shape) >= 1 << 63:
+        return f"has the shape {brief(str(list(extent.shape)))}, with which nothing can be computed"
     if FACTORS.search(name):
         return "is a part of an adapter, which cannot be merged apart; merge the adapter into its base first"
     if extent.dtype.is_floating_point and extent.dtype.itemsize == 1:
@@ -105,7 +106,9 @@ def other_function(base: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     A field that only one of them has is a release's default. One may be a part of the other: a tower of CLIP.
     """
     base, config = _part(base, config), _part(config, base)
-    for name, value in base.items():
+    for name, value in sorted(
+        base.items(), key=lambda item: item[0] != "model_type"
+    ):  # what says most goes first
         given = config.get(name, value)
         if TRIFLES.search(name) or given == value:
             continue

@@ -20,6 +20,9 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 LONGEST = 64 << 20
 """Bytes of an index or a config: an index of a million tensors has as many."""
 
+DEEPEST = 40
+"""Levels of values within values there."""
+
 
 def open_weights(path: Path, field: str) -> LazyWeights:
     """A safetensors file, an index of such files, or a folder as transformers reads it.
@@ -159,11 +162,26 @@ def _json(path: Path, field: str) -> dict[str, Any]:
         if not is_file(path) or path.stat().st_size > LONGEST:
             raise ValueError(f"not a file of at most {LONGEST >> 20} MiB")
         found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+        if _deeper(found, DEEPEST):
+            raise ValueError(f"nested more than {DEEPEST} levels deep")
     except (ValueError, RecursionError, OSError) as error:
         raise UsageError(field, f"{path} cannot be read as JSON ({brief(str(error))})") from None
     if not isinstance(found, dict):
         raise UsageError(field, f"{path} is not a mapping of fields")
     return found
+
+
+def _deeper(value: Any, most: int) -> bool:
+    """Whether a value is nested more than ``most`` levels deep."""
+    level = [value]
+    for _ in range(most):
+        level = [
+            inner
+            for v in level
+            if isinstance(v, (dict, list))
+            for inner in (v.values() if isinstance(v, dict) else v)
+        ]
+    return any(isinstance(v, (dict, list)) for v in level)
 
 
 def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -6,8 +6,6 @@ Nothing is unpickled here, and no code of the folder is run.
 from __future__ import annotations
 
 import copy
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -16,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from mergesec.anatomy import Anatomy, describe
-from mergesec.compat import ensure_torchvision
-from mergesec.contracts import ContractError, Weights
+from mergesec.contracts import Weights
+from mergesec.errors import UsageError
 from mergesec.text import TextBackbone
 from mergesec_tasks._adapters import expert_weights
+from mergesec_tasks._configs import Values, layers_name, layers_of
 from mergesec_tasks._hub import model_folder
-from mergesec_tasks._transformers import built, loaded, quiet, require_safetensors, shapes_of
+from mergesec_tasks._modelfolders import KINDS, check_base, check_expert
+from mergesec_tasks._transformers import built, config_of, loaded, shapes_of, tokenizer_of
+from mergesec_tasks._words import check_words
 
-SERVED = ("stage_names", "out_features", "out_indices", "dtype", "torch_dtype", "transformers_version")
-"""Fields of a config that do not describe the network."""
 OPTIONAL = ("pooler.", "position_ids", "rotary_emb.inv_freq")
 """Tensors that a checkpoint may lack, since features do not pass through them or they are computed."""
 
@@ -66,13 +65,12 @@ class HfFolder(TextBackbone):
     """
 
     who: ClassVar[str]
-    kinds: ClassVar[dict[str, bool]]
-    """Model types taken, and whether their positions rotate queries and keys."""
 
     def __init__(self, path: str, layers: int, max_length: int) -> None:
         self.source = path
         self.layers, self._asked = layers, max_length
         self._folder: Path | None = None
+        self._told: Values | None = None
         self._settings: Any = None
         self._words: Any = None
         self._template: nn.Module | None = None
@@ -84,41 +82,30 @@ class HfFolder(TextBackbone):
         """The folder of the model; the hub's is fetched once."""
         if self._folder is None:
             if not self.source:
-                raise FileNotFoundError(f"{self.who}: no model; set the parameter 'path'")
+                raise UsageError(
+                    self.who,
+                    "no model; set the parameter 'path' to a folder with config.json, model.safetensors and "
+                    "tokenizer.json",
+                )
             self._folder = model_folder(self.source, self.who)
         return self._folder
 
-    def _json(self, name: str) -> dict[str, Any]:
-        target = self.path / name
-        if not target.is_file():
-            raise FileNotFoundError(
-                f"{self.who}: no {name} in '{self.path}'; set the parameter 'path' to a folder "
-                "with config.json, model.safetensors and tokenizer.json"
-            )
-        content: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
-        return content
+    @property
+    def told(self) -> Values:
+        """The checked config of the folder, as it stands there."""
+        if self._told is None:
+            self._told = check_base(self.path, self.who, KINDS[self.who])
+        return self._told
 
     @property
     def config(self) -> Any:
-        """The config of the network as run, with ``layers`` applied. ContractError for another type."""
+        """The config of the network as run, with ``layers`` applied."""
         if self._settings is None:
-            ensure_torchvision()
-            from transformers import AutoConfig
-
-            raw = self._json("config.json")
-            kind = raw.pop("model_type", None)
-            if kind not in self.kinds:
-                known = ", ".join(sorted(self.kinds))
-                raise ContractError(f"{self.who}: model type {kind!r} in '{self.path}' is not one of {known}")
-            config = AutoConfig.for_model(kind, **{k: v for k, v in raw.items() if k not in SERVED})
-            own = config.num_hidden_layers
+            own = layers_of(self.told)
             if self.layers > own:
-                raise ContractError(f"{self.who}: layers {self.layers} exceed the {own} of the model")
-            if self.layers:
-                config.num_hidden_layers = self.layers
-                if getattr(config, "layer_types", None):
-                    config.layer_types = list(config.layer_types)[: self.layers]
-            self._settings = config
+                raise UsageError(self.who, f"layers {self.layers} exceed the {own} of the model")
+            kept = {layers_name(self.told): self.layers or own}
+            self._settings = config_of({**self.told, **kept}, self.who)
         return self._settings
 
     @property
@@ -127,23 +114,17 @@ class HfFolder(TextBackbone):
         positions = int(getattr(self.config, "max_position_embeddings", 0) or 512)
         if self.config.model_type in ("roberta", "xlm-roberta"):
             positions -= int(self.config.pad_token_id) + 1  # its positions begin after the padding's number
-        if self._asked > positions:
-            raise ContractError(
-                f"{self.who}: max_length {self._asked} exceeds the {positions} positions of the model"
+        if positions < 1 or self._asked > positions:
+            raise UsageError(
+                self.who, f"max_length {self._asked} exceeds the {positions} positions of the model"
             )
         return self._asked or positions
 
     @property
     def tokeniser(self) -> Any:
         if self._words is None:
-            ensure_torchvision()
-            from transformers import PreTrainedTokenizerFast
-
-            self._json("tokenizer.json")
-            with quiet():  # a model's own class may build another tokeniser than the file describes
-                self._words = PreTrainedTokenizerFast.from_pretrained(
-                    os.fspath(self.path), local_files_only=True
-                )
+            check_words(self.path, self.told["vocab_size"], self.who)
+            self._words = tokenizer_of(self.path, self.who)
         return self._words
 
     def pad(self) -> int:
@@ -158,7 +139,7 @@ class HfFolder(TextBackbone):
     def build(self) -> nn.Module:
         """A fresh network with fused attention; its weights mean nothing until loaded."""
         if self._template is None:
-            self._template = straightened(built(self.config))
+            self._template = straightened(built(self.config, self.who))
         return copy.deepcopy(self._template)
 
     def base_weights(self) -> Weights:
@@ -167,27 +148,29 @@ class HfFolder(TextBackbone):
 
     def published(self, source: str) -> Weights:
         """A published expert in the Hugging Face layout, or a LoRA adapter of peft: a folder, or the hub at a commit."""
-        return expert_weights(source, self.who, self.base_weights, self._weights_in)
+        return expert_weights(source, self.who, self.base_weights, self._expert_in)
+
+    def _expert_in(self, folder: Path) -> Weights:
+        check_expert(folder, self.path, self.told, self.who, KINDS[self.who])
+        return self._weights_in(folder)
 
     def _weights_in(self, folder: Path) -> Weights:
-        require_safetensors(folder, self.who)
         read = loaded(folder, copy.deepcopy(self.config), self.who, OPTIONAL)
         native = straightened(read).state_dict()
         weights: dict[str, Tensor] = {}
         for name, target in self.build().state_dict().items():
             if native[name].shape != target.shape:
-                raise ContractError(
-                    f"{self.who}: '{name}' in '{folder}' has shape {list(native[name].shape)}, "
-                    f"config.json needs {list(target.shape)}"
+                raise UsageError(
+                    self.who,
+                    f"'{name}' in '{folder}' has shape {list(native[name].shape)}, config.json needs "
+                    f"{list(target.shape)}",
                 )
             weights[name] = native[name].clone()
         return weights
 
     def anatomy(self) -> Anatomy:
         """Blocks and heads of the network as run."""
-        return describe(
-            shapes_of(self.build()), self.config.num_attention_heads, self.kinds[self.config.model_type]
-        )
+        return describe(shapes_of(self.build()), self.config.num_attention_heads, "rope_theta" in self.told)
 
     def embedding(self) -> str:
         network = self.build()

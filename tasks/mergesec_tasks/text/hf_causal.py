@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mergesec.contracts import ContractError
+from mergesec.errors import UsageError
+from mergesec_tasks._modelfiles import file_of
 from mergesec_tasks.text._hf import HfFolder, padded
 
 CARD = {
@@ -66,7 +68,7 @@ CARD = {
         },
     },
 }
-SLOT = "{text}"
+SLOT, OUTPUT = "{text}", "lm_head.weight"
 
 
 class HfCausal(HfFolder):
@@ -77,7 +79,6 @@ class HfCausal(HfFolder):
     """
 
     who = "hf-causal"
-    kinds = {"gpt2": False, "llama": True, "qwen2": True, "mistral": True}  # noqa: RUF012
 
     def __init__(self, path: str, layers: int, max_length: int, template: str, label_prefix: str) -> None:
         super().__init__(path, layers, max_length)
@@ -134,11 +135,15 @@ class HfCausal(HfFolder):
         """Rows of ``lm_head.weight`` in the folder's files."""
         from safetensors import safe_open
 
-        for file in sorted(self.path.glob("*.safetensors")):
-            with safe_open(str(file), framework="pt") as opened:
-                if "lm_head.weight" in opened.keys():  # noqa: SIM118
-                    part = opened.get_slice("lm_head.weight")
-                    return torch.cat([part[t : t + 1] for t in tokens]).float()
-        raise ContractError(
-            f"hf-causal: '{self.path}' has no lm_head.weight, and its embeddings are not tied"
-        )
+        file = file_of(self.path, OUTPUT, self.who)
+        if file is None:
+            raise UsageError(self.who, f"'{self.path}' has no {OUTPUT}, and its embeddings are not tied")
+        wanted = [self.told["vocab_size"], self.config.hidden_size]
+        with safe_open(file, framework="pt") as opened:
+            part = opened.get_slice(OUTPUT)
+            if list(part.get_shape()) != wanted:
+                raise UsageError(
+                    self.who,
+                    f"'{OUTPUT}' in '{file}' has the shape {part.get_shape()}, by config.json it would be {wanted}",
+                )
+            return torch.cat([part[t : t + 1] for t in tokens]).float()

@@ -65,7 +65,6 @@ class HfText(HfFolder):
     """Features are the mean of the last hidden states over the text's tokens, or the first token's."""
 
     who = "hf-text"
-    kinds = {"bert": False, "roberta": False, "xlm-roberta": False, "distilbert": False}  # noqa: RUF012
 
     def __init__(self, path: str, layers: int, max_length: int, pooling: str) -> None:
         super().__init__(path, layers, max_length)

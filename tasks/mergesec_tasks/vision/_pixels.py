@@ -97,9 +97,8 @@ def _check_tiff(image: Image) -> None:
     tags = image.tag_v2  # type: ignore[attr-defined]
     bits, kinds = set(tags.get(TAG_BITS, (1,))), set(tags.get(TAG_SAMPLE, (1,)))
     if kinds != {1} or len(bits) != 1 or not bits <= {1, 2, 4, 8, 16}:
-        raise Refused(
-            f"has samples of {sorted(bits)} bits, kind {sorted(kinds)}; store 8 or 16 bits unsigned"
-        )
+        told = f"{sorted(bits)[:4]} bits, kind {sorted(kinds)[:4]}"
+        raise Refused(f"has samples of {told}; store 8 or 16 bits unsigned")
     if image.mode in DEEP and tags.get(TAG_PHOTOMETRIC) != 1:
         raise Refused("has 16 bits with white at 0; store black at 0")
 
@@ -137,7 +136,11 @@ def _shallow(image: Image) -> Image:
 
     if "transparency" in image.info:
         raise Refused("has 16 bits and a transparent colour; store transparency as alpha")
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > DEEPEST:
+    stored = np.asarray(image)
+    if stored.min() < 0 or stored.max() > DEEPEST:
         raise Refused(f"has values outside of 0..{DEEPEST}, whose range is not known")
-    return images.fromarray(((values * 255 + DEEPEST // 2) // DEEPEST).astype(np.uint8)).convert("RGB")
+    values = stored.astype(np.uint32)
+    values *= 255
+    values += DEEPEST // 2
+    values //= DEEPEST
+    return images.fromarray(values.astype(np.uint8)).convert("RGB")

@@ -249,7 +249,11 @@ def from_hub(
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{looked}. {error}") from None
         check_shards(files)
-        found = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+        try:
+            found = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+        except Exception as error:  # whatever the library calls a file that it cannot read
+            reason = f"{type(error).__name__}: {str(error)[:200]}"
+            raise ContractError(f"{name}: {files[0].parent} holds no readable parquet ({reason})") from None
         for column in (image_column, label_column):
             if column not in found.column_names:
                 raise ContractError(f"{name}: no column '{column}'; has {', '.join(found.column_names)}")

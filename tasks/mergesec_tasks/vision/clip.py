@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mergesec.compat import ensure_torchvision
-from mergesec.contracts import ContractError, Weights
+from mergesec.contracts import Weights
+from mergesec.errors import UsageError
+from mergesec_tasks._configs import check_tensors, checked, tower
 from mergesec_tasks._hub import model_folder
-from mergesec_tasks._transformers import quiet
+from mergesec_tasks._modelfiles import CONFIG, file_of, read_json, stored_tensors
+from mergesec_tasks._transformers import clip_tokenizer, config_of, text_tower
+from mergesec_tasks._words import TOKENIZER, check_words
 from mergesec_tasks.vision.hf_vit import HfVit
 
 CARD = {
@@ -103,22 +106,33 @@ class Clip(HfVit):
     def frozen(self) -> dict[str, Tensor]:
         """The projections ``[d, hidden]`` of both towers and the logarithm of the logit scale, float32."""
         if not self._frozen:
-            found: dict[str, Tensor] = {}
             from safetensors import safe_open
 
-            for file in sorted(self.path.glob("*.safetensors")):
-                with safe_open(file, framework="pt") as tensors:
-                    for name in (PROJECTION, TEXT_PROJECTION, SCALE):
-                        if name in tensors.keys():  # noqa: SIM118  (not a mapping)
-                            found[name] = tensors.get_tensor(name).float()
+            found: dict[str, Tensor] = {}
             for name in (PROJECTION, TEXT_PROJECTION, SCALE):
-                if name not in found:
-                    raise ContractError(
-                        f"clip: no tensor '{name}' in '{self.path}'; a whole CLIP is needed, not its vision "
-                        "tower alone (that is a backbone for hf-vit, or an expert)"
+                file = file_of(self.path, name, self.who)
+                if file is None:
+                    raise UsageError(
+                        self.who,
+                        f"no tensor '{name}' in '{self.path}'; a whole CLIP is needed, not its vision tower alone "
+                        "(that is a backbone for hf-vit, or an expert)",
                     )
+                with safe_open(file, framework="pt") as tensors:
+                    found[name] = tensors.get_tensor(name).float()
+            self._check_frozen(found)
             self._frozen = found
         return self._frozen
+
+    def _check_frozen(self, found: Mapping[str, Tensor]) -> None:
+        width = self.told["hidden_size"]
+        shapes = [list(found[name].shape) for name in (PROJECTION, TEXT_PROJECTION, SCALE)]
+        fits = len(shapes[0]) == len(shapes[1]) == 2 and shapes[0][0] == shapes[1][0]
+        if not fits or shapes[0][1] != width or found[SCALE].numel() != 1:
+            names = f"'{PROJECTION}', '{TEXT_PROJECTION}' and '{SCALE}'"
+            raise UsageError(
+                self.who,
+                f"{names} in '{self.path}' have the shapes {shapes}; expected [d, {width}], [d, h] and one number",
+            )
 
     def features(self, network: nn.Module, inputs: Any) -> Tensor:
         """Image embeddings ``[N, d]`` of images float32 in [0, 1] ``[N, 3, H, W]``."""
@@ -152,22 +166,17 @@ class Clip(HfVit):
         return text_head(embeddings, self.frozen()[SCALE].exp())
 
     def _text_tower(self) -> tuple[Any, Any]:
-        """The folder's tokenizer and text tower. ContractError if tensors are missing."""
-        ensure_torchvision()
-        import transformers
-
-        kind: Any = transformers.CLIPTextModel
-
-        with quiet():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(self.path, local_files_only=True)
-            tower, report = kind.from_pretrained(
-                self.path,
-                local_files_only=True,
-                use_safetensors=True,
-                dtype=torch.float32,
-                output_loading_info=True,
+        """The folder's tokenizer and text tower. UsageError if tensors are missing."""
+        path = self.path / CONFIG
+        values = checked(
+            tower(read_json(path, self.who), "text", path, self.who), path, self.who, ("clip_text_model",)
+        )
+        check_tensors(values, stored_tensors(self.path, self.who), path, self.who)
+        if values["hidden_size"] != self.frozen()[TEXT_PROJECTION].shape[1]:
+            raise UsageError(
+                self.who, f"'{TEXT_PROJECTION}' in '{self.path}' does not take the text tower's width"
             )
-        missing = sorted(n for n in report["missing_keys"] if "position_ids" not in n)
-        if missing:
-            raise ContractError(f"clip: '{self.path}' lacks tensors of its text tower, first '{missing[0]}'")
-        return tokenizer, tower
+        if (self.path / TOKENIZER).exists():
+            check_words(self.path, values["vocab_size"], self.who)
+        tokenizer = clip_tokenizer(self.path, self.who)
+        return tokenizer, text_tower(self.path, config_of(values, self.who), self.who)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mergesec.anatomy import Anatomy, describe
-from mergesec.compat import ensure_torchvision
 from mergesec.contracts import Backbone, ContractError, Weights
+from mergesec.errors import UsageError
 from mergesec_tasks._adapters import expert_weights
-from mergesec_tasks._transformers import built, loaded, require_safetensors, shapes_of
+from mergesec_tasks._configs import Values
+from mergesec_tasks._modelfolders import KINDS, check_base, check_expert
+from mergesec_tasks._preprocessing import read_pixels
+from mergesec_tasks._transformers import built, config_of, loaded, shapes_of
 
 CARD = {
     "name": "hf-vit",
@@ -60,11 +62,6 @@ CARD = {
     },
 }
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-NORMALISATION = {"vit": HALF, "deit": IMAGENET, "dinov2": IMAGENET, "clip_vision_model": CLIP}
-"""Pixel mean and deviation by model type, used where the folder has no preprocessor_config.json."""
 OPTIONAL = ("pooler.", "mask_token", "position_ids")
 """Tensors that a checkpoint may lack, since class-token features do not pass through them."""
 
@@ -113,6 +110,7 @@ class HfVit(Backbone):
         self.source = path
         self.resolution = resolution
         self.layers = layers
+        self._told: Values | None = None
         self._settings: Any = None
         self._template: nn.Module | None = None
         self._mean_std: tuple[Tensor, Tensor] | None = None
@@ -122,62 +120,40 @@ class HfVit(Backbone):
     @property
     def path(self) -> Path:
         """The folder of the model."""
+        if not self.source:
+            raise UsageError(
+                self.who,
+                f"no model; set the parameter '{self.parameter}' to a folder with config.json and model.safetensors",
+            )
         return Path(self.source).expanduser()
 
-    def _json(self, name: str) -> dict[str, Any]:
-        target = self.path / name
-        if not self.source or not target.is_file():
-            raise FileNotFoundError(
-                f"{self.who}: no {name} in '{self.path}'; set the parameter '{self.parameter}' to a folder "
-                "with config.json and model.safetensors"
-            )
-        content: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
-        return content
-
-    def _read_config(self, **changes: Any) -> Any:
-        """The vision tower's config with ``changes``. ContractError if the folder holds something else."""
-        ensure_torchvision()
-        from transformers import AutoConfig
-
-        raw = self._json("config.json")
-        kind = raw.pop("model_type", None)
-        if kind == "clip":
-            raw, kind = dict(raw.get("vision_config") or {}), "clip_vision_model"
-            raw.pop("model_type", None)
-        if kind not in NORMALISATION:
-            known = ", ".join(sorted(NORMALISATION))
-            raise ContractError(f"{self.who}: model type {kind!r} in '{self.path}' is not one of {known}")
-        # Stage names and output indices list the layers by number and would contradict a smaller count.
-        for name in ("stage_names", "out_features", "out_indices", "dtype", "torch_dtype"):
-            raw.pop(name, None)
-        return AutoConfig.for_model(kind, **{**raw, **changes})
+    @property
+    def told(self) -> Values:
+        """The checked config of the folder, as it stands there."""
+        if self._told is None:
+            self._told = check_base(self.path, self.who, KINDS[self.who])
+        return self._told
 
     @property
     def config(self) -> Any:
         """The config of the network as run: ``resolution`` and ``layers`` applied and checked."""
         if self._settings is None:
-            own = self._read_config()
-            side, count = self.resolution or own.image_size, self.layers or own.num_hidden_layers
-            if side % own.patch_size:
-                raise ContractError(
-                    f"{self.who}: resolution {side} is not a multiple of the patch size {own.patch_size}"
-                )
-            if count > own.num_hidden_layers:
-                raise ContractError(
-                    f"{self.who}: layers {count} exceed the {own.num_hidden_layers} of the model"
-                )
-            self._settings = self._read_config(image_size=side, num_hidden_layers=count)
+            patch, own = self.told["patch_size"], self.told["num_hidden_layers"]
+            side, count = self.resolution or self.told["image_size"], self.layers or own
+            if side % patch:
+                raise UsageError(self.who, f"resolution {side} is not a multiple of the patch size {patch}")
+            if count > own:
+                raise UsageError(self.who, f"layers {count} exceed the {own} of the model")
+            changes = {"image_size": side, "num_hidden_layers": count}
+            self._settings = config_of({**self.told, **changes}, self.who)
         return self._settings
 
     def normalisation(self) -> tuple[Tensor, Tensor]:
         """Pixel mean and deviation ``[3, 1, 1]``: the folder's preprocessor_config.json, else by type."""
         if self._mean_std is None:
-            mean, deviation = NORMALISATION[self.config.model_type]
-            if (self.path / "preprocessor_config.json").is_file():
-                given = self._json("preprocessor_config.json")
-                mean = given.get("image_mean") or mean
-                deviation = given.get("image_std") or deviation
-            self._mean_std = torch.tensor(mean).view(3, 1, 1), torch.tensor(deviation).view(3, 1, 1)
+            pixels = read_pixels(self.path, self.told["model_type"], self.who)
+            mean, deviation = torch.tensor(pixels.mean), torch.tensor(pixels.deviation)
+            self._mean_std = mean.view(3, 1, 1), deviation.view(3, 1, 1)
         return self._mean_std
 
     # ---- network
@@ -185,7 +161,7 @@ class HfVit(Backbone):
     def build(self) -> nn.Module:
         """A fresh network at the run's size with fused attention; its weights mean nothing until loaded."""
         if self._template is None:
-            self._template = built(self.config)
+            self._template = built(self.config, self.who)
         return copy.deepcopy(self._template)
 
     def base_weights(self) -> Weights:
@@ -194,22 +170,25 @@ class HfVit(Backbone):
 
     def published(self, source: str) -> Weights:
         """A published expert in the Hugging Face layout, or a LoRA adapter of peft: a folder, or the hub at a commit."""
-        return expert_weights(source, self.who, self.base_weights, self._weights_in)
+        return expert_weights(source, self.who, self.base_weights, self._expert_in)
+
+    def _expert_in(self, folder: Path) -> Weights:
+        check_expert(folder, self.path, self.told, self.who, KINDS[self.who])
+        return self._weights_in(folder)
 
     def _weights_in(self, folder: Path) -> Weights:
-        require_safetensors(folder, self.who)
-        own = self._read_config(num_hidden_layers=self.config.num_hidden_layers)  # at its own resolution
-        native = loaded(folder, own, self.who, OPTIONAL).state_dict()
-        wanted = self.build().state_dict()
+        own = config_of({**self.told, "num_hidden_layers": self.config.num_hidden_layers}, self.who)
+        native = loaded(folder, own, self.who, OPTIONAL).state_dict()  # at its own resolution
         weights: dict[str, Tensor] = {}
-        for name, target in wanted.items():
+        for name, target in self.build().state_dict().items():
             tensor = native[name]
             if tensor.shape != target.shape and "position_embedding" in name:
                 tensor = interpolated_positions(tensor, self.config.image_size // self.config.patch_size)
             if tensor.shape != target.shape:
-                raise ContractError(
-                    f"{self.who}: '{name}' in '{folder}' has shape {list(tensor.shape)}, the base's config.json "
-                    f"needs {list(target.shape)}"
+                raise UsageError(
+                    self.who,
+                    f"'{name}' in '{folder}' has shape {list(tensor.shape)}, the base's config.json needs "
+                    f"{list(target.shape)}",
                 )
             weights[name] = tensor.float().clone() if tensor.is_floating_point() else tensor.clone()
         return weights

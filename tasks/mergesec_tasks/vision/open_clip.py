@@ -16,8 +16,9 @@ from mergesec.anatomy import Anatomy, describe
 from mergesec.compat import ensure_torchvision
 from mergesec.contracts import Backbone, ContractError, Weights
 from mergesec_tasks._hub import model_folder
+from mergesec_tasks._preprocessing import CLIP
 from mergesec_tasks.vision.clip import TEXT_BATCH, text_head
-from mergesec_tasks.vision.hf_vit import CLIP, interpolated_positions, resized
+from mergesec_tasks.vision.hf_vit import interpolated_positions, resized
 
 CARD = {
     "name": "open-clip",

@@ -15,7 +15,8 @@ from mergesec.compat import ensure_torchvision
 from mergesec.contracts import Backbone, ContractError, Weights
 from mergesec_tasks._adapters import expert_weights
 from mergesec_tasks._hub import model_folder
-from mergesec_tasks.vision.hf_vit import IMAGENET, interpolated_positions, resized
+from mergesec_tasks._preprocessing import IMAGENET
+from mergesec_tasks.vision.hf_vit import interpolated_positions, resized
 
 CARD = {
     "name": "timm-vit",

@@ -1,0 +1,99 @@
+"""Bases and published experts as folders of transformers: each is one network, and an expert's is the base's.
+
+No torch: ``bench plan`` looks at local folders with this before anything runs, the backbones again before they load
+them. Every complaint is a UsageError of ``who``, a grid's field or a backbone's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mergesec.errors import UsageError
+from mergesec.files import brief, is_file, is_folder
+from mergesec_tasks._adapterconfig import CONFIG as ADAPTER
+from mergesec_tasks._adapterconfig import read_lora
+from mergesec_tasks._configs import Values, check_same_function, check_tensors, read_config
+from mergesec_tasks._modelfiles import CONFIG, INDEX, SINGLE, header, stored_tensors
+from mergesec_tasks._preprocessing import check_same_pixels, read_pixels
+from mergesec_tasks._words import check_same_words, check_words
+
+FACTORS = "adapter_model.safetensors"
+IMAGES = ("vit", "deit", "dinov2", "clip_vision_model")
+ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert")
+DECODERS = ("gpt2", "llama", "qwen2", "mistral")
+
+
+class Kinds(NamedTuple):
+    """What a backbone reads: types of models, and whether its inputs are images or texts."""
+
+    types: Sequence[str]
+    images: bool
+
+
+KINDS = {
+    "hf-vit": Kinds(IMAGES, True),
+    "clip": Kinds(("clip_vision_model",), True),
+    "hf-text": Kinds(ENCODERS, False),
+    "hf-causal": Kinds(DECODERS, False),
+}
+"""By the backbone's name."""
+
+
+def is_adapter(place: Path, who: str) -> bool:
+    """Whether a folder holds an adapter instead of a network; UsageError if it holds both."""
+    if not is_folder(place) or not ((place / ADAPTER).exists() or (place / ADAPTER).is_symlink()):
+        return False
+    if is_file(place / SINGLE) or is_file(place / INDEX):
+        raise UsageError(
+            who,
+            f"{brief(str(place))!r} holds a network and an adapter ({ADAPTER}); remove the one that is not meant",
+        )
+    return True
+
+
+def check_base(folder: Path, who: str, kinds: Kinds) -> Values:
+    """The config of a base's folder, once config and tensors are of one network."""
+    if is_adapter(folder, who):
+        raise UsageError(who, f"{brief(str(folder))!r} holds an adapter ({ADAPTER}), not a network")
+    values = read_config(folder, who, kinds.types)
+    check_tensors(values, stored_tensors(folder, who), folder / CONFIG, who)
+    return values
+
+
+def check_expert(folder: Path, base: Path, values: Values, who: str, kinds: Kinds) -> None:
+    """UsageError unless a folder holds an adapter that can be merged, or a network with the base's function for equal
+    weights; what makes its inputs may be missing, but not differ."""
+    if is_adapter(folder, who):
+        read_lora(folder, who)
+        header(folder / FACTORS, who)
+    else:
+        own = read_config(folder, who, kinds.types)
+        check_same_function(values, own, base / CONFIG, folder / CONFIG, who)
+        check_tensors(own, stored_tensors(folder, who), folder / CONFIG, who)
+    if kinds.images:
+        check_same_pixels(base, folder, str(values["model_type"]), who)
+    else:
+        check_same_words(base, folder, who)
+
+
+# --------------------------------------------------------------------------- for the plan
+
+
+def inspect(backbone: str, parameters: Mapping[str, Any], where: str, experts: Mapping[str, str]) -> None:
+    """UsageError, naming the grid's field, for local folders that backbones here would refuse later. What lies on the
+    hub is looked at when it has been fetched."""
+    name = "model" if "model" in parameters else "path"
+    base, kinds = Path(str(parameters[name])).expanduser(), KINDS[backbone]
+    if not parameters[name] or not base.exists():
+        return
+    values = check_base(base, f"{where}.{name}", kinds)
+    if kinds.images:
+        read_pixels(base, str(values["model_type"]), f"{where}.{name}")
+    else:
+        check_words(base, int(values["vocab_size"]), f"{where}.{name}")
+    for field, source in experts.items():
+        place = Path(source).expanduser()
+        if source and place.exists():
+            check_expert(place, base, values, field, kinds)

@@ -1,0 +1,145 @@
+"""How a folder's texts become tokens: tokenizer.json and its like, read and compared. No torch, no tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mergesec.errors import UsageError
+from mergesec.files import brief, is_file
+from mergesec_tasks._modelfiles import LONGEST, read_json, shown
+
+TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+_STAGES = ("normalizer", "pre_tokenizer", "post_processor")
+_SETTINGS = (
+    "add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case", "strip_accents", "tokenize_chinese_chars",
+    "bos_token", "eos_token", "unk_token", "cls_token", "sep_token",
+)  # fmt: skip
+"""Of tokenizer_config.json: what decides the tokens of a text. Padding is masked, and decides nothing."""
+
+
+def check_words(folder: Path, size: int, who: str) -> dict[str, int]:
+    """The words of a folder's tokenizer.json with their numbers; UsageError, naming file and field, unless all of them
+    are below ``size``, the network's vocabulary."""
+    path = folder / TOKENIZER
+    words = _vocabulary(read_json(path, who), path, who)
+    beyond = next((word for word, number in words.items() if number >= size), None)
+    if beyond is not None:
+        raise UsageError(
+            who, f"{brief(str(path))!r}: the token {shown(beyond)} has the number {words[beyond]}, config.json has a "
+            f"vocab_size of {size}",
+        )  # fmt: skip
+    if (folder / SETTINGS).exists() or (folder / SETTINGS).is_symlink():
+        read_json(folder / SETTINGS, who)
+    return words
+
+
+def _vocabulary(raw: Mapping[str, Any], path: Path, who: str) -> dict[str, int]:
+    """Words to numbers, added ones included."""
+    model = raw.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocab, list):  # of pieces with scores
+        pieces = [piece[0] if isinstance(piece, list) and piece else None for piece in vocab]
+        vocab = {piece: number for number, piece in enumerate(pieces)}
+    if not isinstance(vocab, dict) or not vocab or not all(map(_entry, vocab.items())):
+        raise UsageError(who, f"{brief(str(path))!r}: model.vocab {shown(vocab)} is not words with numbers")
+    added = raw.get("added_tokens") or []
+    if not isinstance(added, list) or not all(
+        isinstance(a, dict) and _entry((a.get("content"), a.get("id"))) for a in added
+    ):
+        raise UsageError(who, f"{brief(str(path))!r}: added_tokens {shown(added)} is not a list of tokens")
+    return {**vocab, **{a["content"]: a["id"] for a in added}}
+
+
+def _entry(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and type(item[1]) is int and item[1] >= 0
+
+
+def check_same_words(base: Path, folder: Path, who: str) -> None:
+    """UsageError if an expert's folder makes other tokens of a text than the base's, as far as it says."""
+    if _there(folder / TOKENIZER):
+        _check_same_tokenizer(base / TOKENIZER, folder / TOKENIZER, who)
+    else:
+        for path, words in _older(folder, who):
+            _check_listed(base / TOKENIZER, words, path, who)
+    if _there(folder / SETTINGS) and _there(base / SETTINGS):
+        ours, theirs = read_json(base / SETTINGS, who), read_json(folder / SETTINGS, who)
+        for name in _SETTINGS:
+            own, other = _content(ours.get(name)), _content(theirs.get(name))
+            if own is not None and other is not None and own != other:
+                _differs(who, folder / SETTINGS, name, other, own)
+
+
+def _there(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
+
+
+def _content(value: Any) -> Any:
+    return value.get("content") if isinstance(value, dict) else value
+
+
+def _differs(who: str, path: Path, what: str, other: Any, own: Any) -> None:
+    raise UsageError(
+        who, f"{brief(str(path))!r}: {what} is {shown(other)}, for the base it is {shown(own)}: the expert was made for "
+        "other tokens",
+    )  # fmt: skip
+
+
+def _check_same_tokenizer(base: Path, other: Path, who: str) -> None:
+    ours, theirs = read_json(base, who), read_json(other, who)
+    if ours == theirs:
+        return
+    _check_same_numbers(_vocabulary(ours, base, who), _vocabulary(theirs, other, who), other, who)
+    for name, own, found in _stages(ours, theirs):
+        if own != found:
+            _differs(who, other, name, found, own)
+
+
+def _check_same_numbers(ours: Mapping[str, int], theirs: Mapping[str, int], path: Path, who: str) -> None:
+    for word in {**theirs, **ours}:
+        if ours.get(word) != theirs.get(word):
+            _differs(who, path, f"the number of {shown(word)}", theirs.get(word), ours.get(word))
+
+
+def _stages(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """What a text goes through, in both: name, the base's, the other's."""
+    yield from ((name, ours.get(name), theirs.get(name)) for name in _STAGES)
+    own, other = _model(ours["model"]), _model(theirs["model"])
+    yield from ((f"model.{n}", own.get(n), other.get(n)) for n in {**own, **other})
+
+
+def _model(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A model without its words; merges of pairs as all releases of tokenizers mean them."""
+    found = {n: v for n, v in raw.items() if n != "vocab" and v is not None and v is not False}
+    merges = found.get("merges")
+    if isinstance(merges, list):
+        found["merges"] = [m.split(" ") if isinstance(m, str) else m for m in merges]
+    return found
+
+
+def _older(folder: Path, who: str) -> Iterator[tuple[Path, dict[str, int]]]:
+    """Words in the files of slow tokenizers."""
+    if _there(folder / "vocab.json"):
+        path = folder / "vocab.json"
+        words = read_json(path, who)
+        if not all(map(_entry, words.items())):
+            raise UsageError(who, f"{brief(str(path))!r} is not words with numbers")
+        yield path, words
+    if _there(folder / "vocab.txt"):
+        path = folder / "vocab.txt"
+        try:
+            if not is_file(path) or path.stat().st_size > LONGEST:
+                raise ValueError(f"not a file of at most {LONGEST >> 20} MiB")
+            lines = path.read_text(encoding="utf-8").split("\n")
+        except (ValueError, OSError) as error:
+            raise UsageError(who, f"{brief(str(path))!r} is no list of words ({brief(str(error))})") from None
+        yield path, {word.rstrip("\r"): number for number, word in enumerate(lines) if word.strip()}
+
+
+def _check_listed(base: Path, words: Mapping[str, int], path: Path, who: str) -> None:
+    """UsageError unless the base has these words under the same numbers, and no others but added ones."""
+    raw = read_json(base, who)
+    ours = _vocabulary(raw, base, who)
+    added = {a["content"] for a in raw.get("added_tokens") or []}
+    _check_same_numbers({w: n for w, n in ours.items() if w in words or w not in added}, words, path, who)
