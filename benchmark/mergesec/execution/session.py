@@ -165,7 +165,7 @@ def run_session(
             break
         place = Workplace(
             str(session.store.root.resolve()), session.plugins,
-            str(session.data_root.resolve()) if session.data_root else None, threads, walls,
+            str(session.data_root.resolve()) if session.data_root else None, threads, bool(session.plan.plugins), walls,
         )  # fmt: skip
         executor = LocalExecutor(slots[: max(1, len(wanted))], place, timeout)
         cached = len(session.plan.steps) - len(wanted)

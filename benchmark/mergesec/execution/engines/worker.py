@@ -36,6 +36,8 @@ class Workplace:
     plugins: tuple[str, ...]
     data_root: str | None
     threads: int
+    guests: bool = False
+    """Whether plugins take part, so that guests will be needed."""
     walls: Walls | None = None
     """What contained guests see; None where plugins are not contained."""
 
@@ -141,9 +143,10 @@ def _bench() -> Any:
         root = Path(place.data_root) if place.data_root else None
         store = Store(Path(place.store))
         setting = Setting(place.plugins, slot.device, place.threads, place.data_root, place.walls, words)
-        _BENCH = Bench(
-            store, load_catalog(place.plugins), torch.device(slot.device), root, guests=Hosts(store, setting)
-        )
+        hosts = Hosts(store, setting)
+        _BENCH = Bench(store, load_catalog(place.plugins), torch.device(slot.device), root, guests=hosts)
+        if place.guests:
+            hosts.start()
     return _BENCH
 
 

@@ -84,7 +84,7 @@ class Zygote:
 
     def fork(self) -> Fork:
         """A new guest. Ended if the zygote is gone; the next call starts another."""
-        line = self._ready()
+        line = self.start()
         ours, theirs = socket.socketpair()
         reading, writing = os.pipe()
         try:
@@ -98,11 +98,12 @@ class Zygote:
 
     def end(self, pid: int, patience: float, contained: bool) -> dict[str, Any]:
         """See a guest end, after ``patience`` seconds by force: its exit ``code`` and ``peak_mb``."""
-        line = self._ready()
+        line = self.start()
         send(line, {"end": pid, "patience": patience, "contained": contained})
         return receive(line).said
 
-    def _ready(self) -> socket.socket:
+    def start(self) -> socket.socket:
+        """The line to the zygote, which is started if it does not live. GuestDied if it cannot be."""
         if self._process is not None and self._process.poll() is not None:
             self.close()
         if self._line is None:
@@ -165,6 +166,10 @@ class Hosts:
     @property
     def contained(self) -> bool:
         return self._setting.walls is not None
+
+    def start(self) -> None:
+        """Get ready for the first guest: loading torch is no part of its step."""
+        self._zygote.start()
 
     def close(self) -> None:
         self._zygote.close()
