@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from mergesec.errors import UsageError, nearest
 from mergesec.files import brief
@@ -165,6 +165,7 @@ TABLES: dict[str, dict[str, Field]] = {
     "qwen2": {
         **_LLAMA, "intermediate_size": size(22016, 16 * WIDTH), "vocab_size": size(151936, WORDS),
         "max_position_embeddings": size(32768, POSITIONS), "use_sliding_window": one_of(False),
+        "sliding_window": size_or_none(None, POSITIONS)._replace(decides=False),
     },
     "mistral": {
         **_LLAMA, "intermediate_size": size(14336, 16 * WIDTH), "num_key_value_heads": size_or_none(8, HEADS),
@@ -174,8 +175,8 @@ TABLES: dict[str, dict[str, Field]] = {
 """Model type to the fields that are handed to transformers; those that decide the function are compared."""
 
 FIXED: dict[str, Field] = {
-    "is_decoder": one_of(False), "add_cross_attention": one_of(False), "is_encoder_decoder": one_of(False),
-    "cross_attention_hidden_size": one_of(None), "pruned_heads": one_of({}), "attention_type": one_of("original_full"),
+    "is_decoder": one_of(False, None), "add_cross_attention": one_of(False, None), "is_encoder_decoder": one_of(False, None),
+    "cross_attention_hidden_size": one_of(None), "pruned_heads": one_of({}, None), "attention_type": one_of("original_full"),
     "rope_interleaved": one_of(False), "is_llama_config": flag(True),
 }  # fmt: skip
 """Fields that any type may have, with the one value that is understood."""
@@ -222,9 +223,7 @@ def read_config(folder: Path, who: str, kinds: Sequence[str]) -> Values:
 
 def tower(raw: Values, which: str, path: Path, who: str) -> Values:
     """The part of a whole CLIP's config that is about one of its towers."""
-    for name, value in raw.items():
-        if name not in AROUND and _says(value):
-            _refuse_unknown(path, name, value, "clip", AROUND, who)
+    check_fields(raw, {}, AROUND, f"{brief(str(path))!r}", who)
     part = f"{which}_config"
     found, old = raw.get(part), raw.get(f"{part}_dict") or {}
     if not isinstance(found, dict) or not isinstance(old, dict):
@@ -238,11 +237,18 @@ def tower(raw: Values, which: str, path: Path, who: str) -> Values:
     return {**found, "model_type": f"clip_{which}_model"}
 
 
-def _refuse_unknown(path: Path, name: str, value: Any, kind: str, known: Iterable[str], who: str) -> NoReturn:
-    raise UsageError(
-        who, f"{brief(str(path))!r}: {brief(name)} is {shown(value)}; no such field of a {kind} is known, so what it "
-        f"changes is not either{nearest(brief(name), known)}",
-    )  # fmt: skip
+def check_fields(raw: Values, table: Mapping[str, Field], idle: Iterable[str], where: str, who: str) -> None:
+    """UsageError, naming the field, for values that are not known to be good, and for unknown fields that say
+    something."""
+    idle = set(idle)
+    for name, value in raw.items():
+        if name in table and not table[name].fits(value):
+            raise UsageError(who, f"{where}: {name} is {shown(value)}; expected {table[name].told}")
+        if name not in table and name not in idle and _says(value):
+            raise UsageError(
+                who, f"{where}: {brief(name)} is {shown(value)}; no such field is known, so what it changes is not "
+                f"either{nearest(brief(name), table)}",
+            )  # fmt: skip
 
 
 def checked(raw: Values, path: Path, who: str, kinds: Sequence[str]) -> Values:
@@ -253,12 +259,7 @@ def checked(raw: Values, path: Path, who: str, kinds: Sequence[str]) -> Values:
         known = ", ".join(sorted("clip" if k == "clip_vision_model" else k for k in kinds))
         raise UsageError(who, f"{given} is not one of {known}")
     table = TABLES[kind]
-    for name, value in raw.items():
-        field = table.get(name) or FIXED.get(name)
-        if field is not None and not (field.fits(value) or (value is None and name in FIXED)):
-            raise UsageError(who, f"{brief(str(path))!r}: {name} is {shown(value)}; expected {field.told}")
-        if field is None and name not in IDLE and name != "layer_types" and _says(value):
-            _refuse_unknown(path, name, value, kind, table, who)
+    check_fields(raw, {**FIXED, **table}, IDLE | {"layer_types"}, f"{brief(str(path))!r}", who)
     values = {name: raw.get(name, field.default) for name, field in table.items()}
     found: Values = {"model_type": kind, **values}
     for mistake in _together(found, raw):
@@ -287,7 +288,7 @@ def _together(values: Values, raw: Values) -> Iterator[str]:
     if values["model_type"] in ("roberta", "xlm-roberta") and (pad is None or pad < 0):
         yield f"pad_token_id is {shown(pad)}; the first position is the one behind it"
     kinds = raw.get("layer_types")
-    full = values.get("sliding_window") is None
+    full = values.get("sliding_window") is None or values.get("use_sliding_window") is False
     wanted = ["full_attention" if full else "sliding_attention"] * layers_of(values)
     if kinds is not None and kinds != wanted:
         yield f"layer_types is {shown(kinds)}; expected {layers_of(values)} × {wanted[0]}, or null"

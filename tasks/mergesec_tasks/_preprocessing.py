@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,6 +82,17 @@ def _wrong(raw: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in raw.items():
         if name not in known and value is not None and value is not False and value not in ("", [], {}):
             yield name, f"no such field, or null{nearest(brief(name), known)}"
+
+
+def check_three(raw: Mapping[str, Any], names: tuple[str, str], where: str, who: str) -> None:
+    """UsageError unless mean and deviation, where they are given, are three numbers each."""
+    for name, least in zip(names, (0.0, 1e-6), strict=True):
+        value = raw.get(name)
+        if value is not None and not _three_numbers(value, least):
+            raise UsageError(
+                who,
+                f"{where}: {name} is {shown(value)}; expected three numbers, those of a deviation above 0",
+            )
 
 
 def _number(value: Any) -> bool:

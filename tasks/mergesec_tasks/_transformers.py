@@ -48,7 +48,7 @@ def config_of(values: Mapping[str, Any], who: str) -> Any:
     ensure_torchvision()
     from transformers import AutoConfig
 
-    with quiet(), _complaining(who, f"transformers makes no config of these values: {dict(values)}"):
+    with quiet(), complaining(who, f"transformers makes no config of these values: {dict(values)}"):
         return AutoConfig.for_model(values["model_type"], **settings(dict(values)))
 
 
@@ -59,14 +59,14 @@ def built(config: Any, who: str) -> nn.Module:
 
     with (
         torch.random.fork_rng(devices=[]),  # construction draws initial weights
-        _complaining(who, f"transformers builds no {config.model_type} of its config"),
+        complaining(who, f"transformers builds no {config.model_type} of its config"),
     ):
         network = AutoModel.from_config(config, attn_implementation="sdpa")  # type: ignore[no-untyped-call]
     return without_pooler(network)
 
 
 @contextmanager
-def _complaining(who: str, what: str) -> Iterator[None]:
+def complaining(who: str, what: str) -> Iterator[None]:
     """What a library says of somebody's files, as one message that names them."""
     try:
         yield
@@ -94,7 +94,7 @@ def loaded(folder: Path, config: Any, who: str, optional: Sequence[str]) -> nn.M
     """
     from transformers import AutoModel
 
-    with quiet(), _complaining(who, f"transformers does not load {str(folder)!r}"):
+    with quiet(), complaining(who, f"transformers does not load {str(folder)!r}"):
         network, report = AutoModel.from_pretrained(
             os.fspath(folder), config=config, dtype=torch.float32, local_files_only=True,
             use_safetensors=True, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
@@ -138,7 +138,7 @@ def tokenizer_of(folder: Path, who: str) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     # a model's own class may build another tokenizer than the file describes
-    with quiet(), _complaining(who, f"the tokenizer in {str(folder)!r} cannot be read"):
+    with quiet(), complaining(who, f"the tokenizer in {str(folder)!r} cannot be read"):
         return PreTrainedTokenizerFast.from_pretrained(os.fspath(folder), local_files_only=True)
 
 
@@ -148,7 +148,7 @@ def clip_tokenizer(folder: Path, who: str) -> Any:
     import transformers
 
     library: Any = transformers  # the name is resolved when it is asked for
-    with quiet(), _complaining(who, f"the tokenizer in {str(folder)!r} cannot be read"):
+    with quiet(), complaining(who, f"the tokenizer in {str(folder)!r} cannot be read"):
         return library.CLIPTokenizerFast.from_pretrained(os.fspath(folder), local_files_only=True)
 
 
@@ -157,7 +157,7 @@ def text_tower(folder: Path, config: Any, who: str) -> Any:
     import transformers
 
     kind: Any = transformers.CLIPTextModel
-    with quiet(), _complaining(who, f"transformers does not load the text tower in {str(folder)!r}"):
+    with quiet(), complaining(who, f"transformers does not load the text tower in {str(folder)!r}"):
         tower, report = kind.from_pretrained(
             os.fspath(folder), config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32,
             output_loading_info=True, ignore_mismatched_sizes=True,

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from mergesec.execution.interrupts import PATIENCE
 from mergesec.execution.store import Store
 
 SEED = int(os.environ.get("MERGESEC_CAMPAIGN_SEED", "1"))
@@ -210,11 +211,11 @@ def _live(bench: Any, campaign: Campaign, wanted: dict[str, Any]) -> None:
         if kills < 12 and figures["effective"] < KILLS:
             with _rival(bench, campaign):
                 _wait_for_moment(rng, process, bench.store)
-            how = rng.choice(("run", "run", "worker", "all"))
+            how = rng.choice(("run", "run", "worker", "all", "Ctrl-C", "Ctrl-C twice"))
             checkpoints = any(bench.store.glob("checkpoints/*.safetensors"))
-            if _kill(how, process):
+            if _press(rng, how, process) if how.startswith("Ctrl-C") else _kill(how, process):
                 figures["effective"] += 1
-                figures[f"of {how}"] += 1
+                figures[how if how.startswith("Ctrl-C") else f"of {how}"] += 1
                 figures["with a checkpoint"] += checkpoints
                 kills += 1
                 workers += how == "worker"
@@ -231,7 +232,9 @@ def _live(bench: Any, campaign: Campaign, wanted: dict[str, Any]) -> None:
             campaign.check_end(bench, wanted)
             return
         died = process.returncode == -signal.SIGKILL or (process.returncode == 1 and workers >= 3)
-        if not died:
+        if not died and not (
+            how.startswith("Ctrl-C") and process.returncode == 130 and "Traceback" not in err
+        ):
             campaign.lost.append(f"code {process.returncode}: {err[-2000:]}")
         if rng.random() < 0.7:  # else the next run meets what the dead one's worker still does
             _gone(process)
@@ -256,6 +259,28 @@ def _kill(how: str, process: subprocess.Popen[str]) -> bool:
         process.wait(DEADLINE)
         return process.returncode == -signal.SIGKILL
     return False
+
+
+def _listens(process: int) -> bool:
+    """Whether it is past the start of the interpreter: the thread that waits for signals is there."""
+    with contextlib.suppress(OSError):
+        return len(list(Path(f"/proc/{process}/task").iterdir())) > 1
+    return False
+
+
+def _press(rng: random.Random, how: str, process: subprocess.Popen[str]) -> bool:
+    """Ctrl-C at a terminal, which every process of a run sees; whether it ended the run."""
+    while process.poll() is None and not _listens(process.pid):
+        time.sleep(0.01)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
+        if how == "Ctrl-C twice":
+            time.sleep(rng.uniform(0, 0.3))
+            os.killpg(process.pid, signal.SIGINT)
+            pressed = time.monotonic()
+            process.wait(DEADLINE)
+            assert time.monotonic() - pressed < 2 * PATIENCE, "a second Ctrl-C ends a run within two seconds"
+    return process.wait(DEADLINE) == 130
 
 
 # --------------------------------------------------------------------------- power

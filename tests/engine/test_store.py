@@ -281,10 +281,12 @@ def test_a_link_in_the_place_of_an_artifact_is_missing_and_heals(tmp_path: Path)
     (tmp_path / "artifacts" / "merge").mkdir(parents=True)
     (tmp_path / "artifacts" / "merge" / "k.json").symlink_to("/dev/zero")
     assert not store.has("merge", "k")
+    assert store.keys() == set()
     with pytest.raises(CorruptArtifact):
         store.read("merge", "k")
     store.put("merge", "k", save({"w": torch.ones(2)}), {})
     assert store.meta("merge", "k")["info"] == {}
+    assert store.keys() == {"k"}
 
 
 def test_a_file_is_flushed_before_its_name_appears_and_its_folder_after(

@@ -11,7 +11,8 @@ import torch
 from extras import needs
 from safetensors.torch import load_file, save_file
 
-from mergesec.contracts import ContractError, load_network
+from mergesec.contracts import load_network
+from mergesec.errors import UsageError
 from mergesec_tasks.vision.open_clip import OpenClip
 from mergesec_tasks.vision.timm_vit import TimmVit
 
@@ -81,13 +82,13 @@ def test_open_clip_resolution_layers_and_anatomy(openai: tuple[Path, Any]) -> No
 
 def test_open_clip_messages(openai: tuple[Path, Any], tmp_path: Path) -> None:
     folder, _ = openai
-    with pytest.raises(ContractError, match="resolution 30"):
+    with pytest.raises(UsageError, match="resolution 30"):
         open_clip_of(folder, resolution=30).config()
-    with pytest.raises(ContractError, match="layers 9 exceed the 3"):
+    with pytest.raises(UsageError, match="layers 9 exceed the 3"):
         open_clip_of(folder, layers=9).config()
-    with pytest.raises(ContractError, match=r"architecture 'ViT-Q'.*list_models"):
+    with pytest.raises(UsageError, match=r"architecture 'ViT-Q'.*list_models"):
         open_clip_of(folder / "open_clip_model.safetensors", architecture="ViT-Q")._named()
-    with pytest.raises(FileNotFoundError, match="0 safetensors files"):
+    with pytest.raises(UsageError, match="0 safetensors files"):
         open_clip_of(tmp_path, architecture="ViT-B-32")._release()
 
 
@@ -158,12 +159,12 @@ def test_timm_resolution_layers_and_anatomy(vit: tuple[Path, Any]) -> None:
 
 def test_timm_messages_and_experts(vit: tuple[Path, Any], tmp_path: Path) -> None:
     folder, _ = vit
-    with pytest.raises(ContractError, match="layers 9 exceed the 3"):
+    with pytest.raises(UsageError, match="layers 9 exceed the 3"):
         TimmVit(str(folder), 0, 9).base_weights()
-    with pytest.raises(FileNotFoundError, match="no folder"):
+    with pytest.raises(UsageError, match="no folder"):
         TimmVit("", 0, 0).build()
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ContractError, match="names no architecture"):
+    with pytest.raises(UsageError, match="names no architecture"):
         TimmVit(str(tmp_path), 0, 0).build()
     expert = {n: t + 1 for n, t in load_file(folder / "model.safetensors").items()}
     save_file(expert, tmp_path / "expert.safetensors")

@@ -134,7 +134,8 @@ class Store:
         for kind in folder.iterdir() if folder.is_dir() else ():
             if kind.is_dir():
                 with os.scandir(kind) as entries:
-                    found.update(e.name[:-5] for e in entries if e.name.endswith(".json"))
+                    plain = (e for e in entries if e.is_file(follow_symlinks=False))
+                    found.update(e.name[:-5] for e in plain if e.name.endswith(".json"))
         return found
 
     def put(self, kind: str, key: str, blob: bytes, info: Mapping[str, Any]) -> None:

@@ -112,6 +112,9 @@ class Card:
     """Parameter values that make a run short; the conformance battery tries the component with them."""
     pretrain: str = ""
     """``module:function`` that makes a backbone's weights, for ``bench pretrain``."""
+    inspect: str = ""
+    """``module:function`` that looks at a backbone's folder and its experts' when a grid is planned, without torch.
+    Only this project's own are called: planning runs nobody else's code."""
     zero_shot: bool = False
     """Of a backbone: it makes heads from prompts, with a text tower."""
     templates: tuple[str, ...] = ()

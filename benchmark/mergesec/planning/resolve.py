@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -85,7 +86,7 @@ def resolve(spec: GridSpec, catalog: Catalog) -> Grid:
         tuple(expand(axes.attacks, "attack", "axes.attacks", catalog)),
         tuple(expand(axes.defenses, "defense", "axes.defenses", catalog)),
         recipe,
-        _published(spec.suite.experts, names),
+        _published(spec.suite.experts, names, backbone, catalog),
     )  # fmt: skip
     doubled = [seed for seed, n in Counter(spec.seeds).items() if n > 1]
     if doubled:
@@ -96,17 +97,32 @@ def resolve(spec: GridSpec, catalog: Catalog) -> Grid:
     return grid
 
 
-def _published(experts: Mapping[str, str], names: list[str]) -> dict[str, Ref]:
+def _published(
+    experts: Mapping[str, str], names: list[str], backbone: Ref, catalog: Catalog
+) -> dict[str, Ref]:
     """What stands in for fine-tuning, by task: identity is the content, the place only a parameter."""
+    for task in experts:
+        if task not in names:
+            raise UsageError(
+                f"suite.experts.{task}", f"{task!r} is not a task of the suite{nearest(task, names)}"
+            )
+    _inspect(backbone, {f"suite.experts.{task}": source for task, source in experts.items()}, catalog)
     found = {}
     for task, source in experts.items():
         where = f"suite.experts.{task}"
-        if task not in names:
-            raise UsageError(where, f"{task!r} is not a task of the suite{nearest(task, names)}")
         text = json.dumps({"kind": "published", "content": model_content(where, source)}, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:32]
         found[task] = Ref("published", task, (("source", source),), short(source), text, digest)
     return found
+
+
+def _inspect(backbone: Ref, experts: Mapping[str, str], catalog: Catalog) -> None:
+    """UsageError for a base, or an expert, that the backbone would refuse later."""
+    entry = catalog.get("backbone", backbone.name)
+    if entry.card.inspect and not entry.digest:
+        module, _, function = entry.card.inspect.partition(":")
+        inspect = getattr(importlib.import_module(module), function)
+        inspect(backbone.name, dict(backbone.parameters), "suite.backbone", experts)
 
 
 def _check_pattern(where: str, pattern: Mapping[str, Any], catalog: Catalog) -> None:

@@ -25,6 +25,7 @@ CARD = {
     "summary": "GPT-2, Llama, Qwen2 or Mistral; the next token after a prompt names the class",
     "modalities": ["text"],
     "depends": ["transformers"],
+    "inspect": "mergesec_tasks._modelfolders:inspect",
     "requires": {"transformers": "transformers>=4.57"},
     "source": "a local folder in the Hugging Face layout, or the hub at a commit",
     "licence": "that of the weights",

@@ -20,6 +20,7 @@ CARD = {
     "summary": "BERT, RoBERTa, MiniLM or DistilBERT from a local folder or the hub at a commit",
     "modalities": ["text"],
     "depends": ["transformers"],
+    "inspect": "mergesec_tasks._modelfolders:inspect",
     "requires": {"transformers": "transformers>=4.57"},
     "source": "a local folder in the Hugging Face layout, or the hub at a commit",
     "licence": "that of the weights",

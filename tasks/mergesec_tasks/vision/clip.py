@@ -30,6 +30,7 @@ CARD = {
     "summary": "CLIP's vision tower with zero-shot heads from its text tower; ViT-B/32, B/16, L/14 or any other",
     "modalities": ["image"],
     "depends": ["transformers"],
+    "inspect": "mergesec_tasks._modelfolders:inspect",
     "requires": {"transformers": "mergesec[real]"},
     "zero_shot": True,
     "source": "a local folder in the Hugging Face layout, or the hub at a commit",

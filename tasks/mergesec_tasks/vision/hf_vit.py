@@ -30,6 +30,7 @@ CARD = {
     "summary": "ViT, DeiT, DINOv2 or CLIP vision tower from config.json and safetensors; never downloads",
     "modalities": ["image"],
     "depends": ["transformers"],
+    "inspect": "mergesec_tasks._modelfolders:inspect",
     "source": "a local folder in the Hugging Face layout",
     "licence": "that of the weights",
     "recipe": {

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,27 @@ from torch import Tensor, nn
 
 from mergesec.anatomy import Anatomy, describe
 from mergesec.compat import ensure_torchvision
-from mergesec.contracts import Backbone, ContractError, Weights
+from mergesec.contracts import Backbone, Weights
+from mergesec.errors import UsageError
+from mergesec.files import brief, is_file
+from mergesec_tasks._configs import (
+    HEADS,
+    LAYERS,
+    PIXELS,
+    WIDTH,
+    WORDS,
+    Field,
+    check_fields,
+    flag,
+    one_of,
+    share,
+    size,
+)  # fmt: skip
 from mergesec_tasks._hub import model_folder
-from mergesec_tasks._preprocessing import CLIP
+from mergesec_tasks._modelfiles import Stored, header, read_json, shown
+from mergesec_tasks._networks import check_held, read_tensors
+from mergesec_tasks._preprocessing import CLIP, check_three
+from mergesec_tasks._transformers import complaining
 from mergesec_tasks.vision.clip import TEXT_BATCH, text_head
 from mergesec_tasks.vision.hf_vit import interpolated_positions, resized
 
@@ -79,8 +96,35 @@ CARD = {
     },
 }
 
-CONFIG = "open_clip_config.json"
+WHO, CONFIG = "open-clip", "open_clip_config.json"
 FILES = ("*.json", "*.safetensors", "*.txt")
+RATIO = Field(4.0, "a number above 0, at most 64", lambda v: type(v) in (int, float) and 0 < v <= 64)
+SCALE = Field(None, "null or a number", lambda v: v is None or (type(v) in (int, float) and abs(v) < 1e6))
+FLAGS = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
+MODEL = {
+    "embed_dim": size(512, WIDTH), "quick_gelu": flag(False), "custom_text": flag(False), "init_logit_scale": SCALE,
+    "init_logit_bias": SCALE, "nonscalar_logit_scale": one_of(False), "multimodal_cfg": one_of(None),
+}  # fmt: skip
+LAYOUT = {
+    "layers": size(12, LAYERS), "width": size(768, WIDTH), "mlp_ratio": RATIO, "ls_init_value": SCALE,
+    "final_ln_after_pool": flag(False), "output_tokens": one_of(False), "act_kwargs": one_of(None, {}),
+    "norm_kwargs": one_of(None, {}), "block_type": one_of(None, "default"), **{name: flag(False) for name in FLAGS},
+}  # fmt: skip
+VISION = {
+    **LAYOUT, "image_size": size(224, PIXELS), "patch_size": size(16, PIXELS), "head_width": size(64, WIDTH),
+    "patch_dropout": share(0.0), "attentional_pool": one_of(False), "no_ln_pre": flag(False),
+    "pos_embed_type": one_of("learnable", "sin_cos_2d"), "pool_type": one_of("tok", "avg"),
+}  # fmt: skip
+TEXT = {
+    **LAYOUT, "context_length": size(77, WIDTH), "vocab_size": size(49408, WORDS), "heads": size(8, HEADS),
+    "hf_tokenizer_name": Field(None, "a name", lambda v: v is None or isinstance(v, str)), "embed_cls": one_of(False),
+    "pad_id": one_of(0), "eos_id": one_of(2), "no_causal_mask": flag(False), "pool_type": one_of("argmax", "last", "first"),
+    "proj_bias": flag(False), "proj_type": one_of("linear", "none"), "tokenizer_mode": one_of(None),
+}  # fmt: skip
+"""Fields of a release's model_cfg, vision_cfg and text_cfg that are handed to open_clip, and what they may be."""
+UNUSED = {"timm_pool", "timm_proj", "timm_drop", "attn_pooler_queries", "attn_pooler_heads"}
+PLAIN_TEXT = {"context_length": 8, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
+"""A text tower that is built beside the vision tower and thrown away."""
 
 
 @dataclass(frozen=True)
@@ -106,17 +150,19 @@ class OpenClip(Backbone):
 
     def _release(self) -> _Release:
         if self._found is None:
-            place = model_folder(self.source, "open-clip", FILES)
-            folder = place if place.is_dir() else place.parent
-            told: dict[str, Any] = {}
-            if (folder / CONFIG).is_file():
-                told = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            place = model_folder(self.source, WHO, FILES)
+            told = _told(place)
+            model = told.get("model_cfg")
+            model = self._named() if model is None else model
+            _check_model(model, f"{brief(str(_folder(place) / CONFIG))!r}: model_cfg")
             pixels = told.get("preprocess_cfg") or {}
             mean, deviation = pixels.get("mean") or CLIP[0], pixels.get("std") or CLIP[1]
-            model = dict(told.get("model_cfg") or self._named())
-            weights = place if place.is_file() else self._weights(place)
-            self._found = _Release(weights, model, tuple(mean), tuple(deviation))
+            self._found = _Release(_weights(place), model, tuple(mean), tuple(deviation))
         return self._found
+
+    def _check_tower(self, stored: Mapping[str, Stored], model: dict[str, Any]) -> None:
+        whole = any(name.startswith("visual.") for name in stored)
+        check_held(lambda: self._visual(model), stored, "visual." if whole else "", (), WHO)
 
     def _named(self) -> dict[str, Any]:
         ensure_torchvision()
@@ -124,37 +170,28 @@ class OpenClip(Backbone):
 
         found = open_clip.get_model_config(self.architecture) if self.architecture else None
         if found is None:
-            raise ContractError(
-                f"open-clip: no {CONFIG} beside the weights, and architecture {self.architecture!r} is not one "
-                "of open_clip's names (open_clip.list_models())"
-            )
+            raise UsageError(
+                WHO, f"no {CONFIG} beside the weights, and architecture {self.architecture!r} is not one of open_clip's "
+                "names (open_clip.list_models())",
+            )  # fmt: skip
         return dict(found)
-
-    @staticmethod
-    def _weights(folder: Path) -> Path:
-        found = sorted(folder.glob("*.safetensors"))
-        named = [p for p in found if p.name == "open_clip_model.safetensors"] or found
-        if len(named) != 1:
-            raise FileNotFoundError(
-                f"open-clip: '{folder}' holds {len(named)} safetensors files, needs one "
-                "(other formats are not read)"
-            )
-        return named[0]
 
     def config(self) -> dict[str, Any]:
         """The release's model configuration, ``resolution`` and ``layers`` applied and checked."""
         model = copy.deepcopy(self._release().model)
         vision = model["vision_cfg"]
-        if vision.get("timm_model_name") or not isinstance(vision.get("layers"), int):
-            raise ContractError("open-clip: only open_clip's own vision transformers are taken")
-        side, count = self.resolution or vision["image_size"], self.layers or vision["layers"]
-        if side % vision["patch_size"]:
-            raise ContractError(
-                f"open-clip: resolution {side} is not a multiple of the patch size {vision['patch_size']}"
-            )
-        if count > vision["layers"]:
-            raise ContractError(f"open-clip: layers {count} exceed the {vision['layers']} of the model")
-        vision["image_size"], vision["layers"] = side, count
+        patch, own = vision.get("patch_size", 16), vision.get("layers", 12)
+        side, count = self.resolution or vision.get("image_size", 224), self.layers or own
+        if side % patch:
+            raise UsageError(WHO, f"resolution {side} is not a multiple of the patch size {patch}")
+        if count > own:
+            raise UsageError(WHO, f"layers {count} exceed the {own} of the model")
+        vision |= {
+            "image_size": side,
+            "layers": count,
+            "patch_size": patch,
+            "width": vision.get("width", 768),
+        }
         return model
 
     def _whole(self, config: dict[str, Any]) -> nn.Module:
@@ -162,19 +199,27 @@ class OpenClip(Backbone):
         ensure_torchvision()
         import open_clip
 
-        custom = config.pop("custom_text", False) or "hf_model_name" in config.get("text_cfg", {})
-        kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
-        with torch.random.fork_rng(devices=[]):
-            whole: nn.Module = kind(**config)
+        kind = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
+        names = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale", "init_logit_bias")
+        given = {n: config[n] for n in names if config.get(n) is not None}
+        with torch.random.fork_rng(devices=[]), complaining(WHO, f"open_clip builds no network of {given}"):
+            whole: nn.Module = kind(**copy.deepcopy(given))
         return whole
+
+    def _visual(self, config: dict[str, Any]) -> nn.Module:
+        """The vision tower of a configuration, untrained."""
+        whole: Any = self._whole({**config, "text_cfg": PLAIN_TEXT, "custom_text": False})
+        visual: nn.Module = whole.visual
+        return visual
 
     # ---- network
 
     def build(self) -> nn.Module:
         """A fresh vision tower at the run's size; its weights mean nothing until loaded."""
         if self._template is None:
-            whole: Any = self._whole(self.config())
-            self._template = whole.visual
+            release = self._release()
+            self._check_tower(header(release.weights, WHO), release.model)
+            self._template = self._visual(self.config())
         template: nn.Module = copy.deepcopy(self._template)
         return template
 
@@ -185,29 +230,26 @@ class OpenClip(Backbone):
     def published(self, source: str) -> Weights:
         """A published expert: a whole CLIP's safetensors, or those of its vision tower alone."""
         place = model_folder(source, "expert", FILES)
-        return self._weights_in(place if place.is_file() else self._weights(place))
+        told, own = _told(place), self._release()
+        stored = header(_weights(place), WHO)
+        if told.get("model_cfg") is not None:
+            _check_model(told["model_cfg"], f"{brief(str(_folder(place) / CONFIG))!r}: model_cfg")
+            _check_same(_function(own.model), _function(told["model_cfg"]), _folder(place))
+        pixels = told.get("preprocess_cfg") or {}
+        _check_same({"mean": list(own.mean), "std": list(own.deviation)}, pixels, _folder(place))
+        self._check_tower(stored, own.model)
+        return self._weights_in(_weights(place))
 
     def _weights_in(self, file: Path) -> Weights:
-        from safetensors import safe_open
-
         config = self.config()["vision_cfg"]
         side = config["image_size"] // config["patch_size"]
+        prefix = "visual." if any(name.startswith("visual.") for name in header(file, WHO)) else ""
+        wanted = {name: tuple(target.shape) for name, target in self.build().state_dict().items()}
         weights: dict[str, Tensor] = {}
-        with safe_open(file, framework="pt") as stored:
-            names = set(stored.keys())
-            prefix = "visual." if any(name.startswith("visual.") for name in names) else ""
-            for name, target in self.build().state_dict().items():
-                if prefix + name not in names:
-                    raise ContractError(f"open-clip: '{file}' lacks '{prefix}{name}'")
-                tensor = stored.get_tensor(prefix + name)
-                if name == "positional_embedding" and tensor.shape != target.shape:
-                    tensor = interpolated_positions(tensor, side)
-                if tensor.shape != target.shape:
-                    raise ContractError(
-                        f"open-clip: '{name}' in '{file}' has shape {list(tensor.shape)}, the configuration needs "
-                        f"{list(target.shape)}"
-                    )
-                weights[name] = tensor.float().clone() if tensor.is_floating_point() else tensor.clone()
+        for name, tensor in read_tensors(file, prefix, wanted).items():
+            if name == "positional_embedding" and tuple(tensor.shape) != wanted[name]:
+                tensor = interpolated_positions(tensor, side)
+            weights[name] = tensor.float().clone() if tensor.is_floating_point() else tensor.clone()
         return weights
 
     def anatomy(self) -> Anatomy:
@@ -243,21 +285,90 @@ class OpenClip(Backbone):
         """The whole model with all its weights; the vision tower at its own size."""
         from safetensors.torch import load_file
 
-        whole = self._whole(copy.deepcopy(self._release().model))
-        stored = load_file(self._release().weights)
-        lacking = whole.load_state_dict(stored, strict=False).missing_keys
-        if lacking:
-            raise ContractError(f"open-clip: '{self._release().weights}' lacks '{lacking[0]}'")
+        release = self._release()
+        text = release.model.get("text_cfg")
+        where = f"{brief(str(release.weights.parent / CONFIG))!r}: text_cfg"
+        if not isinstance(text, dict):
+            raise UsageError(WHO, f"{where} {shown(text)} is not a mapping of fields")
+        check_fields(text, TEXT, (), where, WHO)
+        if text.get("hf_tokenizer_name"):
+            raise UsageError(
+                WHO, f"this text tower takes the tokenizer {shown(text['hf_tokenizer_name'])}, which is not supported; use "
+                "head: probe",
+            )  # fmt: skip
+        check_held(lambda: self._whole(release.model), header(release.weights, WHO), "", (), WHO)
+        whole = self._whole(release.model)
+        with complaining(WHO, f"open_clip does not load {str(release.weights)!r}"):
+            whole.load_state_dict(load_file(release.weights))
         return whole.float()
 
     def _tokens(self, sentences: list[str]) -> Tensor:
         from open_clip.tokenizer import SimpleTokenizer
 
-        text = self._release().model.get("text_cfg", {})
-        if text.get("hf_tokenizer_name"):
-            raise ContractError(
-                f"open-clip: this text tower takes the tokenizer {text['hf_tokenizer_name']}, which is not "
-                "supported; use head: probe"
-            )
-        tokens: Tensor = SimpleTokenizer(context_length=text.get("context_length", 77))(sentences)
+        length = self._release().model["text_cfg"].get("context_length", 77)
+        tokens: Tensor = SimpleTokenizer(context_length=length)(sentences)
         return tokens
+
+
+# --------------------------------------------------------------------------- files
+
+
+def _folder(place: Path) -> Path:
+    return place if place.is_dir() else place.parent
+
+
+def _told(place: Path) -> dict[str, Any]:
+    """What open_clip_config.json says, its pixels checked; empty without one."""
+    path = _folder(place) / CONFIG
+    if not path.exists() and not path.is_symlink():
+        return {}
+    told = read_json(path, WHO)
+    pixels = told.get("preprocess_cfg") or {}
+    if not isinstance(pixels, dict):
+        raise UsageError(
+            WHO, f"{brief(str(path))!r}: preprocess_cfg {shown(pixels)} is not a mapping of fields"
+        )
+    check_three(pixels, ("mean", "std"), f"{brief(str(path))!r}: preprocess_cfg", WHO)
+    return told
+
+
+def _check_model(model: Any, where: str) -> None:
+    """UsageError, naming the field, for a model_cfg that says what is not known."""
+    if not isinstance(model, dict):
+        raise UsageError(WHO, f"{where} {shown(model)} is not a mapping of fields")
+    check_fields(model, MODEL, {"vision_cfg", "text_cfg", "cast_dtype", "output_dict"}, where, WHO)
+    vision = model.get("vision_cfg")
+    if not isinstance(vision, dict) or not isinstance(model.get("embed_dim"), int):
+        raise UsageError(WHO, f"{where} needs embed_dim and vision_cfg, a mapping of fields")
+    if vision.get("timm_model_name") or isinstance(vision.get("layers"), list):
+        raise UsageError(WHO, f"{where}: only open_clip's own vision transformers are taken")
+    check_fields(vision, VISION, UNUSED, f"{where}.vision_cfg", WHO)
+
+
+def _function(model: dict[str, Any]) -> dict[str, Any]:
+    """What decides the function of a vision tower."""
+    tower = {f"vision_cfg.{n}": model["vision_cfg"].get(n, f.default) for n, f in VISION.items() if f.decides}
+    return {**tower, "quick_gelu": model.get("quick_gelu", False), "embed_dim": model["embed_dim"]}
+
+
+def _check_same(ours: Mapping[str, Any], theirs: Mapping[str, Any], folder: Path) -> None:
+    """UsageError, naming the field and both values, where two releases differ."""
+    for name, own in ours.items():
+        other = theirs.get(name)
+        if other is not None and other != own:
+            raise UsageError(
+                WHO, f"{brief(str(folder / CONFIG))!r}: {name} is {shown(other)}, for the base it is {shown(own)}: the same "
+                "weights would be another function",
+            )  # fmt: skip
+
+
+def _weights(place: Path) -> Path:
+    if place.is_file():
+        return place
+    found = sorted(p for p in place.glob("*.safetensors") if is_file(p))
+    named = [p for p in found if p.name == "open_clip_model.safetensors"] or found
+    if len(named) != 1:
+        raise UsageError(
+            WHO, f"'{place}' holds {len(named)} safetensors files, needs one (other formats are not read)"
+        )
+    return named[0]
