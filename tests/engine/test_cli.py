@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -208,11 +209,12 @@ class Here:
 
     def __init__(self, slots: list[Slot], place: Workplace, timeout: float | None) -> None:
         self.slots = slots
-        worker._PLACE = slots[0], place
+        worker._POST = worker.Post(slots[0], place, 2)
 
     def submit(self, slot: int, step: Step, kinds: Mapping[str, str]) -> Future[Answer]:
         future: Future[Answer] = Future()
-        future.set_result(worker._work(step, dict(kinds)))
+        with tempfile.TemporaryFile() as printed:
+            future.set_result(worker._work(step, dict(kinds), printed.fileno()))
         return future
 
     def note(self, slot: int) -> str:
@@ -227,7 +229,7 @@ def ran(invoke: Invoke, tmp_path: Path, micro: Path, monkeypatch: pytest.MonkeyP
     """A run of two merges, of which one fails."""
     monkeypatch.setattr("mergesec.execution.session.LocalExecutor", Here)
     monkeypatch.setattr(worker, "_BENCH", None)
-    monkeypatch.setattr(worker, "_PLACE", None)
+    monkeypatch.setattr(worker, "_POST", None)
     for name in ("set_num_threads", "use_deterministic_algorithms"):
         monkeypatch.setattr(torch, name, lambda *a, **k: None)
     (tmp_path / "rogue.py").write_text(ROGUE)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from mergesec.errors import UsageError
-from mergesec.execution.engines.local import LocalExecutor, _ending, make_slots, parse_visible, visible_gpus
-from mergesec.execution.engines.worker import Slot, Workplace
+from mergesec.execution.engines.local import LocalExecutor, make_slots, parse_visible, visible_gpus
+from mergesec.execution.engines.worker import Slot, Workplace, ending
 from mergesec.execution.session import open_session
 
 UUIDS = ["GPU-0a0a-11", "GPU-0b0b-22", "GPU-0b0c-33", "MIG-aaaa", "MIG-bbbb"]
@@ -180,8 +180,8 @@ def test_a_worker_that_crashes_in_c_tells_where_it_was(tmp_path: Path, micro: Pa
 
 
 def test_a_death_by_signal_is_named() -> None:
-    assert _ending(0) == "exit code 0"
-    assert _ending(None) == "exit code None"
-    assert _ending(-11) == "exit code -11, SIGSEGV"
-    assert _ending(-9) == "exit code -9, SIGKILL; perhaps out of memory"
-    assert _ending(-250) == "exit code -250, a signal"
+    assert ending(0) == "exit code 0"
+    assert ending(None) == "exit code None"
+    assert ending(-11) == "exit code -11, SIGSEGV"
+    assert ending(-9) == "exit code -9, SIGKILL; perhaps out of memory"
+    assert ending(-250) == "exit code -250, a signal"

@@ -6,6 +6,7 @@ import ast
 import json
 import pickle
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -120,12 +121,14 @@ def _step(key: str, *needs: str) -> Step:
 def test_a_worker_answers_in_words_whatever_is_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "_PLACE", (Slot("cpu"), Workplace(str(tmp_path), (), None, 1)))
+    post = worker.Post(Slot("cpu"), Workplace(str(tmp_path), (), None, 1), 2)
+    monkeypatch.setattr(worker, "_POST", post)
     monkeypatch.setattr(worker, "_BENCH", None)
-    monkeypatch.setattr("mergesec.execution.steps.run", lambda *_: _raise(Silent()))
+    monkeypatch.setattr("mergesec.execution.perform.run", lambda *_: _raise(Silent()))
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *a, **k: None)
-    answer = worker._work(_step("a"), {})
+    with tempfile.TemporaryFile() as printed:
+        answer = worker._work(_step("a"), {}, printed.fileno())
     assert answer.status == "error"
     assert answer.message.startswith("Silent: <exception str() failed> (test_failures.py:")
     assert "in _raise" in answer.trace

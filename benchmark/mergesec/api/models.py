@@ -20,6 +20,7 @@ from mergesec.threats import Hook
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mergesec.execution.guests.host import Hosts
     from mergesec.execution.session import Desk
     from mergesec.planning.cards import Card
     from mergesec.planning.plan import Planner, Step
@@ -233,46 +234,43 @@ def evaluate(
     ``triggered``: an attacked expert; its trigger goes on every input, and what counts are the samples of other
     classes that are taken for ``target_class`` (ASR; default: the class that ``triggered`` aims at).
     """
-    import torch
+    import numpy as np
 
-    from mergesec.contracts import Model as Network
-    from mergesec.contracts import load_network
     from mergesec.evidence.records import count
     from mergesec.evidence.statistics import Bootstrap
-    from mergesec.execution.evaluation import triggered as marked
-    from mergesec.inference import predict
+    from mergesec.execution.logs import Log
+    from mergesec.execution.perform import perform
+    from mergesec.execution.store import parse_safetensors
+    from mergesec.planning.plan import Step
 
     at = _Table.laid(suite, task, None, None, desk)
-    bench = at.bench
-    component = bench.component(at.planner.grid.task(task))
-    split = component.unpack(at.done(at.planner.data(task))[0])["test"]
-    head = at.done(at.planner.head(task))[0]
-    backbone = bench.component(at.planner.grid.backbone)
     model = weights if isinstance(weights, Model) else Model(_opened(weights, "weights"), task)
-    if model.made_by is not None:
-        network = bench.component(model.made_by).network(backbone, model.weights)
-    else:
+    if model.made_by is None:
         at.check(model.weights)
-        network = load_network(backbone, model.weights)
-    change = None
+    data, head = at.planner.data(task), at.planner.head(task)
+    at.done(data), at.done(head)
+    components = [("backbone", at.planner.grid.backbone), (f"task:{task}", at.planner.grid.task(task))]
+    inputs = [("model", at.bench.give(model.weights)), (f"data:{task}", data), (f"head:{task}", head)]
+    if model.made_by is not None:
+        components.append(("producer", model.made_by))
     if triggered is not None:
         if triggered.attack is None:
             raise UsageError("triggered", "has no trigger; give what attack() returned")
-        put_on = bench.component(triggered.attack)
         aim = triggered.target_class if target_class is None else target_class
         at.check_class(task, aim)
-
-        def change(inputs: Any) -> Any:
-            return marked(component, put_on, triggered.trigger, inputs)
-
-    with _as_a_worker():
-        found = predict(
-            component, Network(backbone, network.eval()), head, split, torch.device("cpu"), change
-        )
+        components.append(("attack", triggered.attack))
+        inputs.append(("trigger", at.bench.give(triggered.trigger)))
+    kinds = {key: role.partition(":")[0] for role, key in inputs}
+    step = Step("0" * 40, "evaluate", tuple(components), tuple(inputs), "{}")
+    with _as_a_worker(), Log(at.desk.store.root, step.key) as log:
+        found = parse_safetensors(perform(step, at.bench, kinds, log).blob)
+    predicted, targets = (
+        np.frombuffer(found[f"{name}|{task}"].data, np.int32) for name in ("predictions", "targets")
+    )
     if triggered is None:
-        counted = count((found == split.targets).numpy())
+        counted = count(predicted == targets)
     else:
-        counted = count((found == aim).numpy(), (split.targets != aim).numpy())
+        counted = count(predicted == aim, targets != aim)
     low, high = Bootstrap().rate(task, {0: counted}).interval()
     return Evaluated(counted.k, counted.n, low, high)
 
@@ -326,7 +324,9 @@ class _Table:
         known = [t.name for t in grid.tasks]
         if task is not None and task not in known:
             raise UsageError("task", f"{task!r} is not a task of the suite{nearest(task, known)}")
-        bench = Bench(desk.store, desk.catalog, torch.device("cpu"), desk.data_root)
+        bench = Bench(
+            desk.store, desk.catalog, torch.device("cpu"), desk.data_root, guests=plugin_hosts(desk)
+        )
         planner = Planner(grid, task_fingerprints(desk.data_root, desk.catalog))
         table = cls(desk, planner, bench)
         return table if weights is None or task is None else table._with(task, weights)
@@ -384,7 +384,9 @@ class _Table:
 
         from mergesec.contracts import ContractError
         from mergesec.execution.engines.worker import device_name, peak_mb
-        from mergesec.execution.steps import run
+        from mergesec.execution.guests.host import GuestDied, GuestFailed
+        from mergesec.execution.logs import Log
+        from mergesec.execution.perform import perform
 
         steps = self.planner.steps
         kinds = {k: s.kind for k, s in steps.items()}
@@ -392,11 +394,14 @@ class _Table:
             for step in _closure(steps, key, self.desk.store.has):
                 started = time.perf_counter()
                 try:
-                    blob, info = run(step, self.bench, kinds)
-                except ContractError as error:
+                    with Log(self.desk.store.root, step.key) as log:
+                        blob, info, guest_mb = perform(step, self.bench, kinds, log)
+                except (ContractError, GuestDied) as error:
                     raise UsageError(step.label, str(error)) from None
-                seconds = time.perf_counter() - started
-                told = {"seconds": seconds, "peak_mb": peak_mb(self.bench), "device": device_name(self.bench)}
+                except GuestFailed as error:
+                    raise UsageError(step.label, f"{error.reason}\n{error.trace}".rstrip()) from None
+                seconds, peak = time.perf_counter() - started, max(guest_mb, peak_mb(self.bench))
+                told = {"seconds": seconds, "peak_mb": peak, "device": device_name(self.bench)}
                 self.desk.store.put(step.kind, step.key, blob, {**info, **told})
         found: tuple[Weights, dict[str, Any]] = self.bench.read(steps[key].kind, key)
         return found
@@ -405,6 +410,16 @@ class _Table:
         weights, facts = self.done(key)
         task = json.loads(self.planner.steps[key].args)["task"]
         return Model(weights, task, facts.get("report", {}), made_by=made_by)
+
+
+def plugin_hosts(desk: Desk) -> Hosts:
+    """Where plugins' code runs for a caller of its own: as in a grid, contained where the machine can."""
+    from mergesec.execution.guests.host import Hosts, Setting
+    from mergesec.execution.session import walls_of
+
+    walls = walls_of(desk.catalog, [desk.store.root, desk.data_root])[0] if desk.plugins else None
+    root = str(desk.data_root.resolve()) if desk.data_root else None
+    return Hosts(desk.store, Setting(desk.plugins, "cpu", 1, root, walls, 2))
 
 
 @contextlib.contextmanager

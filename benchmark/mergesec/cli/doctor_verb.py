@@ -24,6 +24,7 @@ EXTRAS = {"transformers": "real", "open_clip_torch": "clip", "fusion-bench": "fu
 def main() -> None:
     from mergesec.errors import UsageError
     from mergesec.execution.engines.local import visible_gpus
+    from mergesec.execution.guests.containment import survey
     from mergesec.files import check_writable, default_root
     from mergesec.planning.catalog import load_catalog
 
@@ -56,6 +57,10 @@ def main() -> None:
     rows.append(["torchvision", "ok", ensure_torchvision()])
     rows.append(["cores", "ok", str(os.cpu_count())])
     rows.append(["GPUs", "ok", ", ".join(visible_gpus()) or "none, CPU only"])
+    obstacle = survey().obstacle
+    rows.append(
+        ["plugins", "absent" if obstacle else "ok", f"not contained: {obstacle}" if obstacle else "contained"]
+    )
     try:
         check_writable(default_root(), "MERGESEC_CACHE")
         free = shutil.disk_usage(default_root()).free / 1e9

@@ -79,13 +79,16 @@ def _samples(session: Session, records: Sequence[Record], source: str) -> list[P
     """Pictures of what is in the store; what is missing is told, and an error if it is everything."""
     import torch
 
+    from mergesec.api.models import plugin_hosts
     from mergesec.errors import UsageError
+    from mergesec.execution.session import Desk
     from mergesec.execution.work import Bench
     from mergesec.figures.canvas import style
     from mergesec.figures.sample_sheets import sample_pictures
     from mergesec.figures.samples import collect_samples
 
-    bench = Bench(session.store, session.catalog, torch.device("cpu"), session.data_root)
+    hosts = plugin_hosts(Desk(session.catalog, session.store, session.plugins, session.data_root))
+    bench = Bench(session.store, session.catalog, torch.device("cpu"), session.data_root, guests=hosts)
     places, missing = collect_samples(session.plan, bench, records)
     if missing:
         shown = ", ".join([*missing][:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")

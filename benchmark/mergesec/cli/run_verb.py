@@ -31,6 +31,13 @@ def main(
     results: Results = None,
     threads: Annotated[int, typer.Option(help="threads per worker")] = 1,
     step_timeout: Annotated[float, typer.Option(help="seconds one step may take; 0 = no limit")] = 7200.0,
+    contained: Annotated[
+        bool | None,
+        typer.Option(
+            "--contained/--not-contained",
+            help="plugins see neither store, data nor network; default: where this machine can (docs/trust.md)",
+        ),
+    ] = None,
 ) -> None:
     from mergesec.execution.session import open_session, run_session
 
@@ -49,7 +56,14 @@ def main(
     progress = show.Progress()
     try:
         finished = run_session(
-            session, results_folder(results), progress, device, jobs, threads, step_timeout or None
+            session,
+            results_folder(results),
+            progress,
+            device,
+            jobs,
+            threads,
+            step_timeout or None,
+            contained,
         )
     finally:
         progress.stop()
@@ -86,6 +100,8 @@ def _summary(finished: Finished, seconds: float, grid: str) -> None:
         print(f"... and {len(reasons) - SHOWN} more reasons", file=sys.stderr)
     if reasons:
         print(f"tracebacks: bench status {grid} --why (and your --results)", file=sys.stderr)
+    if finished.uncontained:
+        print(f"plugins were not contained ({finished.uncontained}); records say so", file=sys.stderr)
     if finished.older:
         shown = ", ".join(finished.older[:SHOWN]) + (", ..." if len(finished.older) > SHOWN else "")
         print(f"{len(finished.older)} cells stand as an earlier run left them: {shown}", file=sys.stderr)

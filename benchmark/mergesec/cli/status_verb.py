@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     Told = tuple[Failure, list[str]]
     """A failed step and the cells that wait for it."""
 
+PRINTED = 2000
+"""Letters shown of the end of what a failed step printed."""
 SHOWN = 5
 """Cells named under a failed step."""
 
@@ -134,6 +136,9 @@ def _table(records: Iterable[Record]) -> None:
 
 
 def _explain(failed: Sequence[Told]) -> None:
+    from mergesec.execution.logs import read_log
+    from mergesec.files import default_root, plain
+
     if not failed:
         print("no failure is kept in the store for this grid")
     for failure, cells in failed:
@@ -143,4 +148,6 @@ def _explain(failed: Sequence[Told]) -> None:
         if len(cells) > SHOWN:
             print(f"  ... and {len(cells) - SHOWN} more")
         print(failure.trace.rstrip() or failure.reason)
+        if printed := read_log(default_root(), failure.key):
+            print("it printed:", *(plain(line) for line in printed[-PRINTED:].splitlines()), sep="\n  ")
         print()

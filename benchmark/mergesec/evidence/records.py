@@ -91,6 +91,8 @@ class Record(BaseModel):
     """Off-task backdoors: the task that the target class belongs to; empty: the subject's own."""
     status: Status
     reason: str = ""
+    contained: Literal["yes", "no"] = "yes"
+    """``no``: a plugin's code took part where it could see test data (docs/trust.md)."""
     counts: dict[str, Count] = {}
     """``acc/<role>/<task>``, ``asr/<role>/<task>``, ``ra/<role>/<task>``, ``mark/<suspect>/<task>``."""
     values: dict[str, float] = {}
@@ -101,6 +103,19 @@ class Record(BaseModel):
     cost: dict[str, dict[str, float]] = {}
     """By role; ``attack`` and ``defense`` are a backdoor's two sides over all their steps, with ``rows``."""
     provenance: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _told(cls, fields: Any) -> Any:
+        """Records of before plugins were contained say so, if plugins took part."""
+        if isinstance(fields, dict) and "contained" not in fields:
+            provenance = fields.get("provenance")
+            parts = provenance.get("components") if isinstance(provenance, dict) else None
+            foreign = isinstance(parts, dict) and any(
+                isinstance(p, dict) and "digest" in p for p in parts.values()
+            )
+            return {**fields, "contained": "no" if foreign else "yes"}
+        return fields
 
 
 def disagreement(record: Record) -> str:

@@ -119,13 +119,19 @@ def markdown(board: Board) -> str:
 
 
 def marks(records: Sequence[Record]) -> list[str]:
-    """What a reader must know before comparing: partial data, the transductive protocol."""
+    """What a reader must know before comparing: partial data, the transductive protocol, plugins that could see
+    more than they should."""
     partial: dict[str, str] = {}
     for record in records:
         partial |= record.provenance.get("partial", {})
     notes = [f"partial data: {task} ({how})" for task, how in sorted(partial.items())]
     if any(r.protocol == "transductive" for r in records):
         notes.append("transductive: methods that adapt saw the test inputs, without labels")
+    open_cells = sum(r.contained == "no" for r in records)
+    if open_cells:
+        notes.append(
+            f"not contained: in {open_cells} cells a plugin could have seen test labels (docs/trust.md)"
+        )
     return notes
 
 

@@ -7,7 +7,7 @@ from itertools import count
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mergesec.contracts import (
     ContractError,
@@ -99,12 +99,17 @@ def _aimed(work: Work) -> tuple[str, Split | None]:
         raise ContractError(f"{aimed.name} has {len(aimed.classes)} classes, none numbered {label}")
     if not aim:
         return "", None
-    rows = torch.nonzero(train.targets == label).flatten()
+    rows = reference_rows(train.targets, label, int(work.args["reference"]))
     if not len(rows):
         raise ContractError(f"{aim}: no training row of class {label}")
-    generator = torch.Generator().manual_seed(int(work.args["reference"]))
-    picked = rows[torch.randperm(len(rows), generator=generator)[:REFERENCE_ROWS]]
-    return aim, train.take(picked.sort().values)
+    return aim, train.take(rows)
+
+
+def reference_rows(targets: Tensor, label: int, seed: int) -> Tensor:
+    """The rows of class ``label`` that an off-task adversary has: drawn, in their order."""
+    rows = torch.nonzero(targets == label).flatten()
+    generator = torch.Generator().manual_seed(seed)
+    return rows[torch.randperm(len(rows), generator=generator)[:REFERENCE_ROWS]].sort().values
 
 
 def trial(work: Work, own: list[Expert]) -> Callable[[Weights], float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -10,7 +12,6 @@ from torch import Tensor, nn
 
 from mergesec.anatomy import AnatomyError
 from mergesec.contracts import (
-    Attack,
     Defense,
     MergeMethod,
     Model,
@@ -18,10 +19,18 @@ from mergesec.contracts import (
     Weights,
     load_network,
 )
+from mergesec.execution.contexts import PlainMerge
 from mergesec.execution.work import Result, Work
 from mergesec.inference import predict, task_outputs
 
 VISIBILITY_ROWS = 256
+
+
+def serves_itself(producer: Any) -> bool:
+    """Whether a method makes the networks of what it produced by code of its own."""
+    if isinstance(producer, MergeMethod):
+        return type(producer).network is not MergeMethod.network
+    return isinstance(producer, Defense) and type(producer).network is not Defense.network
 
 
 def network_of(work: Work, role: str, task: str, producer: Any, cast: str = "") -> nn.Module:
@@ -43,34 +52,77 @@ def network_of(work: Work, role: str, task: str, producer: Any, cast: str = "") 
     return network.to(work.device).eval()
 
 
+Maker = Callable[[str, str], Model]
+"""(role of an artifact, task) -> the model that serves the task."""
+
+
+@contextlib.contextmanager
+def model_maker(work: Work) -> Iterator[Maker]:
+    """Who makes models of the step's artifacts: this process, unless a plugin's own network serves them; then a
+    guest does, and only batches and features go between."""
+    cast = str(work.args.get("cast", ""))
+    producer = None
+    if "producer" in work.refs:
+        if work.foreign("producer"):
+            with work.guests.network(work) as served:
+                if served is not None:
+                    yield lambda role, task: served.model(role, task, cast)
+                    return
+            producer = plain_producer(work)
+        else:
+            producer = work.component("producer")
+    made: dict[str, Model] = {}
+
+    def make(role: str, task: str) -> Model:
+        """One network for all tasks where they have all weights in common."""
+        alike = not isinstance(producer, MergeMethod) or not (
+            serves_itself(producer) or work.merged(role).per_task
+        )
+        if not alike or role not in made:
+            made[role] = Model(work.backbone, network_of(work, role, task, producer, cast))
+        return made[role]
+
+    yield make
+
+
+def plain_producer(work: Work) -> MergeMethod | None:
+    """Stands in for a plugin's merge method that leaves its networks as the contract has them."""
+    return PlainMerge() if work.refs["producer"].kind == "merging" else None
+
+
+@contextlib.contextmanager
+def trigger_of(work: Work) -> Iterator[Callable[[Task, Any], Any]]:
+    """What puts the step's trigger on raw inputs of a task; a plugin's attack does so in a guest."""
+    name = work.refs["attack"].name
+    with contextlib.ExitStack() as stack:
+        if work.foreign("attack"):
+            apply = stack.enter_context(work.guests.trigger(work))
+        else:
+            apply = partial(work.component("attack").apply, work.tensors("trigger"))
+
+        def mark(task: Task, inputs: Any) -> Any:
+            """ContractError if they no longer are raw inputs of the task."""
+            return task.check_triggered(apply(inputs), inputs, name)
+
+        yield mark
+
+
 def evaluate(work: Work) -> Result:
     """Test predictions (and targets) of every task, optionally under a trigger."""
-    producer = work.component("producer") if "producer" in work.refs else None
-    mark = (work.component("attack"), work.tensors("trigger")) if "attack" in work.refs else ()
     found: dict[str, Tensor] = {}
-    network: nn.Module | None = None
-    single = not isinstance(producer, MergeMethod) or not (
-        type(producer).network is not MergeMethod.network or work.merged("model").per_task
-    )
-    for role in work.refs:
-        if not role.startswith("task:"):
-            continue
-        name = role.removeprefix("task:")
-        if network is None or not single:
-            network = network_of(work, "model", name, producer, str(work.args.get("cast", "")))
-        task: Task = work.component(role)
-        split = work.splits(f"data:{name}", task)["test"]
-        model = Model(work.backbone, network)
-        change = partial(triggered, task, *mark) if mark else None
-        predicted = predict(task, model, work.tensors(f"head:{name}"), split, work.device, change)
-        found[f"predictions|{name}"] = predicted.int()
-        found[f"targets|{name}"] = split.targets.int()
+    with model_maker(work) as maker, contextlib.ExitStack() as stack:
+        mark = stack.enter_context(trigger_of(work)) if "attack" in work.refs else None
+        for role in work.refs:
+            if not role.startswith("task:"):
+                continue
+            name = role.removeprefix("task:")
+            task: Task = work.component(role)
+            split = work.splits(f"data:{name}", task)["test"]
+            model, change = maker("model", name), partial(mark, task) if mark else None
+            predicted = predict(task, model, work.tensors(f"head:{name}"), split, work.device, change)
+            found[f"predictions|{name}"] = predicted.int()
+            found[f"targets|{name}"] = split.targets.int()
     return Result(found)
-
-
-def triggered(task: Task, attack: Attack, trigger: Weights, inputs: Any) -> Any:
-    """Raw inputs of ``task`` with the trigger on them; ContractError if they no longer are that."""
-    return task.check_triggered(attack.apply(trigger, inputs), inputs, attack.name)
 
 
 def visibility(work: Work) -> Result:
@@ -78,7 +130,8 @@ def visibility(work: Work) -> Result:
     task: Task = work.component("task")
     split = work.splits("data", task)["test"]
     inputs = task.batch(split, torch.arange(min(VISIBILITY_ROWS, len(split))), work.device).inputs
-    changed = triggered(task, work.component("attack"), work.tensors("trigger"), inputs)
+    with trigger_of(work) as mark:
+        changed = mark(task, inputs)
     return Result({}, {"rows": len(inputs), "visibility": task.visibility(inputs, changed)})
 
 
@@ -87,12 +140,10 @@ def compare(work: Work) -> Result:
     the second's weights lie from the first's and from the base."""
     name = work.args["task"]
     task: Task = work.component(f"task:{name}")
-    producer = work.component("producer") if "producer" in work.refs else None
     split = work.splits(f"data:{name}", task)["test"]
-    outputs = []
-    for role, maker in (("first", None), ("second", producer)):
-        model = Model(work.backbone, network_of(work, role, name, maker))
-        outputs.append(task_outputs(task, model, work.tensors(f"head:{name}"), split, work.device))
+    with model_maker(work) as maker:
+        models = (Model(work.backbone, network_of(work, "first", name, None)), maker("second", name))
+        outputs = [task_outputs(task, m, work.tensors(f"head:{name}"), split, work.device) for m in models]
     gap = (outputs[0] - outputs[1]).abs().max()
     first, second, origin = work.tensors("first"), work.tensors("second"), work.tensors("base")
     facts: dict[str, Any] = {

@@ -118,7 +118,12 @@ def make_records(plan: Plan, store: Store, outcome: Outcome) -> list[Record]:
         cost = _cost(road, planned, found) if status == "done" else {}
         if status == "done" and planned.cell.threat == Threat.BACKDOOR:
             cost |= _sides(planned, road)
-        records.append(_record(plan, planned, status, reason, counts, values, facts, cost, found, shared))
+        inside = status != "done" or all(
+            road.facts(k).get("contained") is True for k in plan.foreign(planned)
+        )
+        records.append(
+            _record(plan, planned, status, reason, counts, values, facts, cost, found, shared, inside)
+        )
     return records
 
 
@@ -139,7 +144,7 @@ def _note(role: str, info: Mapping[str, Any], values: dict[str, float], facts: d
         values[f"statistic/{suspect}"] = float(info["statistic"])
 
 
-MEASURED = ("seconds", "peak_mb", "device")
+MEASURED = ("seconds", "peak_mb", "device", "plugins", "contained")
 """Facts that the worker adds to a step's own."""
 
 
@@ -276,7 +281,7 @@ def _cost(road: Road, planned: CellPlan, found: Mapping[str, Any]) -> dict[str, 
 def _record(
     plan: Plan, planned: CellPlan, status: Status, reason: str, counts: dict[str, Count],
     values: dict[str, float], facts: dict[str, Any], cost: dict[str, dict[str, float]],
-    found: Mapping[str, Any], shared: dict[str, Any],
+    found: Mapping[str, Any], shared: dict[str, Any], inside: bool,
 ) -> Record:  # fmt: skip
     cell, spec = planned.cell, plan.grid.spec
     devices = sorted({found[k][1]["device"] for _, k in planned.roles if k in found})
@@ -287,7 +292,8 @@ def _record(
         protocol=spec.protocol, threat=cell.threat, merging=cell.merging.label, attack=cell.attack.label,
         defense=cell.defense.label, components=_components(cell), subject=cell.subject, target_class=cell.target_class,
         experts=list(cell.experts), seed=cell.seed, protected=cell.protected, secrets=cell.secrets,
-        adversaries=cell.adversaries, target_task=cell.target_task, status=status, reason=reason, counts=counts,
+        adversaries=cell.adversaries, target_task=cell.target_task, status=status, reason=reason,
+        contained="yes" if inside else "no", counts=counts,
         values=values, facts=facts, steps=dict(planned.roles), cost=cost,
         provenance={**shared, "components": components, "devices": devices},
     )  # fmt: skip

@@ -16,6 +16,7 @@ from mergesec.evidence.records import Record
 from mergesec.evidence.tables import marks, write_boards
 from mergesec.execution.engines.local import LocalExecutor, make_slots
 from mergesec.execution.engines.worker import Workplace
+from mergesec.execution.guests.containment import Walls, survey
 from mergesec.execution.harvest import make_records, read_evaluation, write_records
 from mergesec.execution.scheduler import History, Outcome, Reporter, Scheduler, completed
 from mergesec.execution.store import CorruptArtifact, Store
@@ -129,6 +130,8 @@ class Finished:
     paths: list[Path]
     older: tuple[str, ...] = ()
     """Cells that stand as an earlier run left them, because this one did not get to them."""
+    uncontained: str = ""
+    """Why plugins that took part were not contained; empty if they were, or if there were none."""
 
 
 def run_session(
@@ -139,22 +142,30 @@ def run_session(
     jobs: int | None = None,
     threads: int = 1,
     timeout: float | None = None,
+    contained: bool | None = None,
 ) -> Finished:
-    """Run what is missing, then write records and boards. Full if the disk is."""
+    """Run what is missing, then write records and boards. Full if the disk is.
+
+    ``contained``: plugins run behind walls (True: or not at all), do not (False), or do where this machine can
+    (None). Artifacts of plugins that were not contained do not count where they must be.
+    """
     check_writable(results, "--results")
     slots = make_slots(device, jobs)
     if threads < 1:
         raise UsageError("--threads", f"must be at least 1, got {threads}")
     session.store.sweep()
+    walls, obstacle = _walls(session, results, contained)
     outcome = Outcome()
     for _ in range(REPAIRS):
         _drop_corrupt(session)
+        if contained:
+            _drop_uncontained(session)
         wanted = wanted_steps(session)
         if not wanted or outcome.failed:
             break
         place = Workplace(
             str(session.store.root.resolve()), session.plugins,
-            str(session.data_root.resolve()) if session.data_root else None, threads,
+            str(session.data_root.resolve()) if session.data_root else None, threads, bool(session.plan.plugins), walls,
         )  # fmt: skip
         executor = LocalExecutor(slots[: max(1, len(wanted))], place, timeout)
         cached = len(session.plan.steps) - len(wanted)
@@ -170,7 +181,46 @@ def run_session(
     records = make_records(session.plan, session.store, outcome)
     standing = write_records(results / "records", records, session.grid)
     boards, paths = publish(standing.records, results, session.grid.spec.name, standing.older)
-    return Finished(outcome, standing.records, boards, paths, tuple(standing.older))
+    return Finished(outcome, standing.records, boards, paths, tuple(standing.older), obstacle)
+
+
+def _walls(session: Session, results: Path, contained: bool | None) -> tuple[Walls | None, str]:
+    """Walls for the plugins of a grid, or why they are not contained; neither where there are none. UsageError if
+    they must be and cannot."""
+    if not (session.plan.plugins or contained):
+        return None, ""
+    if contained is False:
+        return None, "--not-contained"
+    walls, obstacle = walls_of(session.catalog, [session.store.root, results, session.data_root])
+    if contained and obstacle:
+        raise UsageError("--contained", f"plugins cannot be contained on this machine: {obstacle}")
+    return walls, obstacle
+
+
+def walls_of(catalog: Catalog, hidden: Iterable[Path | None]) -> tuple[Walls | None, str]:
+    """What contained plugins may see (code, and their own files; nothing ``hidden``), or why this machine cannot
+    contain them."""
+    ground = survey()
+    if ground.obstacle:
+        return None, ground.obstacle
+    files = [str(e.path if e.path.name == e.origin else e.path.parent) for e in catalog if e.foreign]
+    return Walls((*ground.code, *files), tuple(str(place.resolve()) for place in hidden if place)), ""
+
+
+def _drop_uncontained(session: Session) -> None:
+    """Remove what plugins made where they could see more than they should, and what was made from that."""
+    plan, store = session.plan, session.store
+    has = completed(store, plan.steps)
+    dropped: set[str] = set()
+    for key, step in plan.steps.items():  # in the order of their making
+        suspect = any(k in dropped for _, k in step.inputs)
+        if not has(key) or not (suspect or step.plugins):
+            dropped |= {key} if suspect else set()
+            continue
+        with contextlib.suppress(CorruptArtifact):
+            if suspect or store.meta(step.kind, key)["info"].get("contained") is not True:
+                store.remove(step.kind, key)
+                dropped.add(key)
 
 
 def publish(

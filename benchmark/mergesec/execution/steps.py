@@ -43,7 +43,7 @@ from mergesec.execution.contexts import (
     trial,
     view,
 )
-from mergesec.execution.evaluation import compare, evaluate, network_of, visibility
+from mergesec.execution.evaluation import compare, evaluate, network_of, plain_producer, visibility
 from mergesec.execution.work import Bench, Result, Work, check_merged, check_weights, flatten
 from mergesec.planning.plan import Step
 from mergesec.weights import check_finite, check_same_layout
@@ -164,7 +164,9 @@ def verify(work: Work) -> Result:
     ctx = ProtectContext(
         work.device, work.seed, work.backbone, work.tensors("base"), owner, work.tensors("secret")
     )
-    producer = work.component("producer") if "producer" in work.refs else None
+    producer = None
+    if "producer" in work.refs:  # a plugin's that serves itself is looked at in a guest, step and all
+        producer = plain_producer(work) if work.foreign("producer") else work.component("producer")
     found = defense.verify(network_of(work, "model", task, producer), ctx)
     hits = found.hits.flatten().bool()
     facts = {"detected": bool(found.detected), "statistic": float(found.statistic)}
@@ -226,6 +228,8 @@ def merge(work: Work) -> Result:
     for e in experts:
         check_same_layout(base_weights, e.weights, f"expert {e.task}")
     ctx = merge_context(work, method, work.seed)
+    if ctx.inner is not None and (reason := method.unfit_inner(type(ctx.inner))):
+        raise ContractError(f"{method.name} cannot wrap {ctx.inner.name}: {reason}")
     if "defense" in work.refs:
         defense: Defense = work.component("defense")
         merged, who = defense.merge(base_weights, experts, method, ctx), defense.name
@@ -282,7 +286,12 @@ def run(step: Step, bench: Bench, kinds: Mapping[str, str]) -> tuple[bytes, dict
         changed = work.changed()
     if changed:
         raise ContractError(f"changed its input {changed} in place")
-    return save_tensors(_untied(tensors)), dict(info)
+    return packed(tensors), dict(info)
+
+
+def packed(tensors: Mapping[str, Tensor]) -> bytes:
+    """Tensors as a safetensors file."""
+    return save_tensors(_untied(tensors))
 
 
 def _untied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -151,7 +151,7 @@ class Store:
         for path in self._checkpoints(key):
             path.unlink(missing_ok=True)
 
-    def read(self, kind: str, key: str) -> tuple[bytes, dict[str, Any]]:
+    def read(self, kind: str, key: str) -> tuple[bytes | mmap.mmap, dict[str, Any]]:
         """(safetensors bytes, metadata), verified. CorruptArtifact (removed) on any mismatch."""
         meta = self.meta(kind, key)
         try:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import mmap
 import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -22,15 +25,37 @@ from mergesec.contracts import (
     Backbone,
     ContractError,
     Merged,
+    Model,
     Split,
     Task,
     Weights,
 )
-from mergesec.execution.store import Store, tensor_digest
+from mergesec.execution.store import Store, parse_safetensors, tensor_digest
 from mergesec.planning.catalog import Catalog
 from mergesec.planning.plan import Step
 from mergesec.planning.refs import Ref
 from mergesec.weights import DTYPE_NAMES, check_finite, check_same_layout, read_only
+
+
+class Served(Protocol):
+    """A guest that serves a plugin's own networks."""
+
+    def model(self, role: str, task: str, cast: str) -> Model:
+        """The model of an artifact for a task; its features come from the guest."""
+
+
+class Guests(Protocol):
+    """Runs plugins' code in processes of its own."""
+
+    def run(self, work: Work) -> Result:
+        """A whole step, with what its side may see of the inputs; checked."""
+
+    def network(self, work: Work) -> AbstractContextManager[Served | None]:
+        """The step's producer, if it makes its networks itself."""
+
+    def trigger(self, work: Work) -> AbstractContextManager[Callable[[Any], Any]]:
+        """What puts the step's trigger on a batch of raw inputs."""
+
 
 MAPPED = ("data",)
 """Kinds of artifact whose large byte tensors (decoded images) stay on disk, mapped: batches copy what they need."""
@@ -62,11 +87,16 @@ class Bench:
     report: Callable[[str], None] = lambda text: None
     """Told how a long step goes, at most once a second."""
     checkpoint_seconds: float = float(os.environ.get("MERGESEC_CHECKPOINT_SECONDS", "120"))
+    guests: Guests | None = None
+    """Where plugins' code runs; None in a process that is a guest itself, and where somebody tries a component."""
     _held: OrderedDict[str, Held] = field(default_factory=OrderedDict)
+    _given: dict[str, Held] = field(default_factory=dict)
     _instances: dict[str, Any] = field(default_factory=dict)
 
     def read(self, kind: str, key: str) -> tuple[Weights, dict[str, Any]]:
         """Verified tensors and facts of an artifact; least recently used ones are dropped."""
+        if key in self._given:
+            return self._given[key][:2]
         if key in self._held:
             self._held.move_to_end(key)
             return self._held[key][:2]
@@ -76,11 +106,25 @@ class Bench:
         else:
             blob, meta = self.store.read(kind, key)
             # copies lie aligned; where a file's tensors lie depends on chance, and rounding on where they lie
-            tensors = {name: tensor.clone() for name, tensor in load_tensors(blob).items()}
+            if isinstance(blob, mmap.mmap):
+                tensors = {n: t if large_bytes(t) else t.clone() for n, t in _views(blob).items()}
+            else:
+                tensors = {name: tensor.clone() for name, tensor in load_tensors(blob).items()}
         self._held[key] = Held(read_only(tensors), meta["info"], meta["digests"])
         while len(self._held) > 1 and self._size() > self.cache_bytes:
             self._held.popitem(last=False)
         return self._held[key][:2]
+
+    def give(self, tensors: Mapping[str, Tensor]) -> str:
+        """Take somebody's own tensors as an artifact that is not stored; its key."""
+        digests = {name: _digest_of(name, tensor) for name, tensor in tensors.items()}
+        key = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:40]
+        self._given[key] = Held(read_only(dict(tensors)), {}, digests)
+        return key
+
+    def digests(self, key: str) -> Mapping[str, str]:
+        """Of each tensor of an artifact that was read."""
+        return (self._given.get(key) or self._held[key]).digests
 
     def _size(self) -> int:
         """Bytes of memory; mapped pixels are the system's to drop."""
@@ -95,7 +139,7 @@ class Bench:
         """The first tensor of a kept artifact whose bytes are no longer those that were read, whoever wrote them
         (``.data`` and ``.numpy()`` move no version counter); empty if none. Mapped pixels are let go of instead:
         mapping them anew costs less than reading them."""
-        held = self._held.get(key)
+        held = self._given.get(key) or self._held.get(key)
         if held is None:
             return ""
         for name, tensor in held.tensors.items():
@@ -106,11 +150,24 @@ class Bench:
         return ""
 
     def component(self, ref: Ref) -> Any:
+        if self.guests is not None and ref.plugins:
+            raise RuntimeError(f"{ref.name}: a plugin's code is not for this process")
         if ref.text not in self._instances:
             entry = self.catalog.get(ref.kind, ref.name)
             parameters = {k: list(v) if isinstance(v, tuple) else v for k, v in ref.parameters}
             self._instances[ref.text] = entry.create(parameters)
         return self._instances[ref.text]
+
+
+def _views(blob: mmap.mmap) -> dict[str, Tensor]:
+    """Tensors of a mapped safetensors file, as views of it."""
+    kinds = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+    return {
+        name: torch.frombuffer(raw.data, dtype=kinds[raw.dtype]).reshape(raw.shape)
+        if len(raw.data)
+        else torch.empty(raw.shape, dtype=kinds[raw.dtype])
+        for name, raw in parse_safetensors(blob).items()
+    }
 
 
 def _digest_of(name: str, tensor: Tensor) -> str:
@@ -143,6 +200,16 @@ class Work:
         """The seed drawn for the component; that of the defense around a merge method that draws none."""
         return int(self.args.get("seed", self.args.get("defend", {}).get("seed", 0)))
 
+    @property
+    def guests(self) -> Guests:
+        """Where plugins' code runs."""
+        assert self.bench.guests is not None
+        return self.bench.guests
+
+    def foreign(self, role: str) -> bool:
+        """Whether a component is a plugin's that must not be loaded in this process."""
+        return self.bench.guests is not None and bool(self.refs[role].plugins)
+
     def component(self, role: str) -> Any:
         return self.bench.component(self.refs[role])
 
@@ -151,6 +218,10 @@ class Work:
         moved = read_only({k: v.to(self.device) for k, v in self._read(role)[0].items()})
         self._watch(role, moved)
         return moved
+
+    def kind_of(self, role: str) -> str:
+        """The kind of step that made an input."""
+        return self._kinds[self.inputs[role]]
 
     def info(self, role: str) -> dict[str, Any]:
         return self._read(role)[1]

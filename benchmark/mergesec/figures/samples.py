@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergesec.contracts import Attack, Task
+from mergesec.contracts import Task
 from mergesec.evidence.records import Record
-from mergesec.execution.evaluation import triggered
+from mergesec.execution.evaluation import trigger_of
 from mergesec.execution.harvest import cell_name
 from mergesec.execution.store import CorruptArtifact
 from mergesec.execution.work import Bench, Work
@@ -138,11 +138,10 @@ def _add(
 ) -> None:
     """Put one attack's row into its aim's samples."""
     work = Work(step, bench, {key: plan.steps[key].kind for _, key in step.inputs})
-    attack: Attack = work.component("attack")
-    trigger = work.tensors("trigger")
     samples = found.get(aim) or _clean(aim, work)
     own = samples.inputs.clone() if isinstance(samples.inputs, Tensor) else list(samples.inputs)
-    marked = triggered(work.component("task"), attack, trigger, own)
+    with trigger_of(work) as mark:
+        marked = mark(work.component("task"), own)
     shown = marked.detach().cpu() if isinstance(marked, Tensor) else list(marked)
     measured = {n: v for n, v in record.values.items() if n.startswith("visibility/")}
     if not measured or record.steps.get(Role.VISIBILITY) != step.key:  # not done, or of another version

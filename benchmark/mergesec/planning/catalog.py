@@ -28,6 +28,9 @@ _BASES = {
 }  # fmt: skip
 
 
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
 @dataclass(frozen=True)
 class Entry:
     """A registered component: its card and where its class is."""
@@ -39,6 +42,11 @@ class Entry:
     """``distribution version`` or the plugin file's name."""
     digest: str = ""
     """Content digest of a ``--plugin`` file; part of the step keys, so an edited plugin runs anew."""
+
+    @property
+    def foreign(self) -> bool:
+        """Whether its code is somebody else's, not a part of this package or its distribution."""
+        return bool(self.digest) and not self.path.is_relative_to(_PACKAGE)
 
     def load(self) -> type[Any]:
         """Import the class; UsageError if it is missing or not of its kind."""

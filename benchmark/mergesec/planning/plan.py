@@ -13,7 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache, wraps
+from functools import cached_property, lru_cache, wraps
 from typing import Any, NamedTuple, TypeVar, cast
 
 from mergesec.planning.cards import Card
@@ -42,6 +42,11 @@ class Step:
     components: tuple[tuple[str, Ref], ...]
     inputs: tuple[tuple[str, str], ...]
     args: str
+
+    @property
+    def plugins(self) -> frozenset[str]:
+        """The plugins whose components take part."""
+        return frozenset(p for _, ref in self.components for p in ref.plugins)
 
     @property
     def label(self) -> str:
@@ -91,6 +96,29 @@ class Plan:
     steps: dict[str, Step]
     cells: list[CellPlan]
     left_out: Counter[str]
+    _behind: dict[str, frozenset[str]] = field(default_factory=dict)
+
+    @cached_property
+    def plugins(self) -> frozenset[str]:
+        """The plugins that take part in the grid."""
+        grid = self.grid
+        refs = (*grid.tasks, grid.backbone, *grid.merging, *grid.attacks, *grid.defenses)
+        return frozenset(p for ref in refs for p in ref.plugins)
+
+    def foreign(self, cell: CellPlan) -> set[str]:
+        """The steps behind a cell in which plugins' code ran."""
+        if not self.plugins:
+            return set()
+        return {key for _, role in cell.roles for key in self._foreign_behind(role)}
+
+    def _foreign_behind(self, key: str) -> frozenset[str]:
+        """The step itself and those it rests on, of which plugins are a part."""
+        found = self._behind.get(key)
+        if found is None:
+            step = self.steps[key]
+            before = (self._foreign_behind(k) for _, k in step.inputs)
+            found = self._behind[key] = frozenset({key} if step.plugins else ()).union(*before)
+        return found
 
 
 class Controls(NamedTuple):
@@ -533,8 +561,8 @@ def data_steps(plan: Plan) -> dict[str, str]:
 
 def behind(plan: Plan, cell: CellPlan) -> set[str]:
     """The steps whose facts a cell's record tells of, besides its evaluations and the data: what made each
-    model, and the sides of a backdoor."""
-    keys: set[str] = set()
+    model, the sides of a backdoor, and those of plugins, which say whether they were contained."""
+    keys: set[str] = plan.foreign(cell)
     roles = dict(cell.roles)
     for key in roles.values():
         keys |= {k for role, k in plan.steps[key].inputs if role == "model"}

@@ -38,12 +38,19 @@ class Ref:
     digest: str = ""
     inner: tuple[Ref, ...] = ()
     """What this one wraps: a merge method, or the attacks an adaptive attacker tries."""
+    plugin: str = ""
+    """Origin and digest of a component that is not the project's own; empty for one that is."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Ref) and self.text == other.text
 
     def __hash__(self) -> int:
         return hash(self.text)
+
+    @property
+    def plugins(self) -> frozenset[str]:
+        """The plugins whose code runs where this component does, that of what it wraps included."""
+        return frozenset(p for ref in (self, *self.inner) for p in (ref.plugin,) if p)
 
     @property
     def label(self) -> str:
@@ -84,7 +91,8 @@ def make_ref(entry: Entry, given: Mapping[str, Any], where: str, catalog: Catalo
     frozen = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(bound.items()))
     text = json.dumps(identity, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:32]
-    return Ref(card.kind, card.name, frozen, shown, text, digest, inner)
+    plugin = f"{entry.origin} {entry.digest}" if entry.foreign else ""
+    return Ref(card.kind, card.name, frozen, shown, text, digest, inner, plugin)
 
 
 def trigger_ref(attack: Ref, catalog: Catalog) -> Ref:
@@ -107,7 +115,7 @@ def trigger_ref(attack: Ref, catalog: Catalog) -> Ref:
     shown = ", ".join(f"{k}={short(v)}" for k, v in sorted(changed.items()))
     text = json.dumps(identity, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:32]
-    return Ref(attack.kind, attack.name, frozen, shown, text, digest, attack.inner)
+    return Ref(attack.kind, attack.name, frozen, shown, text, digest, attack.inner, attack.plugin)
 
 
 def _inner(card: Card, value: Any, where: str, catalog: Catalog) -> tuple[Ref, ...]:
@@ -128,8 +136,10 @@ def _inner(card: Card, value: Any, where: str, catalog: Catalog) -> tuple[Ref, .
     wrapped = catalog.get("merging", refs[0].name).card
     if wrapped.wraps or wrapped.output != "static":
         raise UsageError(where, f"{card.name} cannot wrap {wrapped.name}: it needs one set of merged weights")
-    outer = catalog.get("merging", card.name).load()
-    if reason := outer.unfit_inner(catalog.get("merging", wrapped.name).load()):
+    entries = [catalog.get("merging", name) for name in (card.name, wrapped.name)]
+    if any(entry.foreign for entry in entries):  # a stranger's code is not imported here: the step asks
+        return refs
+    if reason := entries[0].load().unfit_inner(entries[1].load()):
         raise UsageError(where, f"{card.name} cannot wrap {wrapped.name}: {reason}")
     return refs
 

@@ -17,12 +17,13 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import NamedTuple
 
 from mergesec.errors import UsageError
-from mergesec.execution.engines.worker import WHERE, Answer, Slot, Workplace, serve
+from mergesec.execution.engines.worker import WHERE, Answer, Slot, Workplace, ending, serve
 from mergesec.execution.failures import portable, shown_file
 from mergesec.planning.plan import Step
 
@@ -120,14 +121,6 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _ending(code: int | None) -> str:
-    """An exit code, with the signal that it stands for."""
-    if code is None or code >= 0:
-        return f"exit code {code}"
-    name = signal.Signals(-code).name if -code in signal.valid_signals() else "a signal"
-    return f"exit code {code}, {name}" + ("; perhaps out of memory" if name == "SIGKILL" else "")
-
-
 @contextlib.contextmanager
 def _no_interrupts() -> Iterator[None]:
     """Processes started inside never see Ctrl-C, not even before they can say so themselves."""
@@ -200,11 +193,14 @@ class _Seat:
                     return Answer("error", TIMED_OUT, self._end(kill=True).words)
                 answer: Answer | str = pipe.recv()
                 if isinstance(answer, Answer):
+                    # a guest that crashed left its stacks where a worker would
+                    if answer.status == "died" and self._words is not None:
+                        return replace(answer, trace=_last_words(self._words))
                     return answer
                 self.note = answer
         except (EOFError, OSError):
             ended = self._end(kill=True)
-            told = f"WorkerDied: the worker ended while running it ({_ending(ended.code)})"
+            told = f"WorkerDied: the worker ended while running it ({ending(ended.code)})"
             return Answer("died", told, ended.words)
         finally:
             self.note = ""

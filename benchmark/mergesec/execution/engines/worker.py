@@ -7,14 +7,16 @@ import faulthandler
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mergesec.execution.failures import explain
+from mergesec.execution.guests.containment import Walls
 from mergesec.planning.plan import Step
 
 
@@ -34,6 +36,10 @@ class Workplace:
     plugins: tuple[str, ...]
     data_root: str | None
     threads: int
+    guests: bool = False
+    """Whether plugins take part, so that guests will be needed."""
+    walls: Walls | None = None
+    """What contained guests see; None where plugins are not contained."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +60,17 @@ class Answer:
 
 WHERE = signal.SIGUSR1
 """Asks a worker that does not answer for its stacks."""
-_PLACE: tuple[Slot, Workplace] | None = None
 
 
+class Post(NamedTuple):
+    """Where a worker stands: its slot, what it knows, and where stacks are written."""
+
+    slot: Slot
+    place: Workplace
+    words: int
+
+
+_POST: Post | None = None
 _BENCH: Any = None
 
 
@@ -66,20 +80,28 @@ def serve(pipe: Connection, words: Connection, slot: Slot, place: Workplace, par
     Its stacks go into ``words`` if it crashes, or is asked for them by the signal ``WHERE``.
     """
     faulthandler.enable(words.fileno())
-    faulthandler.register(WHERE, words.fileno())
-    _prepare(slot, place, parent)
+    signal.signal(WHERE, _ask_guests)
+    faulthandler.register(WHERE, words.fileno(), chain=True)
+    printed = _prepare(Post(slot, place, words.fileno()), parent)
     with contextlib.suppress(EOFError, OSError):
         pipe.send(None)
         with contextlib.suppress(Exception):
             _bench().report = pipe.send
         while True:
-            pipe.send(_work(*pipe.recv()))
+            step, kinds = pipe.recv()
+            pipe.send(_work(step, kinds, printed))
 
 
-def _prepare(slot: Slot, place: Workplace, parent: int) -> None:
-    """Before torch loads: device, threads; Ctrl-C is the parent's; leave when the parent is gone."""
-    global _PLACE
-    _PLACE = (slot, place)
+def _prepare(post: Post, parent: int) -> int:
+    """Before torch loads: device, threads; Ctrl-C is the parent's; leave when the parent is gone. What is printed
+    from now on goes to a file without a name, whose number is returned."""
+    global _POST
+    _POST = post
+    slot, place, _ = post
+    with tempfile.TemporaryFile() as file:
+        printed = os.dup(file.fileno())
+    for stream in (1, 2):
+        os.dup2(printed, stream)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["CUDA_VISIBLE_DEVICES"] = slot.gpu
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -88,6 +110,13 @@ def _prepare(slot: Slot, place: Workplace, parent: int) -> None:
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
     with contextlib.suppress(Exception):  # told again, and then reported, at the first step
         _bench()  # loading torch must not count against the first step's time-out
+    return printed
+
+
+def _ask_guests(*_: Any) -> None:
+    """A worker that does not answer may be waiting for a guest."""
+    if _BENCH is not None and _BENCH.guests is not None:
+        _BENCH.guests.signal(WHERE)
 
 
 def _leave_with(parent: int) -> None:
@@ -102,30 +131,44 @@ def _bench() -> Any:
     if _BENCH is None:
         import torch
 
+        from mergesec.execution.guests.host import Hosts, Setting
         from mergesec.execution.store import Store
         from mergesec.execution.work import Bench
         from mergesec.planning.catalog import load_catalog
 
-        assert _PLACE is not None
-        slot, place = _PLACE
+        assert _POST is not None
+        slot, place, words = _POST
         torch.set_num_threads(place.threads)
         torch.use_deterministic_algorithms(True, warn_only=True)
         root = Path(place.data_root) if place.data_root else None
-        _BENCH = Bench(Store(Path(place.store)), load_catalog(place.plugins), torch.device(slot.device), root)
+        store = Store(Path(place.store))
+        setting = Setting(place.plugins, slot.device, place.threads, place.data_root, place.walls, words)
+        hosts = Hosts(store, setting)
+        _BENCH = Bench(store, load_catalog(place.plugins), torch.device(slot.device), root, guests=hosts)
+        if place.guests:
+            hosts.start()
     return _BENCH
 
 
-def _work(step: Step, kinds: dict[str, str]) -> Answer:
+def _work(step: Step, kinds: dict[str, str], printed: int) -> Answer:
+    from mergesec.execution.logs import Log
     from mergesec.execution.store import CorruptArtifact
     from mergesec.files import Full
 
     start = time.perf_counter()
+    log = Log(Path(_POST.place.store) if _POST else Path(), step.key)
     try:
         bench = _bench()
-        from mergesec.execution.steps import run
+        from mergesec.execution.guests.host import GuestDied, GuestFailed
+        from mergesec.execution.perform import perform
 
-        blob, info = run(step, bench, kinds)
-        seconds, peak = time.perf_counter() - start, peak_mb(bench)
+        try:
+            blob, info, guest_mb = perform(step, bench, kinds, log)
+        except GuestFailed as error:
+            return Answer("error", error.reason, error.trace, seconds=time.perf_counter() - start)
+        except GuestDied as error:
+            return Answer("died", f"WorkerDied: the worker ended while running it ({ending(error.code)})")
+        seconds, peak = time.perf_counter() - start, max(guest_mb, peak_mb(bench))
         facts = {**info, "seconds": seconds, "peak_mb": peak, "device": device_name(bench)}
         bench.store.put(step.kind, step.key, blob, facts)
     except CorruptArtifact as error:
@@ -134,7 +177,33 @@ def _work(step: Step, kinds: dict[str, str]) -> Answer:
         return Answer("full", str(error))
     except BaseException as error:  # a component may raise anything, SystemExit included
         return Answer("error", *explain(error), seconds=time.perf_counter() - start)
+    finally:
+        with contextlib.suppress(Full):
+            _keep_printed(printed, log)
     return Answer("ok", seconds=seconds, peak_mb=peak, bytes=len(blob))
+
+
+def _keep_printed(printed: int, log: Any) -> None:
+    """Move what this worker printed during a step into the step's log."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    size = os.lseek(printed, 0, os.SEEK_END)
+    position = 0
+    while position < size:
+        part = os.pread(printed, 1 << 16, position)
+        position += len(part)
+        log.write(part)
+    os.ftruncate(printed, 0)
+    os.lseek(printed, 0, os.SEEK_SET)
+    log.close()
+
+
+def ending(code: int | None) -> str:
+    """An exit code, with the signal that it stands for."""
+    if code is None or code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name if -code in signal.valid_signals() else "a signal"
+    return f"exit code {code}, {name}" + ("; perhaps out of memory" if name == "SIGKILL" else "")
 
 
 def peak_mb(bench: Any) -> float:
