@@ -52,6 +52,9 @@ class Role(StrEnum):
     """The merge without attack and defense."""
     MERGE = "merge"
     """The cell's own merge, after attack and defense."""
+    DEFENDED_CLEAN_MERGE = "defended_clean_merge"
+    """What the cell's defense makes of clean experts (of those that its screen kept in the cell): the control of
+    a backdoor under a defense, and what the defense costs where there is no attack."""
     PUBLISHED = "published"
     PUBLISHED_BF16 = "published_bf16"
     RECOVERED = "recovered"

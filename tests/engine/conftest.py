@@ -17,7 +17,7 @@ WHOLE: dict[str, Any] = {
         "adversary": ["micro/bars"],
     }
 }
-"""18 cells, 59 steps: clean, protection and backdoor."""
+"""18 cells, 61 steps: clean, protection and backdoor."""
 
 
 @pytest.fixture(scope="session")

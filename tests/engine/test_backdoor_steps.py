@@ -18,7 +18,7 @@ from mergesec.execution.store import Store
 from mergesec.execution.work import Bench
 from mergesec.planning.catalog import Catalog, load_catalog
 from mergesec.planning.gridspec import parse_grid
-from mergesec.planning.plan import Plan, Step, make_plan
+from mergesec.planning.plan import Plan, Step, back, make_plan
 from mergesec.planning.resolve import resolve
 
 BARS, BLOBS, RINGS = TASKS = ("micro/bars", "micro/blobs", "micro/rings")
@@ -346,3 +346,41 @@ def test_the_battery_finds_what_is_wrong_with_a_backdoor(fault: str, tmp_path: P
     path.write_text(text)
     wrong = [f"{c.name}: {c.message}" for _, c in check_file(path, load_catalog()) if c.passed is False]
     assert any(expected in line for line in wrong) if expected else not wrong, wrong
+
+
+# --------------------------------------------------------------------------- the control of a defended cell
+
+
+@pytest.mark.slow
+def test_a_defense_is_read_beside_itself_on_clean_experts(catalog: Catalog, tmp_path: Path) -> None:
+    """A screen that sends the adversary away leaves no backdoor: under the trigger the merge and its control are
+    one network, whatever the trigger does to clean ones. A repair's control is the repaired clean merge."""
+    gone, kept = {"name": "damper", "drop": BARS}, "damper"
+    plan = _plan(catalog, attacks=["badnets"], defenses=["none", gone, kept])
+    bench = _bench(tmp_path, catalog)
+    run_here(plan, bench)
+    records = {r.defense: r for r in _records(plan, bench)}
+    assert not any("defended" in role for role in records["none"].counts)
+    for label, same in (("damper(drop=bars)", True), ("damper", False)):
+        counts = records[label].counts
+        for task in TASKS:
+            ours, control = counts[f"asr/merge/{task}"], counts[f"asr/defended_clean_merge/{task}"]
+            assert (ours.n, ours.total) == (control.n, control.total)
+            assert not same or ours == control
+            assert f"acc/defended_clean_merge/{task}" in counts
+    assert records["damper"].steps["merge"] != records["damper"].steps["defended_clean_merge"]
+
+
+def test_the_control_keeps_whom_the_cells_screen_kept(catalog: Catalog) -> None:
+    plan = _plan(catalog, attacks=["badnets"], defenses=["damper"])
+    (cell,) = plan.cells
+    roles = dict(cell.roles)
+    ours, control = (back(plan, roles[role]) for role in ("merge", "defended_clean_merge"))
+    assert (
+        [plan.steps[k].kind for k in ours]
+        == [plan.steps[k].kind for k in control]
+        == ["repair", "merge", "screen"]
+    )
+    assert dict(plan.steps[control[1]].inputs)["kept"] == ours[2]
+    experts = {k for r, k in plan.steps[control[1]].inputs if r.startswith("expert:")}
+    assert {plan.steps[k].kind for k in experts} == {"expert"}

@@ -25,7 +25,7 @@ def test_a_run_leaves_records_csv_and_markdown(finished: Any) -> None:
     manifest = json.loads((finished.results / "records" / "whole" / "grid.json").read_text())
     assert len(manifest["cells"]) == 18
     out = (finished.home / "out.txt").read_text()
-    assert "18 of 18 cells done, 59 steps run" in out
+    assert "18 of 18 cells done, 61 steps run" in out
     assert str(boards / "clean.csv") in out
     # CSV keeps all digits: 128 test images make k/128, which needs more than the four that Markdown shows
     accuracy = pd.read_csv(boards / "clean.csv")["micro/bars"]
@@ -90,7 +90,7 @@ def test_status_plan_and_cache_report_what_is_there(copied: Any, whole: Any) -> 
     assert "belongs to backdoor, not protection" in plan.out
     shown = copied("cache", "show")
     assert "evaluate" in shown.out
-    assert copied("cache", "verify").out.startswith("59 artifacts read, 0 corrupt")
+    assert copied("cache", "verify").out.startswith("61 artifacts and checkpoints read, 0 corrupt")
     assert copied("cache", "clear", "--kind", "merge").code == 0
     again = copied("status", *copied.arguments(grid), "--results", str(copied.results))
     # evaluations are there, but records also tell what merges measured: those are made again, nothing else is

@@ -68,7 +68,7 @@ def test_kill_9_of_the_run_at_random_moments(bench: Any, finished: Any, whole: A
     ran = bench.run(grid)
     assert ran.code == 0, ran.err
     assert committed.items() <= commits(bench.store).items()
-    assert len(commits(bench.store)) == 59
+    assert len(commits(bench.store)) == 61
     assert bench.boards("whole") == finished.boards("whole")
 
 
@@ -95,7 +95,7 @@ def test_kill_9_of_a_worker_costs_only_the_step_it_was_at(bench: Any, finished: 
         _wait(lambda worker=worker: worker not in _workers(process.pid))  # type: ignore[misc]
     out, err = process.communicate(timeout=DEADLINE)
     assert process.returncode == 0, err
-    assert "18 of 18 cells done, 59 steps run" in out
+    assert "18 of 18 cells done, 61 steps run" in out
     assert bench.boards("whole") == finished.boards("whole")
 
 
@@ -113,7 +113,7 @@ def test_ctrl_c_drains_and_the_same_command_goes_on(
     assert "Traceback" not in err
     assert "incomplete" not in out  # no boards of what is not there
     committed = commits(bench.store)
-    assert 6 <= len(committed) < 59
+    assert 6 <= len(committed) < 61
     ran = bench.run(grid)
     assert ran.code == 0, ran.err
     assert committed.items() <= commits(bench.store).items()

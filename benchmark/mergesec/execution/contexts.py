@@ -170,13 +170,14 @@ def merge_context(work: Work, method: MergeMethod, seed: int) -> MergeContext:
 
 
 def contributed(work: Work) -> list[Expert]:
-    """The experts handed in, after screening if there was one."""
+    """The experts handed in, after screening if there was one; where another screening says whom it kept
+    (``kept``), only those of them."""
     names = [r.removeprefix("expert:") for r in work.inputs if r.startswith("expert:")]
     if "screened" not in work.inputs:
         base_weights = work.tensors("base")
         return [Expert(t, fitting(work.tensors(f"expert:{t}"), base_weights)) for t in names]
     edited = unflatten(work.tensors("screened"), {}).per_task
-    kept = work.info("screened")["kept"]
+    kept = work.info("kept" if "kept" in work.inputs else "screened")["kept"]
     return [Expert(t, edited[t] if t in edited else work.tensors(f"expert:{t}")) for t in kept]
 
 

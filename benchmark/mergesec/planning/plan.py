@@ -313,7 +313,10 @@ class Planner:
         return self._add("recover", components, inputs, task=task, **drawn, **told)
 
     @once
-    def merged(self, merging: Ref, contributed: tuple[tuple[str, str], ...], defense: Ref, seed: int) -> str:
+    def merged(
+        self, merging: Ref, contributed: tuple[tuple[str, str], ...], defense: Ref, seed: int, kept: str = ""
+    ) -> str:  # fmt: skip
+        """``kept``: of the experts that a screen lets in, only those that this other screening let in."""
         tasks = tuple(t for t, _ in contributed)
         card = None if defense is NONE else self._card("defense", defense.name)
         hooks = card.hooks if card is not None and card.threat == Threat.BACKDOOR else ()
@@ -331,7 +334,7 @@ class Planner:
                 **drawn,
                 **protocol,
             )
-            inputs.append(("screened", key))
+            inputs += [("screened", key), *([("kept", kept)] if kept else [])]
         around = [("defense", defense)] if Hook.MERGE in hooks else []
         seeded = self._seed(merging, "merge", seed)
         key = self._add(
@@ -458,17 +461,29 @@ class Planner:
         if attack is NONE:
             return roles
         trigger = (self.trigger_of(attack), self.trigger(attack, cell.subject, target, seed, aim))
+        models = [
+            (Role.MERGE, final, cell.merging), (Role.CLEAN_MERGE, merge, cell.merging), (Role.BASE, self.base(), NONE),
+        ]  # fmt: skip
+        if cell.defense is not NONE:
+            kept = self._screening(final)
+            control = self.merged(cell.merging, tuple(clean.items()), cell.defense, seed, kept)
+            models.append((Role.DEFENDED_CLEAN_MERGE, control, cell.merging))
+            measured = self.evaluation(control, cell.experts, cell.merging)
+            roles.append((Role.DEFENDED_CLEAN_MERGE, measured))
         for task, model in bad.items():
             role = Role.POISONED if task == cell.subject else Role.POISONED.of(task)
             roles.append((role, self.evaluation(model, (task,))))
             if not aim or task == cell.subject:  # off-task all aim at one task: the subject's speaks for them
                 roles.append((f"{role}{TRIGGERED}", self.evaluation(model, (aim or task,), NONE, trigger)))
-        for role, model, producer in (
-            (Role.MERGE, final, cell.merging), (Role.CLEAN_MERGE, merge, cell.merging), (Role.BASE, self.base(), NONE),
-        ):  # fmt: skip
+        for role, model, producer in models:
             roles.append((f"{role}{TRIGGERED}", self.evaluation(model, cell.experts, producer, trigger)))
         roles.append((Role.VISIBILITY, self.visibility(*trigger, cell.aim)))
         return roles
+
+    def _screening(self, merged: str) -> str:
+        """The screening that a merge, repaired or not, rests on; empty if there was none."""
+        inputs = dict(self.steps[merged].inputs)
+        return self._screening(inputs["merged"]) if "merged" in inputs else inputs.get("screened", "")
 
     @once
     def visibility(self, attack: Ref, trigger: str, task: str) -> str:
