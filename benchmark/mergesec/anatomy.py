@@ -13,13 +13,19 @@ heads), they share its matrices. Where queries and keys are rotated by their pos
 commutes with every rotation of the pairs (i, i + head_dim/2) is allowed on them: one complex factor
 per pair; value and output stay general. Rotary positions leave no tensor behind that would tell (nor
 would other pairings, or rotations of part of a head), so whoever asks for the anatomy has to say.
+
+Around the maps stand norms, biases and layer scales, which carry symmetries of their own; ``symmetries`` lists
+all that a network's blocks have, ``mergesec.surgery`` applies them. Symmetries that pass through the whole
+residual stream (an order or rotation of all its coordinates) are not among them: they change what the head
+reads, and the head is not part of what is published.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -41,6 +47,23 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """The norm whose output maps read: ``weight ⊙ x̂ + bias``.
+
+    ``own`` says that nothing else reads it. Where the norm comes after the sum the residual stream does too.
+    """
+
+    weight: str
+    bias: str | None
+    own: bool = True
+
+    @property
+    def centred(self) -> bool:
+        """Whether x̂ has mean 0. A norm without a bias is taken for an RMS norm, whose x̂ has not."""
+        return self.bias is not None
+
+
+@dataclass(frozen=True)
 class Attention:
     """One attention layer.
 
@@ -58,6 +81,10 @@ class Attention:
     """Key and value heads; 0 becomes ``heads``."""
     rotary: bool = False
     """Whether queries and keys are rotated by position, in pairs (i, i + head_dim/2) over the whole head."""
+    norm: Norm | None = None
+    """What query, key and value read."""
+    scale: str | None = None
+    """The layer scale: a vector that the output is multiplied by, entry by entry, before it joins the stream."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
@@ -72,6 +99,16 @@ class Attention:
         """Query, key, value, output."""
         return self.query, self.key, self.value, self.output
 
+    @property
+    def readers(self) -> tuple[Linear, ...]:
+        """The maps that read the norm."""
+        return self.query, self.key, self.value
+
+    @property
+    def writer(self) -> Linear:
+        """The map that writes to the residual stream."""
+        return self.output
+
 
 @dataclass(frozen=True)
 class Mlp:
@@ -84,11 +121,28 @@ class Mlp:
     down: Linear
     hidden: int
     gate: Linear | None = None
+    norm: Norm | None = None
+    """What up (and gate) read."""
+    scale: str | None = None
+    """The layer scale, as in ``Attention``."""
 
     @property
     def maps(self) -> tuple[Linear, ...]:
         """Up, gate if there is one, down."""
-        return (self.up, self.down) if self.gate is None else (self.up, self.gate, self.down)
+        return (*self.readers, self.down)
+
+    @property
+    def readers(self) -> tuple[Linear, ...]:
+        """The maps that read the norm."""
+        return (self.up,) if self.gate is None else (self.up, self.gate)
+
+    @property
+    def writer(self) -> Linear:
+        """The map that writes to the residual stream."""
+        return self.down
+
+
+Part = Attention | Mlp
 
 
 @dataclass(frozen=True)
@@ -105,6 +159,11 @@ class Block:
         """The attention's maps, then the MLP's."""
         return (*self.attention.maps, *self.mlp.maps)
 
+    @property
+    def parts(self) -> tuple[Part, Part]:
+        """The attention and the MLP."""
+        return self.attention, self.mlp
+
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -119,13 +178,123 @@ class Anatomy:
         return tuple(dict.fromkeys(linear.weight for block in self.blocks for linear in block.maps))
 
 
+# --------------------------------------------------------------------------- symmetries
+
+
+class Kind(StrEnum):
+    """The kinds of changes of a block's weights that keep its function.
+
+    γ and β are a norm's weight and bias, λ a layer scale, D and s vectors, 1 the vector of ones.
+    """
+
+    HIDDEN_ORDER = "hidden_order"
+    """Hidden units in another order."""
+    UNIT_SCALE = "unit_scale"
+    """Gated MLP: an up row times any number but 0, its down column divided by it."""
+    HEAD_ORDER = "head_order"
+    """Heads in another order; grouped heads move with their group."""
+    QUERY_KEY = "query_key"
+    """T on a head's queries, T⁻ᵀ on its keys; under rotary positions one complex number per pair."""
+    VALUE_OUTPUT = "value_output"
+    """S on a head's values, S⁻¹ on its columns of the output."""
+    VALUE_SHIFT = "value_shift"
+    """b_v + c per head; attention weights sum to 1, so the output bias takes W_o c off again."""
+    KEY_SHIFT = "key_shift"
+    """b_k + c per head: the same score more for every key of a query, which softmax cancels."""
+    NORM_SCALE = "norm_scale"
+    """γ and β times D, columns of the maps that read them divided by D."""
+    NORM_SHIFT = "norm_shift"
+    """β + s, and W s off the biases of the maps that read it."""
+    READER_MEAN = "reader_mean"
+    """Rows of maps that read a centred norm: any multiple of 1/γ more (x̂ has mean 0), the bias corrected."""
+    WRITER_MEAN = "writer_mean"
+    """What a map writes: any multiple of 1 more (through a layer scale: of 1/λ); every norm takes it away."""
+    LAYER_SCALE = "layer_scale"
+    """λ divided by D, rows and bias of the map before it times D."""
+
+
+NEEDS: Mapping[Kind, str] = {
+    Kind.UNIT_SCALE: "a gated MLP (an activation between up and down lets no other factor through)",
+    Kind.VALUE_SHIFT: "biases on the value and the output map",
+    Kind.KEY_SHIFT: "a bias on the key map, and no rotary positions (a rotated shift is another for every key)",
+    Kind.NORM_SCALE: "norms that nothing but the maps behind them reads (not norms after the sum)",
+    Kind.NORM_SHIFT: "norms with a bias that only maps with biases read",
+    Kind.READER_MEAN: "norms that take the mean away (layer norms), read by maps with biases",
+    Kind.WRITER_MEAN: "norms that take the mean away (layer norms) everywhere",
+    Kind.LAYER_SCALE: "layer scales",
+}
+"""What a network must have for a kind; the kinds that are not here every network has."""
+
+
+@dataclass(frozen=True)
+class Symmetry:
+    """One generator of the group: a kind, and the block and part (attention or MLP) that it acts on."""
+
+    kind: Kind
+    block: Block
+    part: Part
+
+
+def symmetries(anatomy: Anatomy) -> tuple[Symmetry, ...]:
+    """All generators of the group under which the function of these blocks does not change, block by block.
+
+    Any element of the group is a product of elements of the generators, in any order. WRITER_MEAN presumes that
+    the norm behind the last block is centred as the others are.
+    """
+    parts = [part for block in anatomy.blocks for part in block.parts]
+    centred = all(part.norm is not None and part.norm.centred for part in parts)
+    return tuple(
+        Symmetry(kind, block, part)
+        for block in anatomy.blocks
+        for part in block.parts
+        for kind in _kinds(part, centred)
+    )
+
+
+def _kinds(part: Part, centred: bool) -> list[Kind]:
+    inner = _attention_kinds(part) if isinstance(part, Attention) else _mlp_kinds(part)
+    return inner + _border_kinds(part, centred)
+
+
+def _mlp_kinds(mlp: Mlp) -> list[Kind]:
+    return [Kind.HIDDEN_ORDER] + [Kind.UNIT_SCALE] * (mlp.gate is not None)
+
+
+def _attention_kinds(attention: Attention) -> list[Kind]:
+    kinds = [Kind.HEAD_ORDER, Kind.QUERY_KEY, Kind.VALUE_OUTPUT]
+    if attention.value.bias and attention.output.bias:
+        kinds.append(Kind.VALUE_SHIFT)
+    if attention.key.bias and not attention.rotary:
+        kinds.append(Kind.KEY_SHIFT)
+    return kinds
+
+
+def _border_kinds(part: Part, centred: bool) -> list[Kind]:
+    """Kinds between the part and what is before and behind it."""
+    kinds, biased = [], all(linear.bias for linear in part.readers)
+    if part.norm is not None and part.norm.own:
+        kinds.append(Kind.NORM_SCALE)
+        if part.norm.bias and biased:
+            kinds.append(Kind.NORM_SHIFT)
+    if part.norm is not None and part.norm.centred and biased:
+        kinds.append(Kind.READER_MEAN)
+    if centred:
+        kinds.append(Kind.WRITER_MEAN)
+    return kinds + [Kind.LAYER_SCALE] * (part.scale is not None)
+
+
+# --------------------------------------------------------------------------- layouts
+
+
 @dataclass(frozen=True)
 class Layout:
     """One row of the table: what a family calls its tensors, relative to a block.
 
     ``layers`` is the module list the blocks are in. Equal names mean packed rows, in the order
     (query, key, value) and (gate, up). ``neutral`` lists tensors of the same modules that carry no
-    hidden or head coordinates.
+    hidden or head coordinates. ``norms`` are the modules that attention and MLP read, ``scales`` their layer
+    scales; both may be missing from a network. With ``first`` the norms come after the sums: the attention then
+    reads the norm of the block before, in the first block the one named here.
     """
 
     name: str
@@ -139,15 +308,35 @@ class Layout:
     gate: str = ""
     neutral: tuple[str, ...] = ()
     rotary: bool = False
+    norms: tuple[str, ...] = ()
+    scales: tuple[str, ...] = ()
+    first: str = ""
 
 
 def _row(
-    name: str, layers: str, qkv: str, output: str, mlp: str, neutral: str = "", rotary: bool = False
+    name: str,
+    layers: str,
+    qkv: str,
+    output: str,
+    mlp: str,
+    norms: str,
+    *,
+    scales: str = "",
+    neutral: str = "",
+    first: str = "",
+    rotary: bool = False,
 ) -> Layout:
     """A row from space-separated names; ``mlp`` is ``up down`` or ``up down gate``."""
     query, key, value = qkv.split() if " " in qkv else (qkv, qkv, qkv)
     up, down, gate = [*mlp.split(), ""][:3]
-    return Layout(name, layers, query, key, value, output, up, down, gate, tuple(neutral.split()), rotary)
+    return Layout(
+        *(name, layers, query, key, value, output, up, down, gate),
+        neutral=tuple(neutral.split()),
+        rotary=rotary,
+        norms=tuple(norms.split()),
+        scales=tuple(scales.split()),
+        first=first,
+    )
 
 
 def _attention(prefix: str, names: str) -> str:
@@ -158,13 +347,33 @@ _QUERY_KEY_VALUE = "query key value"
 _PROJ = "q_proj k_proj v_proj"
 _FC = "mlp.fc1.weight mlp.fc2.weight"
 
+_NORMS = "norm1 norm2"
+_DINOV2_SCALES = "layer_scale1.lambda1 layer_scale2.lambda1"
+
 LAYOUTS: tuple[Layout, ...] = (
     _row(
-        "mini ViT", "blocks", _attention("attn.", "q k v"), "attn.o.weight", "mlp.up.weight mlp.down.weight"
+        "mini ViT",
+        "blocks",
+        _attention("attn.", "q k v"),
+        "attn.o.weight",
+        "mlp.up.weight mlp.down.weight",
+        _NORMS,
     ),
-    _row("HF CLIP", "encoder.layers", _attention("self_attn.", _PROJ), "self_attn.out_proj.weight", _FC),
     _row(
-        "HF ViT (transformers 5)", "layers", _attention("attention.", _PROJ), "attention.o_proj.weight", _FC
+        "HF CLIP",
+        "encoder.layers",
+        _attention("self_attn.", _PROJ),
+        "self_attn.out_proj.weight",
+        _FC,
+        "layer_norm1 layer_norm2",
+    ),
+    _row(
+        "HF ViT (transformers 5)",
+        "layers",
+        _attention("attention.", _PROJ),
+        "attention.o_proj.weight",
+        _FC,
+        "layernorm_before layernorm_after",
     ),
     _row(
         "HF ViT (transformers 4)",
@@ -172,6 +381,7 @@ LAYOUTS: tuple[Layout, ...] = (
         _attention("attention.attention.", _QUERY_KEY_VALUE),
         "attention.output.dense.weight",
         "intermediate.dense.weight output.dense.weight",
+        "layernorm_before layernorm_after",
     ),
     _row(
         "HF DINOv2 (transformers 5)",
@@ -179,6 +389,8 @@ LAYOUTS: tuple[Layout, ...] = (
         _attention("attention.", _PROJ),
         "attention.o_proj.weight",
         _FC,
+        _NORMS,
+        scales=_DINOV2_SCALES,
     ),
     _row(
         "HF DINOv2 (transformers 4)",
@@ -186,6 +398,8 @@ LAYOUTS: tuple[Layout, ...] = (
         _attention("attention.attention.", _QUERY_KEY_VALUE),
         "attention.output.dense.weight",
         _FC,
+        _NORMS,
+        scales=_DINOV2_SCALES,
     ),
     _row(
         "HF DINOv2 SwiGLU (transformers 5)",
@@ -193,6 +407,8 @@ LAYOUTS: tuple[Layout, ...] = (
         _attention("attention.", _PROJ),
         "attention.o_proj.weight",
         "mlp.up_proj.weight mlp.down_proj.weight mlp.gate_proj.weight",
+        _NORMS,
+        scales=_DINOV2_SCALES,
     ),
     _row(
         "HF DINOv2 SwiGLU (transformers 4)",
@@ -200,6 +416,8 @@ LAYOUTS: tuple[Layout, ...] = (
         _attention("attention.attention.", _QUERY_KEY_VALUE),
         "attention.output.dense.weight",
         "mlp.weights_in.weight mlp.weights_out.weight mlp.weights_in.weight",
+        _NORMS,
+        scales=_DINOV2_SCALES,
     ),
     _row(
         "HF BERT",
@@ -207,8 +425,10 @@ LAYOUTS: tuple[Layout, ...] = (
         _attention("attention.self.", _QUERY_KEY_VALUE),
         "attention.output.dense.weight",
         "intermediate.dense.weight output.dense.weight",
+        "output.LayerNorm attention.output.LayerNorm",
         neutral="attention.output.LayerNorm.weight attention.output.LayerNorm.bias "
         "output.LayerNorm.weight output.LayerNorm.bias",
+        first="embeddings.LayerNorm",
     ),
     _row(
         "HF DistilBERT",
@@ -216,6 +436,8 @@ LAYOUTS: tuple[Layout, ...] = (
         _attention("attention.", "q_lin k_lin v_lin"),
         "attention.out_lin.weight",
         "ffn.lin1.weight ffn.lin2.weight",
+        "output_layer_norm sa_layer_norm",
+        first="embeddings.LayerNorm",
     ),
     # GPT-2 as Hugging Face stores it has these maps transposed; a backbone has to turn them first
     _row(
@@ -224,6 +446,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "attn.c_attn.weight",
         "attn.c_proj.weight",
         "mlp.c_fc.weight mlp.c_proj.weight",
+        "ln_1 ln_2",
     ),
     _row(
         "open_clip",
@@ -231,14 +454,26 @@ LAYOUTS: tuple[Layout, ...] = (
         "attn.in_proj_weight",
         "attn.out_proj.weight",
         "mlp.c_fc.weight mlp.c_proj.weight",
+        "ln_1 ln_2",
+        scales="ls_1.gamma ls_2.gamma",
     ),
-    _row("timm ViT", "blocks", "attn.qkv.weight", "attn.proj.weight", _FC),
+    _row(
+        "timm ViT",
+        "blocks",
+        "attn.qkv.weight",
+        "attn.proj.weight",
+        _FC,
+        _NORMS,
+        scales="ls1.gamma ls2.gamma",
+    ),
+    # Gemma multiplies by 1 + weight: what rescales norms must not be used on it
     _row(
         "HF Llama, Mistral, Qwen2, Gemma",
         "layers",
         _attention("self_attn.", _PROJ),
         "self_attn.o_proj.weight",
         "mlp.up_proj.weight mlp.down_proj.weight mlp.gate_proj.weight",
+        "input_layernorm post_attention_layernorm",
         neutral="self_attn.rotary_emb.inv_freq",
         rotary=True,
     ),
@@ -266,8 +501,10 @@ def describe(shapes: Shapes, heads: int | Mapping[str, int], rotary: bool = Fals
             if count is None:
                 continue
             used.append(layout.name)
+            before = prefix + layout.first
             for layer in layers:
-                blocks.append(_block(shapes, layout, layer, count, len(blocks)))
+                blocks.append(_block(shapes, layout, layer, count, len(blocks), before))
+                before = f"{layer}{layout.norms[0]}"
     if not blocks:
         raise AnatomyError(_nothing_found(shapes, heads, rotary))
     return Anatomy(tuple(blocks), " + ".join(dict.fromkeys(used)))
@@ -286,11 +523,33 @@ def _towers(shapes: Shapes, layout: Layout) -> dict[str, list[str]]:
     return {prefix: [layers[i] for i in sorted(layers)] for prefix, layers in found.items()}
 
 
-def _block(shapes: Shapes, layout: Layout, layer: str, heads: int, index: int) -> Block:
+def _block(shapes: Shapes, layout: Layout, layer: str, heads: int, index: int, before: str) -> Block:
+    """``before`` is the norm that the attention reads where norms come after the sums."""
     attention = _attention_of(shapes, layout, layer, heads)
     mlp = _mlp_of(shapes, layout, layer)
     _refuse_strangers(shapes, layout, layer)
+    norms = _norms_of(shapes, layout, layer, before)
+    scales = [layer + name if layer + name in shapes else None for name in layout.scales] or [None, None]
+    attention = replace(attention, norm=norms[0], scale=scales[0])
+    mlp = replace(mlp, norm=norms[1], scale=scales[1])
     return Block(index, attention, mlp, layer.rstrip("."))
+
+
+def _norms_of(shapes: Shapes, layout: Layout, layer: str, before: str) -> tuple[Norm | None, Norm | None]:
+    """What attention and MLP read; unknown where the block has other norms besides (Gemma 2, norms of outputs)."""
+    named = {layer + name for name in layout.norms}
+    found = {
+        n.rpartition(".")[0] for n in shapes if n.startswith(layer) and re.search(r"norm|\bln_", n, re.I)
+    }
+    if found != named:
+        return None, None
+    first, second = (before if layout.first else layer + layout.norms[0]), layer + layout.norms[1]
+    return _norm(shapes, first, not layout.first), _norm(shapes, second, not layout.first)
+
+
+def _norm(shapes: Shapes, name: str, own: bool) -> Norm | None:
+    weight, bias = f"{name}.weight", f"{name}.bias"
+    return Norm(weight, bias if bias in shapes else None, own) if weight in shapes else None
 
 
 def _attention_of(shapes: Shapes, layout: Layout, layer: str, heads: int) -> Attention:

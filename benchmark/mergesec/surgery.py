@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mergesec.anatomy import Attention, Linear, Mlp
+from mergesec.anatomy import Attention, Linear, Mlp, Norm, Part
 
 if TYPE_CHECKING:
     from mergesec.contracts import Weights
@@ -212,6 +212,133 @@ def reorder_heads(
         changed = write(changed, linear, weight[order].flatten(0, 1), moved)
     columns = head_columns(weights, attention)[members].transpose(0, 1).flatten(1)
     return write(changed, attention.output, columns, read(weights, attention.output)[1])
+
+
+def shift_values(weights: Weights, attention: Attention, shift: Tensor) -> dict[str, Tensor]:
+    """The same function with ``shift`` (``[kv_heads, head_dim]``) added to the value bias (VALUE_SHIFT).
+
+    Attention weights sum to 1, so every head's output grows by its shift, which the output bias takes off again.
+    """
+    weight, bias = read(weights, attention.value)
+    changed = write(weights, attention.value, weight, _with(bias, attention.value) + shift.flatten())
+    columns, before = read(weights, attention.output)
+    told = per_query_head(shift, attention).flatten()
+    return write(changed, attention.output, columns, _with(before, attention.output) - columns @ told)
+
+
+def shift_keys(weights: Weights, attention: Attention, shift: Tensor) -> dict[str, Tensor]:
+    """The same function with ``shift`` (``[kv_heads, head_dim]``) added to the key bias (KEY_SHIFT).
+
+    Not under rotary positions.
+    """
+    weight, bias = read(weights, attention.key)
+    return write(weights, attention.key, weight, _with(bias, attention.key) + shift.flatten())
+
+
+def rescale_units(weights: Weights, mlp: Mlp, factors: Tensor) -> dict[str, Tensor]:
+    """The same function of a gated MLP, up rows times ``factors`` (``[hidden]``, none 0), down columns divided
+    (UNIT_SCALE)."""
+    weight, bias = read(weights, mlp.up)
+    scaled = None if bias is None else factors * bias
+    changed = write(weights, mlp.up, factors[:, None] * weight, scaled)
+    weight, bias = read(weights, mlp.down)
+    return write(changed, mlp.down, weight / factors, bias)
+
+
+# ----------------------------------------------------------------------------- norms and layer scales
+
+
+def read_vector(weights: Weights, name: str) -> Tensor:
+    """A float64 CPU copy of a vector, such as a norm's weight or a layer scale."""
+    return _double(weights[name])
+
+
+def change_norm(
+    weights: Weights, part: Part, factors: Tensor, shift: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The same function with γ, β of the part's norm times ``factors`` (``[d]``, none 0) and β + ``shift``
+    (NORM_SCALE, NORM_SHIFT). ``shift`` needs biases on the norm and on all maps that read it."""
+    norm = _norm_of(part)
+    changed = _put(weights, norm.weight, read_vector(weights, norm.weight) * factors)
+    if norm.bias is not None:
+        moved = read_vector(weights, norm.bias) * factors
+        changed = _put(changed, norm.bias, moved if shift is None else moved + shift)
+    for linear in part.readers:
+        weight, bias = read(weights, linear)
+        weight = weight / factors
+        fitted = bias if shift is None else _with(bias, linear) - weight @ shift
+        changed = write(changed, linear, weight, fitted)
+    return changed
+
+
+def lean_reader(weights: Weights, norm: Norm, linear: Linear, amounts: Tensor) -> dict[str, Tensor]:
+    """The same function with ``amounts[i] / γ`` added to row i of a map that reads a centred norm (READER_MEAN).
+
+    ``(1/γ) · (γ ⊙ x̂ + β)`` is ``Σ x̂ = 0`` and a constant, which the bias takes off. ``amounts`` is ``[out]``.
+    """
+    inverse = 1.0 / read_vector(weights, norm.weight)
+    weight, bias = read(weights, linear)
+    weight = weight + amounts[:, None] * inverse
+    if norm.bias is not None:
+        bias = _with(bias, linear) - amounts * (inverse @ read_vector(weights, norm.bias))
+    return write(weights, linear, weight, bias)
+
+
+def lean_of_reader(weights: Weights, norm: Norm, linear: Linear) -> Tensor:
+    """The ``amounts`` that ``lean_reader`` would have to take off so that no row sees the mean of x̂: ``[out]``."""
+    return (read(weights, linear)[0] * read_vector(weights, norm.weight)).mean(dim=1)
+
+
+def lean_writer(weights: Weights, part: Part, amounts: Tensor, constant: float = 0.0) -> dict[str, Tensor]:
+    """The same function where every norm behind is centred: ``amounts[j]`` more in all of column j of what the
+    part writes (``[in]``), ``constant`` more in its bias, if it has one (WRITER_MEAN)."""
+    inverse = 1.0 / _layer_scale(weights, part)
+    weight, bias = read(weights, part.writer)
+    leaned = None if bias is None else bias + constant * inverse
+    return write(weights, part.writer, weight + inverse[:, None] * amounts, leaned)
+
+
+def lean_of_writer(weights: Weights, part: Part) -> tuple[Tensor, float]:
+    """The mean over the stream of what the part writes: of each column ``[in]``, and of the bias."""
+    weight, bias = read(weights, part.writer)
+    scale = _layer_scale(weights, part)
+    return (scale[:, None] * weight).mean(dim=0), 0.0 if bias is None else float((scale * bias).mean())
+
+
+def change_layer_scale(weights: Weights, part: Part, factors: Tensor) -> dict[str, Tensor]:
+    """The same function with λ divided by ``factors`` (``[d]``, none 0), the map before it times them
+    (LAYER_SCALE)."""
+    if part.scale is None:
+        raise ValueError(f"{part.writer.weight}: no layer scale behind it")
+    weight, bias = read(weights, part.writer)
+    scaled = None if bias is None else factors * bias
+    changed = write(weights, part.writer, factors[:, None] * weight, scaled)
+    return _put(changed, part.scale, read_vector(weights, part.scale) / factors)
+
+
+def _layer_scale(weights: Weights, part: Part) -> Tensor:
+    """λ, or ones where there is none."""
+    if part.scale is None:
+        return torch.ones(len(read(weights, part.writer)[0]), dtype=torch.float64)
+    return read_vector(weights, part.scale)
+
+
+def _norm_of(part: Part) -> Norm:
+    if part.norm is None or not part.norm.own:
+        raise ValueError(f"{part.readers[0].weight}: no norm that only this part reads")
+    return part.norm
+
+
+def _with(bias: Tensor | None, linear: Linear) -> Tensor:
+    if bias is None:
+        raise ValueError(f"{linear.weight}: has no bias")
+    return bias
+
+
+def _put(weights: Weights, name: str, value: Tensor) -> dict[str, Tensor]:
+    """``weights`` with one tensor replaced, in the dtype and on the device of the old one."""
+    old = weights[name]
+    return {**weights, name: value.to(old.device, old.dtype)}
 
 
 def _double(tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from mergesec.errors import UsageError
 from mergesec.files import brief
 from mergesec.weights import OUTPUTS
 from mergesec_tasks._configs import settings
-from mergesec_tasks._modelfiles import COMPUTED
+from mergesec_tasks._modelfiles import COMPUTED, shown
 
 
 @contextmanager
@@ -132,24 +132,42 @@ def shapes_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
 # --------------------------------------------------------------------------- words
 
 
-def tokenizer_of(folder: Path, who: str) -> Any:
-    """The tokenizer that a folder's tokenizer.json describes."""
+def tokenizer_of(folder: Path, size: int, who: str) -> Any:
+    """The tokenizer that a folder's tokenizer.json describes; all its tokens are below ``size``."""
     ensure_torchvision()
     from transformers import PreTrainedTokenizerFast
 
     # a model's own class may build another tokenizer than the file describes
-    with quiet(), complaining(who, f"the tokenizer in {str(folder)!r} cannot be read"):
-        return PreTrainedTokenizerFast.from_pretrained(os.fspath(folder), local_files_only=True)
+    return _tokenizer(PreTrainedTokenizerFast, folder, size, who)
 
 
-def clip_tokenizer(folder: Path, who: str) -> Any:
+def clip_tokenizer(folder: Path, size: int, who: str) -> Any:
     """A CLIP's tokenizer, from tokenizer.json or the older vocab.json and merges.txt."""
     ensure_torchvision()
     import transformers
 
     library: Any = transformers  # the name is resolved when it is asked for
+    return _tokenizer(library.CLIPTokenizerFast, folder, size, who)
+
+
+def _tokenizer(kind: Any, folder: Path, size: int, who: str) -> Any:
     with quiet(), complaining(who, f"the tokenizer in {str(folder)!r} cannot be read"):
-        return library.CLIPTokenizerFast.from_pretrained(os.fspath(folder), local_files_only=True)
+        found = kind.from_pretrained(os.fspath(folder), local_files_only=True)
+        words: dict[str, int] = found.get_vocab()
+    beyond = next((word for word, number in words.items() if number >= size), None)
+    if beyond is not None:  # tokenizer_config.json may add some
+        raise UsageError(
+            who, f"{str(folder)!r}: its tokenizer files give the token {shown(beyond)} the number {words[beyond]}, "
+            f"config.json has a vocab_size of {size}",
+        )  # fmt: skip
+    return found
+
+
+def numbers_of(tokenizer: Any, texts: Sequence[str], who: str, **how: Any) -> list[list[int]]:
+    """The numbers of texts' tokens."""
+    with complaining(who, "the folder's tokenizer takes no texts"):
+        found: list[list[int]] = tokenizer(list(texts), **how)["input_ids"]
+    return found
 
 
 def text_tower(folder: Path, config: Any, who: str) -> Any:

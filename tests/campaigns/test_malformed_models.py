@@ -6,6 +6,7 @@ of a base (built, read, its words or head made) or of an expert, and is looked a
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -237,7 +238,7 @@ def _values(rng: random.Random, path: Path) -> None:
     """A few values of a JSON file replaced by odd ones, dropped, put under another name, or new."""
     value = json.loads(path.read_text())
     if rng.random() < 0.05:
-        value = rng.choice(ODD)
+        value = copy.deepcopy(rng.choice(ODD))
     for _ in range(rng.randint(1, 3)):
         spots = _spots(value) if isinstance(value, (dict, list)) else []
         if not spots:
@@ -253,7 +254,7 @@ def _values(rng: random.Random, path: Path) -> None:
                 [container[key] * 2, container[key] + 1, container[key] * 10**6, -container[key]]
             )
         else:
-            container[key] = rng.choice(ODD)
+            container[key] = copy.deepcopy(rng.choice(ODD))
     path.write_text(json.dumps(value))
 
 

@@ -176,3 +176,8 @@ def rotary(request: pytest.FixtureRequest) -> Architecture:
 @pytest.fixture
 def packed() -> Architecture:
     return make("open_clip")
+
+
+@pytest.fixture(params=(*NAMES, *ROTARY))
+def any_architecture(request: pytest.FixtureRequest) -> Architecture:
+    return make(request.param)

@@ -124,7 +124,7 @@ class HfFolder(TextBackbone):
     def tokeniser(self) -> Any:
         if self._words is None:
             check_words(self.path, self.told["vocab_size"], self.who)
-            self._words = tokenizer_of(self.path, self.who)
+            self._words = tokenizer_of(self.path, self.told["vocab_size"], self.who)
         return self._words
 
     def pad(self) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mergesec.contracts import ContractError
 from mergesec.errors import UsageError
 from mergesec_tasks._modelfiles import file_of
+from mergesec_tasks._transformers import numbers_of
 from mergesec_tasks.text._hf import HfFolder, padded
 
 CARD = {
@@ -91,19 +92,18 @@ class HfCausal(HfFolder):
         """Token numbers without special tokens; none of an empty text."""
         if not text:
             return []
-        numbers: list[int] = self.tokeniser(text, add_special_tokens=False)["input_ids"]
-        return numbers
+        return numbers_of(self.tokeniser, [text], self.who, add_special_tokens=False)[0]
 
     def tokenise(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Numbers of the prompt around each text; the text is cut so that the prompt's end is never lost."""
         before, after = (self._plain(part) for part in self.template.split(SLOT))
         first = self.tokeniser.bos_token_id
-        begins = self.tokeniser("")["input_ids"][:1] == [first] and first is not None
+        begins = numbers_of(self.tokeniser, [""], self.who)[0][:1] == [first] and first is not None
         before = [first, *before] if begins else before
         room = self.max_length - len(before) - len(after)
         if room < 1:
             raise ContractError(f"hf-causal: max_length {self.max_length} leaves no room beside the template")
-        found = self.tokeniser(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+        found = numbers_of(self.tokeniser, texts, self.who, add_special_tokens=False) if texts else []
         return padded([[*before, *row[:room], *after] for row in found], self.pad())
 
     def features(self, network: nn.Module, inputs: Any) -> Tensor:

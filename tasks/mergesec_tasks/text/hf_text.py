@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mergesec_tasks._transformers import numbers_of
 from mergesec_tasks.text._hf import HfFolder, padded
 
 CARD = {
@@ -73,7 +74,7 @@ class HfText(HfFolder):
 
     def tokenise(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Numbers as the folder's tokeniser gives them, special tokens included, cut at ``max_length``."""
-        rows = self.tokeniser(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+        rows = numbers_of(self.tokeniser, texts, self.who, truncation=True, max_length=self.max_length)
         return padded(rows, self.pad())
 
     def features(self, network: nn.Module, inputs: Any) -> Tensor:

@@ -179,5 +179,5 @@ class Clip(HfVit):
             )
         if (self.path / TOKENIZER).exists():
             check_words(self.path, values["vocab_size"], self.who)
-        tokenizer = clip_tokenizer(self.path, self.who)
+        tokenizer = clip_tokenizer(self.path, values["vocab_size"], self.who)
         return tokenizer, text_tower(self.path, config_of(values, self.who), self.who)

@@ -73,7 +73,7 @@ def apply(
     Of the matrices only what the attention allows is used; what was left out is said (``left_out``).
     Raises ContractError for tensors below float32 precision.
     """
-    _require_precision(weights, attention)
+    require_precision(weights, attention)
     matrices = matrices.within(attention)
     changed = scale_heads(weights, attention, matrices)
     facts: dict[str, Any] = {
@@ -158,7 +158,8 @@ def _relative(value: Tensor, reference: Tensor) -> float:
     return float((torch.linalg.matrix_norm(value - reference) / norm).max())
 
 
-def _require_precision(weights: Weights, attention: Attention) -> None:
+def require_precision(weights: Weights, attention: Attention) -> None:
+    """ContractError if a map is stored with less precision than float32."""
     for linear in attention.maps:
         dtype = weights[linear.weight].dtype
         if torch.finfo(dtype).eps > torch.finfo(torch.float32).eps:

@@ -1,0 +1,191 @@
+"""Changes of coordinates that no published protection makes: shifts, norms, means. All keep the function.
+
+PaRaMS, MergeLock and ARF change coordinates inside heads and among hidden units. A block has more symmetries
+(``mergesec.anatomy.Kind``), and what re-aligns heads and units to the base does not know them:
+
+* ``value_shift``: b_v ← b_v + c per head, b_o ← b_o − W_o c. Exact for any c, since attention weights sum to 1.
+* ``key_shift``: b_k ← b_k + c per head. Every score of a query grows by the same, which softmax cancels.
+* ``norm_rescale``: γ, β ← D γ, D β of a norm, the columns of the maps that read it divided by D; likewise a
+  layer scale and the map before it, and the up rows and down columns of a gated MLP.
+* ``mean_shift``: a layer norm takes the mean away, so whatever is written in the direction (1, …, 1) never
+  arrives, and whatever reads along 1/γ reads nothing: any multiple of either is added.
+* ``full_gauge``: all of them, PaRaMS and a random order of heads.
+
+A shift alone hurts a merge little: it is linear in the weights but for the product W_o b_v. Beside PaRaMS it
+breaks the fits by which attacks find the matrices again. ``params`` puts PaRaMS before each.
+
+The shifts are baselines of this benchmark; as a mark of ownership, not against merging, the rescaling of norms is
+in "Functional Invariants to Watermark Large Transformers" (arXiv 2310.11446). Where a network has none of a
+card's symmetries the defense refuses and says what it would need: no value shift without biases (Llama), no key
+shift under rotary positions (a rotated shift differs between keys), no rescaling of norms that the residual
+stream reads too (BERT). Grouped heads share one shift per key and value head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from mergesec.anatomy import Kind, symmetries
+from mergesec.contracts import Defense, ProtectContext, Protected, Weights
+from mergesec_methods.protection.defenses._gauges import Draw, move
+from mergesec_methods.protection.defenses.params import Params
+
+CARDS = [
+    {
+        "name": "value_shift",
+        "kind": "defense",
+        "class": "ValueShift",
+        "version": "1",
+        "title": "Value-bias shift",
+        "summary": "baseline: value biases shifted per head, the output bias takes it off again; exact",
+        "threat": "protection",
+        "hooks": ["protect"],
+        "knowledge": "the expert (with params: and the public base); no data, no training",
+        "data": "none",
+        "modalities": ["image", "text"],
+        "seeded": True,
+        "parameters": {
+            "size": {
+                "type": "float",
+                "default": 3.0,
+                "min": 0.0,
+                "max": 1e4,
+                "doc": "standard deviation of a shift, in units of how far what it is added to varies",
+            },
+            "params": {
+                "type": "choice",
+                "default": "off",
+                "choices": ["off", "none", "v1", "diagonal", "symmetric", "nonsymmetric"],
+                "doc": "PaRaMS before it, with this scaling (none: rearrangement alone)",
+            },
+        },
+    },
+    {
+        "name": "key_shift",
+        "extends": "value_shift",
+        "class": "KeyShift",
+        "title": "Key-bias shift",
+        "summary": "baseline: key biases shifted per head, which softmax cancels; exact",
+    },
+    {
+        "name": "mean_shift",
+        "extends": "value_shift",
+        "class": "MeanShift",
+        "title": "Mean shift",
+        "summary": "baseline: what layer norms take away is added to the maps before and behind them; exact",
+    },
+    {
+        "name": "norm_rescale",
+        "kind": "defense",
+        "class": "NormRescale",
+        "version": "1",
+        "title": "Norm rescale",
+        "summary": "baseline: norms, layer scales and gated units rescaled, the next maps divided; exact",
+        "threat": "protection",
+        "hooks": ["protect"],
+        "knowledge": "the expert (with params: and the public base); no data, no training",
+        "data": "none",
+        "modalities": ["image", "text"],
+        "seeded": True,
+        "parameters": {
+            "span": {
+                "type": "float",
+                "default": 20.0,
+                "min": 1.0,
+                "max": 1e6,
+                "doc": "factors are log-uniform between 1/span and span",
+            },
+            "params": {
+                "type": "choice",
+                "default": "off",
+                "choices": ["off", "none", "v1", "diagonal", "symmetric", "nonsymmetric"],
+                "doc": "PaRaMS before it, with this scaling (none: rearrangement alone)",
+            },
+        },
+    },
+    {
+        "name": "full_gauge",
+        "extends": "value_shift",
+        "class": "FullGauge",
+        "title": "Full gauge",
+        "summary": "baseline: every symmetry of the network's blocks at once, PaRaMS included; exact",
+        "knowledge": "the expert and the public base; no data, no training",
+        "parameters": {
+            "span": {
+                "type": "float",
+                "default": 20.0,
+                "min": 1.0,
+                "max": 1e6,
+                "doc": "factors are log-uniform between 1/span and span, with random signs",
+            },
+            "params": {
+                "type": "choice",
+                "default": "nonsymmetric",
+                "choices": ["off", "none", "v1", "diagonal", "symmetric", "nonsymmetric"],
+                "doc": "PaRaMS before it, with this scaling (none: rearrangement alone)",
+            },
+        },
+    },
+]
+
+STREAM = 10
+"""Streams of a context's generator below this one are those of PaRaMS."""
+
+
+class _Gauge(Defense):
+    """Random elements of some kinds of symmetries, after PaRaMS if it is asked for. Keeps keys, shapes, dtypes."""
+
+    kinds: Collection[Kind] = ()
+
+    def __init__(
+        self, size: float = 3.0, span: float = 20.0, params: str = "off", signs: bool = False
+    ) -> None:
+        self.size, self.span, self.signs = size, span, signs
+        self.params = None if params == "off" else Params(scaling=params)
+
+    def protect(self, weights: Weights, ctx: ProtectContext) -> Protected:
+        """The expert in other coordinates. The report has the kinds of symmetries used.
+
+        Raises ContractError if the network has none of them, and for tensors below float32.
+        """
+        anatomy = ctx.backbone.anatomy()
+        start = Protected(weights) if self.params is None else self.params.protect(weights, ctx)
+        draw = Draw(ctx.generator(STREAM), self.size, self.span, self.signs)
+        moved = move(start.weights, anatomy, self.kinds, draw, self.name)
+        used = {s.kind for s in symmetries(anatomy) if s.kind in self.kinds}
+        facts: dict[str, Any] = {"condition": 1.0, **start.report, "symmetries": sorted(used)}
+        return Protected(moved, facts)
+
+
+class ValueShift(_Gauge):
+    """The defense of the card ``value_shift``."""
+
+    kinds = (Kind.VALUE_SHIFT,)
+
+
+class KeyShift(_Gauge):
+    """The defense of the card ``key_shift``."""
+
+    kinds = (Kind.KEY_SHIFT,)
+
+
+class MeanShift(_Gauge):
+    """The defense of the card ``mean_shift``."""
+
+    kinds = (Kind.READER_MEAN, Kind.WRITER_MEAN)
+
+
+class NormRescale(_Gauge):
+    """The defense of the card ``norm_rescale``."""
+
+    kinds = (Kind.NORM_SCALE, Kind.LAYER_SCALE, Kind.UNIT_SCALE)
+
+
+class FullGauge(_Gauge):
+    """The defense of the card ``full_gauge``: what PaRaMS leaves out of the group."""
+
+    kinds = tuple(k for k in Kind if k not in (Kind.HIDDEN_ORDER, Kind.QUERY_KEY, Kind.VALUE_OUTPUT))
+
+    def __init__(self, size: float = 3.0, span: float = 20.0, params: str = "nonsymmetric") -> None:
+        super().__init__(size, span, params, signs=True)
