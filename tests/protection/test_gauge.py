@@ -7,6 +7,7 @@ import torch
 
 from mergesec.anatomy import NEEDS, Kind, symmetries
 from mergesec.contracts import ContractError
+from mergesec_methods.protection.attacks.coupled import Coupled
 from mergesec_methods.protection.defenses._gauges import MOVES, Draw, move
 from mergesec_methods.protection.defenses.gauge import (
     FullGauge,
@@ -114,3 +115,76 @@ def test_grouped_gated_rotary_networks_have_their_kin(rotary) -> None:
     first = DEFENSES["norm_rescale"].protect(rotary.expert, rotary.protect_context())
     assert all(torch.equal(first.weights[n], t) for n, t in again.weights.items())
     assert any(not torch.equal(first.weights[n], t) for n, t in other.weights.items())
+
+
+# ------------------------------------------------------------------ the attack
+
+
+def everything(architecture, seed: int) -> dict:
+    """The expert after a random element of the whole group: every generator of every block, in a random order."""
+    generator = torch.Generator().manual_seed(seed)
+    kinds = list(Kind)
+    order = [kinds[i] for i in torch.randperm(len(kinds), generator=generator).tolist()]
+    moved, anatomy = architecture.expert, architecture.anatomy()
+    for kind in order:
+        if kind in GROUPS[architecture.name]:
+            moved = move(moved, anatomy, [kind], Draw(generator, 2.0, 4.0, signs=True), "test")
+    return moved
+
+
+def merged(architecture, weights: dict, scaling: float = 0.5) -> dict:
+    """Task arithmetic of these weights and another expert."""
+    generator = torch.Generator().manual_seed(77)
+    return {
+        n: b + scaling * (weights[n] - b) + scaling * 0.02 * torch.randn(b.shape, generator=generator)
+        if b.is_floating_point()
+        else b
+        for n, b in architecture.base.items()
+    }
+
+
+def distance(one: dict, other: dict) -> float:
+    return sum(float((one[n] - t).double().square().sum()) for n, t in other.items()) ** 0.5
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_element_of_the_whole_group_is_undone(any_architecture, seed: int) -> None:
+    """The function stays; the weights are those that the unprotected expert itself leads to, and so is the merge."""
+    a, context = any_architecture, any_architecture.recover_context()
+    published = everything(a, seed)
+    recovered = Coupled().recover(published, context)
+    assert gap(a, recovered, a.expert) < 1e-3
+    plain = Coupled().recover(a.expert, context)
+    tau = distance(a.expert, a.base)
+    assert distance(published, a.expert) > 5 * tau
+    assert distance(recovered, plain) < 2e-3 * tau
+    # merged: as the unprotected expert is, up to a twentieth of what the merge changes of the base at all
+    target = a.logits(merged(a, a.expert))
+    changed = (a.logits(merged(a, a.base)) - target).norm()
+    assert (a.logits(merged(a, recovered)) - target).norm() < 0.05 * changed
+    assert (a.logits(merged(a, published)) - target).norm() > changed
+
+
+def test_without_fixing_the_gauge_the_fits_are_misled(any_architecture) -> None:
+    """What the option is for: the same attack without it leaves the expert farther away than its own base is."""
+    a, context = any_architecture, any_architecture.recover_context()
+    plain = [Coupled(gauges=g).recover(a.expert, context) for g in (True, False)]
+    tau = distance(a.expert, a.base)
+    tried = {Kind.VALUE_SHIFT, Kind.KEY_SHIFT, Kind.READER_MEAN, Kind.UNIT_SCALE} & GROUPS[a.name]
+    assert tried
+    for kind in tried:
+        published = move(a.expert, a.anatomy(), [kind], draw(), "test")
+        found = [Coupled(gauges=g).recover(published, context) for g in (True, False)]
+        assert distance(found[0], plain[0]) < 2e-3 * tau
+        assert distance(found[1], plain[1]) > tau
+
+
+def test_norms_near_zero_are_left_alone(mini) -> None:
+    """A norm that shuts a coordinate cannot be given the anchor's value; everything else still is."""
+    name = mini.anatomy().blocks[0].attention.norm.weight
+    shut = torch.ones_like(mini.expert[name]).index_fill(0, torch.tensor([2]), 0.0)
+    expert = {**mini.expert, name: mini.expert[name] * shut}
+    recovered = Coupled().recover(expert, mini.recover_context())
+    assert torch.equal(recovered[name], expert[name])
+    assert all(bool(t.isfinite().all()) for t in recovered.values())
+    assert gap(mini, recovered, expert) < 1e-4

@@ -20,7 +20,11 @@ come out, the recovered network computes what the published one does, up to roun
 Heads themselves may have been moved. QᵀK and VᵀOᵀ of a head do not change under T and S, so before anything is
 solved the published heads are matched to the anchor's by the cosines of these two products (Hungarian).
 
-This attack was first described in this benchmark; docs/coupled-realignment.md has derivation, experiment and limits.
+Biases, norms and layer scales have numbers that the function does not depend on (``mergesec.anatomy.Kind``).
+``gauges`` puts them to 0 or to the anchor's before anything is matched (see ``_fixing``); without it a shift of
+the value biases alone misleads the fit of S.
+
+docs/coupled-realignment.md has derivation, experiment, prior work and limits.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mergesec.anatomy import Attention
+from mergesec.anatomy import Attention, Block, Kind, Mlp, Symmetry, symmetries
 from mergesec.contracts import Attack, RecoverContext, Weights
 from mergesec.surgery import (
     assign,
@@ -41,16 +45,18 @@ from mergesec.surgery import (
     per_query_head,
     reorder_heads,
     reorder_hidden,
+    rescale_units,
     rotary_matrix,
 )
 from mergesec_methods.protection.attacks._anchors import anchor_weights, heads_as_rows
+from mergesec_methods.protection.attacks._fixing import bare, dressed, rescaled, unit_factors, unit_likeness
 
 CARDS = [
     {
         "name": "coupled",
         "kind": "attack",
         "class": "Coupled",
-        "version": "2",
+        "version": "3",
         "title": "Coupled re-alignment",
         "summary": "a Sylvester equation per head pair and joint Hungarian matching; keeps the function exactly",
         "threat": "protection",
@@ -72,13 +78,18 @@ CARDS = [
                 "default": True,
                 "doc": "find out first which published head is which of the anchor's",
             },
+            "gauges": {
+                "type": "bool",
+                "default": True,
+                "doc": "undo shifts of biases, rescaled norms and what else the function does not depend on",
+            },
         },
     },
     {
         "name": "coupled_anchored",
         "kind": "attack",
         "class": "Coupled",
-        "version": "2",
+        "version": "3",
         "title": "Coupled re-alignment to other experts",
         "summary": "coupled re-alignment against the free-rider's own experts instead of the base",
         "threat": "protection",
@@ -100,6 +111,11 @@ CARDS = [
                 "default": True,
                 "doc": "find out first which published head is which of the anchor's",
             },
+            "gauges": {
+                "type": "bool",
+                "default": True,
+                "doc": "undo shifts of biases, rescaled norms and what else the function does not depend on",
+            },
             "anchor": {
                 "type": "choice",
                 "default": "merge",
@@ -117,22 +133,54 @@ Solver = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 class Coupled(Attack):
     """The attack of the cards above."""
 
-    def __init__(self, passes: int = 3, anchor: str = "base", match_heads: bool = True) -> None:
-        self.passes, self.anchor, self.match_heads = passes, anchor, match_heads
+    def __init__(
+        self, passes: int = 3, anchor: str = "base", match_heads: bool = True, gauges: bool = True
+    ) -> None:
+        self.passes, self.anchor, self.match_heads, self.gauges = passes, anchor, match_heads, gauges
 
     def recover(self, published: Weights, ctx: RecoverContext) -> dict[str, Tensor]:
         """``published`` in the anchor's coordinates; the same function."""
         reference = anchor_weights(self.anchor, ctx.base, ctx.own)
-        recovered = dict(published)
-        for block in ctx.backbone.anatomy().blocks:
-            if self.match_heads:
-                groups, members = head_order(recovered, reference, block.attention)
-                recovered = reorder_heads(recovered, block.attention, groups, members)
-            recovered = align_heads(recovered, reference, block.attention, self.passes)
-            units = normalize(hidden_units(recovered, block.mlp), dim=1)
-            anchors = normalize(hidden_units(reference, block.mlp), dim=1)
-            recovered = reorder_hidden(recovered, block.mlp, assign(units @ anchors.T, maximize=True))
+        anatomy = ctx.backbone.anatomy()
+        recovered, known = dict(published), symmetries(anatomy)
+        for block in anatomy.blocks:
+            found = [s for s in known if s.block is block] if self.gauges else []
+            # float64 until the block is done, so that every tensor is rounded once
+            own, anchor = (_doubled(w, block) for w in (recovered, reference))
+            for name, tensor in self._aligned(own, anchor, block, found).items():
+                recovered[name] = tensor.to(published[name].device, published[name].dtype)
         return recovered
+
+    def _aligned(
+        self, weights: Weights, reference: Weights, block: Block, found: list[Symmetry]
+    ) -> dict[str, Tensor]:
+        aligned = bare(rescaled(weights, reference, found), found)
+        anchor = bare(reference, found)
+        if self.match_heads:
+            groups, members = head_order(aligned, anchor, block.attention)
+            aligned = reorder_heads(aligned, block.attention, groups, members)
+        aligned = align_heads(aligned, anchor, block.attention, self.passes)
+        scaled = any(s.kind is Kind.UNIT_SCALE for s in found)
+        aligned = align_units(aligned, anchor, block.mlp, scaled)
+        return dressed(aligned, reference, found)
+
+
+def _doubled(weights: Weights, block: Block) -> dict[str, Tensor]:
+    """The block's tensors, and the norms that it reads, in float64 on the CPU."""
+    names = [name for linear in block.maps for name in (linear.weight, linear.bias)]
+    for part in block.parts:
+        names += [part.scale] if part.norm is None else [part.scale, part.norm.weight, part.norm.bias]
+    return {n: weights[n].to("cpu", torch.float64) for n in names if n is not None}
+
+
+def align_units(weights: Weights, reference: Weights, mlp: Mlp, scaled: bool) -> dict[str, Tensor]:
+    """Every hidden unit at the place of the one of ``reference`` that it is most alike; where units of a gated
+    MLP may have been ``scaled``, with the reference's scale."""
+    if not scaled:
+        units, anchors = (normalize(hidden_units(w, mlp), dim=1) for w in (weights, reference))
+        return reorder_hidden(weights, mlp, assign(units @ anchors.T, maximize=True))
+    ordered = reorder_hidden(weights, mlp, assign(unit_likeness(weights, reference, mlp), maximize=True))
+    return rescale_units(ordered, mlp, unit_factors(ordered, reference, mlp))
 
 
 def head_order(weights: Weights, reference: Weights, attention: Attention) -> tuple[Tensor, Tensor]:
