@@ -317,10 +317,9 @@ def _mutated(rng: random.Random, folder: Path) -> str:
                 raise
             continue
         told.append(f"{way.__name__[1:]} of {path.name}")
-    if rng.random() < 0.05:
-        (folder / "model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": {"a": "b.safetensors"}})
-        )
+    index = folder / "model.safetensors.index.json"
+    if rng.random() < 0.05 and not index.exists() and not index.is_symlink():
+        index.write_text(json.dumps({"weight_map": {"a": "b.safetensors"}}))
         told.append("another index")
     return ", ".join(told)
 
