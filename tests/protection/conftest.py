@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mergesec.anatomy import Anatomy, describe
 from mergesec.contracts import ProtectContext, RecoverContext
+from mergesec_tasks.text._hf import straightened
 
 WIDTH, HEADS, HIDDEN, DEPTH = 24, 3, 40, 2
 CPU = torch.device("cpu")
@@ -99,7 +100,21 @@ def build(name: str) -> tuple[nn.Module, Callable[[nn.Module, Any], Tensor]]:
         return needs("open_clip.transformer").VisionTransformer(
             8, 4, WIDTH, DEPTH, HEADS, ratio, output_dim=WIDTH
         ), plain
+    if name == "timm":
+        from mergesec.compat import ensure_torchvision
+
+        ensure_torchvision()
+        vit = needs("timm.models.vision_transformer").VisionTransformer
+        ratio = HIDDEN / WIDTH
+        sizes = {"embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS, "mlp_ratio": ratio}
+        return vit(8, 4, num_classes=0, init_values=1.0, **sizes), plain
     hf = needs("transformers")
+    if name == "hf_distilbert":
+        config = {"dim": WIDTH, "n_layers": DEPTH, "n_heads": HEADS, "hidden_dim": HIDDEN, "vocab_size": 30}
+        return hf.DistilBertModel(hf.DistilBertConfig(**config)), hidden_state
+    if name == "hf_gpt2":
+        config = {"n_embd": WIDTH, "n_layer": DEPTH, "n_head": HEADS, "n_inner": HIDDEN, "vocab_size": 30}
+        return straightened(hf.GPT2Model(hf.GPT2Config(**config))), hidden_state
     sizes = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS}
     image = {**sizes, "image_size": 8, "patch_size": 4}
     mlp = {"intermediate_size": HIDDEN}
@@ -128,7 +143,7 @@ def random_weights(network: nn.Module, generator: torch.Generator) -> dict[str, 
             weights[name] = tensor.clone()
         elif tensor.dim() > 1 and "embed" not in name:
             weights[name] = 1.3 * noise / tensor[0].numel() ** 0.5
-        elif "norm" in name.lower() or "ln_" in name or "lambda" in name:
+        elif "norm" in name.lower() or "ln_" in name or "lambda" in name or "gamma" in name:
             weights[name] = 0.3 * noise + (0.0 if name.endswith("bias") else 1.0)
         else:
             weights[name] = 0.5 * noise
@@ -145,7 +160,7 @@ def make(name: str) -> Architecture:
         for n, w in base.items()
     }
     inputs = torch.randn(3, 3, 8, 8, generator=generator)
-    if name == "hf_bert" or name in ROTARY:
+    if name in TEXT or name in ROTARY:
         inputs = torch.randint(0, 30, (3, 7), generator=generator)
     rotary = name in ROTARY
     shapes = {n: tuple(w.shape) for n, w in base.items()}
@@ -153,6 +168,7 @@ def make(name: str) -> Architecture:
     return Architecture(name, network, call, inputs, anatomy, base, expert)
 
 
+TEXT = ("hf_bert", "hf_distilbert", "hf_gpt2")
 NAMES = ("mini", "hf_clip", "hf_vit", "hf_dinov2", "hf_dinov2_swiglu", "hf_bert", "open_clip")
 ROTARY, ROTARY_HEADS = ("hf_llama", "hf_qwen2"), 6
 """Six query heads on two key and value heads, rotary positions, gated MLP; Qwen2 has biases on q, k, v."""
@@ -178,6 +194,6 @@ def packed() -> Architecture:
     return make("open_clip")
 
 
-@pytest.fixture(params=(*NAMES, *ROTARY))
+@pytest.fixture(params=(*NAMES, *ROTARY, "hf_distilbert", "hf_gpt2", "timm"))
 def any_architecture(request: pytest.FixtureRequest) -> Architecture:
     return make(request.param)

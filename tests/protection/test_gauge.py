@@ -27,7 +27,10 @@ GROUPS = {
     "open_clip": INSIDE | LAYER_NORM | NORMS,
     "hf_dinov2": INSIDE | LAYER_NORM | NORMS | {Kind.LAYER_SCALE},
     "hf_dinov2_swiglu": INSIDE | LAYER_NORM | NORMS | {Kind.LAYER_SCALE, Kind.UNIT_SCALE},
+    "timm": INSIDE | LAYER_NORM | NORMS | {Kind.LAYER_SCALE},
     "hf_bert": INSIDE | LAYER_NORM,
+    "hf_distilbert": INSIDE | LAYER_NORM,
+    "hf_gpt2": INSIDE | LAYER_NORM | NORMS,
     "hf_llama": INSIDE | {Kind.NORM_SCALE, Kind.UNIT_SCALE},
     "hf_qwen2": INSIDE | {Kind.NORM_SCALE, Kind.UNIT_SCALE},
 }
