@@ -12,7 +12,9 @@ PaRaMS, MergeLock and ARF change coordinates inside heads and among hidden units
 * ``full_gauge``: all of them, PaRaMS and a random order of heads.
 
 A shift alone hurts a merge little: it is linear in the weights but for the product W_o b_v. Beside PaRaMS it
-breaks the fits by which attacks find the matrices again. ``params`` puts PaRaMS before each.
+breaks the fits by which attacks find the matrices again. ``params`` puts PaRaMS beside each: its rearrangement
+before, its scaling after. The other way round an error that a shift makes in a head's coordinates would be
+multiplied by the condition number of the scaling, up to 10⁵ for ``nonsymmetric``.
 
 The shifts are baselines of this benchmark; as a mark of ownership, not against merging, the rescaling of norms is
 in "Functional Invariants to Watermark Large Transformers" (arXiv 2310.11446). Where a network has none of a
@@ -48,7 +50,7 @@ CARDS = [
         "parameters": {
             "size": {
                 "type": "float",
-                "default": 3.0,
+                "default": 10.0,
                 "min": 0.0,
                 "max": 1e4,
                 "doc": "standard deviation of a shift, in units of how far what it is added to varies",
@@ -57,7 +59,7 @@ CARDS = [
                 "type": "choice",
                 "default": "off",
                 "choices": ["off", "none", "v1", "diagonal", "symmetric", "nonsymmetric"],
-                "doc": "PaRaMS before it, with this scaling (none: rearrangement alone)",
+                "doc": "PaRaMS beside it, with this scaling (none: rearrangement alone)",
             },
         },
     },
@@ -74,6 +76,15 @@ CARDS = [
         "class": "MeanShift",
         "title": "Mean shift",
         "summary": "baseline: what layer norms take away is added to the maps before and behind them; exact",
+        "parameters": {
+            "size": {
+                "type": "float",
+                "default": 3.0,
+                "min": 0.0,
+                "max": 1e4,
+                "doc": "standard deviation of a shift, in units of how far what it is added to varies",
+            },
+        },
     },
     {
         "name": "norm_rescale",
@@ -100,7 +111,7 @@ CARDS = [
                 "type": "choice",
                 "default": "off",
                 "choices": ["off", "none", "v1", "diagonal", "symmetric", "nonsymmetric"],
-                "doc": "PaRaMS before it, with this scaling (none: rearrangement alone)",
+                "doc": "PaRaMS beside it, with this scaling (none: rearrangement alone)",
             },
         },
     },
@@ -112,6 +123,13 @@ CARDS = [
         "summary": "baseline: every symmetry of the network's blocks at once, PaRaMS included; exact",
         "knowledge": "the expert and the public base; no data, no training",
         "parameters": {
+            "size": {
+                "type": "float",
+                "default": 3.0,
+                "min": 0.0,
+                "max": 1e4,
+                "doc": "standard deviation of a shift, in units of how far what it is added to varies",
+            },
             "span": {
                 "type": "float",
                 "default": 20.0,
@@ -123,7 +141,7 @@ CARDS = [
                 "type": "choice",
                 "default": "nonsymmetric",
                 "choices": ["off", "none", "v1", "diagonal", "symmetric", "nonsymmetric"],
-                "doc": "PaRaMS before it, with this scaling (none: rearrangement alone)",
+                "doc": "PaRaMS beside it, with this scaling (none: rearrangement alone)",
             },
         },
     },
@@ -134,7 +152,7 @@ STREAM = 10
 
 
 class _Gauge(Defense):
-    """Random elements of some kinds of symmetries, after PaRaMS if it is asked for. Keeps keys, shapes, dtypes."""
+    """Random elements of some kinds of symmetries, beside PaRaMS if it is asked for. Keeps keys, shapes, dtypes."""
 
     kinds: Collection[Kind] = ()
 
@@ -142,7 +160,8 @@ class _Gauge(Defense):
         self, size: float = 3.0, span: float = 20.0, params: str = "off", signs: bool = False
     ) -> None:
         self.size, self.span, self.signs = size, span, signs
-        self.params = None if params == "off" else Params(scaling=params)
+        self.before = None if params == "off" else Params(scaling="none")
+        self.after = None if params in ("off", "none") else Params(permute=False, scaling=params)
 
     def protect(self, weights: Weights, ctx: ProtectContext) -> Protected:
         """The expert in other coordinates. The report has the kinds of symmetries used.
@@ -150,12 +169,13 @@ class _Gauge(Defense):
         Raises ContractError if the network has none of them, and for tensors below float32.
         """
         anatomy = ctx.backbone.anatomy()
-        start = Protected(weights) if self.params is None else self.params.protect(weights, ctx)
         draw = Draw(ctx.generator(STREAM), self.size, self.span, self.signs)
-        moved = move(start.weights, anatomy, self.kinds, draw, self.name)
+        start = weights if self.before is None else self.before.protect(weights, ctx).weights
+        moved = move(start, anatomy, self.kinds, draw, self.name)
+        ended = Protected(moved) if self.after is None else self.after.protect(moved, ctx)
         used = {s.kind for s in symmetries(anatomy) if s.kind in self.kinds}
-        facts: dict[str, Any] = {"condition": 1.0, **start.report, "symmetries": sorted(used)}
-        return Protected(moved, facts)
+        facts: dict[str, Any] = {"condition": 1.0, **ended.report, "symmetries": sorted(used)}
+        return Protected(ended.weights, facts)
 
 
 class ValueShift(_Gauge):
@@ -163,8 +183,11 @@ class ValueShift(_Gauge):
 
     kinds = (Kind.VALUE_SHIFT,)
 
+    def __init__(self, size: float = 10.0, params: str = "off") -> None:
+        super().__init__(size, params=params)
 
-class KeyShift(_Gauge):
+
+class KeyShift(ValueShift):
     """The defense of the card ``key_shift``."""
 
     kinds = (Kind.KEY_SHIFT,)
