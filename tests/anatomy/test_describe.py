@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergesec.anatomy import LAYOUTS, Anatomy, AnatomyError, Linear, describe
+from mergesec.anatomy import LAYOUTS, Anatomy, AnatomyError, Kind, Linear, Norm, describe, symmetries
 
 WIDTH, HIDDEN = 12, 20
 SPLIT = {
@@ -278,3 +278,52 @@ def test_relative_positions_are_refused() -> None:
 def test_anatomy_is_torch_free() -> None:
     code = "import sys, mergesec.anatomy; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ------------------------------------------------------------------ norms and layer scales
+
+
+def vectors(*names: str) -> dict[str, tuple[int, ...]]:
+    return dict.fromkeys(names, (WIDTH,))
+
+
+def test_norms_before_the_maps_are_read_by_them_alone() -> None:
+    shapes = llama_shapes(4, 2)
+    for block in describe(shapes, 4, rotary=True).blocks:
+        assert block.attention.norm == Norm(f"{block.name}.input_layernorm.weight", None)
+        assert block.mlp.norm == Norm(f"{block.name}.post_attention_layernorm.weight", None)
+        assert not block.mlp.norm.centred
+
+
+def test_norms_after_the_sums_are_those_of_the_block_before() -> None:
+    shapes = split_shapes("HF BERT", "bert.") | vectors(
+        "bert.embeddings.LayerNorm.weight", "bert.embeddings.LayerNorm.bias"
+    )
+    first, second = describe(shapes, 3).blocks
+    names = [block.attention.norm.weight for block in (first, second) if block.attention.norm]
+    assert names == ["bert.embeddings.LayerNorm.weight", "bert.encoder.layer.0.output.LayerNorm.weight"]
+    assert second.mlp.norm == Norm(
+        "bert.encoder.layer.1.attention.output.LayerNorm.weight",
+        "bert.encoder.layer.1.attention.output.LayerNorm.bias",
+        own=False,
+    )
+
+
+def test_norms_that_are_missing_or_not_alone_are_unknown() -> None:
+    """A norm of the output (Gemma 2) would make the names mean something else."""
+    shapes = llama_shapes(4, 2) | vectors("layers.1.pre_feedforward_layernorm.weight")
+    known = [[part.norm is not None for part in b.parts] for b in describe(shapes, 4, rotary=True).blocks]
+    assert known == [[True, True], [False, False]]
+    without = {n: s for n, s in split_shapes("mini ViT").items() if "norm" not in n}
+    anatomy = describe(without, 3)
+    assert all(part.norm is None for block in anatomy.blocks for part in block.parts)
+    border = {Kind.NORM_SCALE, Kind.NORM_SHIFT, Kind.READER_MEAN, Kind.WRITER_MEAN, Kind.LAYER_SCALE}
+    assert not border & {s.kind for s in symmetries(anatomy)}
+
+
+def test_layer_scales_where_there_are_any() -> None:
+    names = [f"encoder.layer.{i}.layer_scale{j}.lambda1" for i in range(2) for j in (1, 2)]
+    plain = split_shapes("HF DINOv2 (transformers 4)")
+    scales = [part.scale for block in describe(plain | vectors(*names), 3).blocks for part in block.parts]
+    assert scales == names
+    assert all(part.scale is None for block in describe(plain, 3).blocks for part in block.parts)
