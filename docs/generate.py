@@ -37,6 +37,7 @@ MARKER = re.compile(
     r"^ *```.*?^ *```|<!--\s*(board|n):\s(.*?)-->(.*?)<!--\s*/\1\s*-->", re.DOTALL | re.MULTILINE
 )
 """A block of code, which is left alone, or a marker: its kind, its words, what it holds."""
+INTERVAL = re.compile(r" [\[(]-?\d+\.\d, -?\d+\.\d[\])]$")
 _OPTIONS = {
     "board": {"columns", "across", "value", "sort", "first", "intervals", "settings"},
     "n": {"column", "take", "minus", "interval"},
@@ -150,10 +151,10 @@ def _text(row: pd.Series, column: str, intervals: bool) -> str:
     if column == "cells":
         done, expected = int(row["cells_done"]), int(row["cells_expected"])
         return f"{done}" if done == expected else f"{done} of {expected}"
-    if column in ("tier", "experts", "seeds", "adversaries") and not pd.isna(row[column]):
+    if column in ("tier", "experts", "cells_compared", "seeds", "adversaries") and not pd.isna(row[column]):
         return str(row[column]).removesuffix(".0")
     text = cell_text(row, column, [column] if f"{column}_low" in row else [])
-    return text if intervals else text.partition(" [")[0]
+    return text if intervals else INTERVAL.sub("", text)
 
 
 def _number(marker: Marker, frame: pd.DataFrame) -> str:

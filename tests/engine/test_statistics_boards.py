@@ -17,7 +17,7 @@ from mergesec.errors import UsageError
 from mergesec.evidence.boards import make_boards
 from mergesec.evidence.estimates import Board
 from mergesec.evidence.records import Count, Record, count, read_records
-from mergesec.evidence.statistics import DRAWS, Bootstrap, Estimate, mean, nothing, ratio, tiers
+from mergesec.evidence.statistics import DRAWS, FEWEST_SEEDS, Bootstrap, Estimate, mean, nothing, ratio, tiers
 from mergesec.evidence.tables import display, escaped, markdown, write_boards
 
 # --------------------------------------------------------------------------- statistics
@@ -38,12 +38,18 @@ def test_one_seed_gives_the_binomial_interval(k: int, n: int) -> None:
     assert high == pytest.approx(p + half, abs=0.25 * half)
 
 
-def test_several_seeds_widen_the_interval_by_their_spread() -> None:
-    n, ks = 2000, (1000, 1200, 1400)
-    estimate = Bootstrap().rate("t", {s: count(_bits(k, n)) for s, k in enumerate(ks)})
+@pytest.mark.parametrize(
+    ("ks", "quantile"), [((1000, 1200, 1400), 4.303), ((1000, 1100, 1200, 1300, 1400), 2.776)]
+)
+def test_several_seeds_give_the_t_interval_of_their_spread(ks: tuple[int, ...], quantile: float) -> None:
+    n = 10_000
+    estimate = Bootstrap().rate("t", {s: count(_bits(5 * k, n)) for s, k in enumerate(ks)})
     assert estimate.value == pytest.approx(0.6)
-    between = np.var([k / n for k in ks]) / len(ks)  # of a mean of seeds drawn with replacement
-    assert np.var(estimate.draws) == pytest.approx(between + 0.6 * 0.4 / n, rel=0.25)
+    assert estimate.seeds == len(ks)
+    half = quantile * np.std([5 * k / n for k in ks], ddof=1) / math.sqrt(len(ks))
+    low, high = np.percentile(estimate.draws, [2.5, 97.5])
+    assert (high - low) / 2 == pytest.approx(half, rel=0.15)
+    assert estimate.interval()[1] <= 1  # a rate
 
 
 def test_identical_rows_differ_by_exactly_nothing() -> None:
@@ -83,16 +89,18 @@ def test_what_was_not_measured_has_no_number() -> None:
         assert all(map(math.isnan, estimate.interval()))
 
 
-def _near(value: float, noise: float = 0.0, seed: int = 0) -> Estimate:
-    return Estimate(value, value + noise * np.random.default_rng(seed).standard_normal(DRAWS))
+def _near(value: float, noise: float = 0.0, seed: int = 0, seeds: int = 5) -> Estimate:
+    draws = value + noise * np.random.default_rng(seed).standard_normal(DRAWS)
+    return Estimate(value, draws, draws, {tuple(range(seeds)): np.zeros(seeds)})
 
 
 def test_a_ratio_is_undefined_where_its_bottom_is_too_small() -> None:
     assert ratio(_near(0.5), _near(0.25)).value == 2
     assert ratio(_near(0.5), _near(0.25)).interval() == (2.0, 2.0)
-    for bottom in (0.0, 0.01, -0.01):
+    for bottom in (0.0, 0.01, -0.01, -0.02, -0.5):  # one-sided: a negative loss is a gain
         assert math.isnan(ratio(_near(0.5), _near(bottom), 0.01).value)
-    assert ratio(_near(0.5), _near(-0.02), 0.01).value == -25
+    assert math.isnan(ratio(_near(0.5), _near(0.02, 0.02), 0.01).value)  # cannot be told from no loss
+    assert ratio(_near(0.5), _near(0.02), 0.01).value == 25
 
 
 def test_tiers_part_where_the_difference_to_the_leader_is_separated() -> None:
@@ -100,6 +108,11 @@ def test_tiers_part_where_the_difference_to_the_leader_is_separated() -> None:
     assert tiers(rows) == [3, 1, 1, 2, 0]
     assert tiers(rows, higher_is_better=False) == [1, 3, 3, 2, 0]
     assert tiers([]) == []
+
+
+def test_there_are_no_tiers_where_seeds_are_too_few() -> None:
+    for seeds, found in ((FEWEST_SEEDS - 1, [0, 0]), (FEWEST_SEEDS, [1, 2])):
+        assert tiers([_near(0.9, 0.01, 1, seeds), _near(0.5, 0.01, 2, seeds)]) == found
 
 
 def test_draws_do_not_depend_on_who_asks_first() -> None:
@@ -189,11 +202,11 @@ def test_seeds_are_averaged_and_methods_ranked() -> None:
     records = [
         _record(merging=m, seed=s, counts=_accuracies(base=(30, 30), expert=(90, 90), clean_merge=(k + s, k)))
         for m, k in (("low", 40), ("high", 80))
-        for s in (0, 1)
+        for s in range(5)
     ]
     frame = _boards(records)["clean"].frame.set_index("method")
-    assert frame.loc["high", "accuracy"] == pytest.approx(0.8025)
-    assert frame.loc["high", "seeds"] == 2
+    assert frame.loc["high", "accuracy"] == pytest.approx(0.81)
+    assert frame.loc["high", "seeds"] == 5
     assert (frame.loc["high", "tier"], frame.loc["low", "tier"]) == (1, 2)
 
 
@@ -268,7 +281,23 @@ def test_the_backdoor_board_parts_succession_from_transfer_and_shows_controls() 
     defended = frame.set_index("defense").loc["d"]
     # [max(0, ΔASR) − max(0, ΔACC) + 1] / 2 with ΔASR = 0.8 − 0.2 and ΔACC = 0.73 − 0.65
     assert defended["DER"] == pytest.approx((0.6 - 0.08 + 1) / 2)
-    assert (row["tier"], defended["tier"]) == (2, 1)
+    assert math.isnan(row["tier"])  # of one seed
+
+
+def _seeded(*records: Record, seeds: int = 5) -> list[Record]:
+    """The same cells for several seeds."""
+    return [r.model_copy(update={"seed": s}) for r in records for s in range(seeds)]
+
+
+def test_defenses_are_ranked_within_one_attack_and_method_on_their_common_cells() -> None:
+    plain, good = _backdoor("none", (72, 27), (78, 68)), _backdoor("d", (18, 9), (70, 60))
+    frame = _frames(*_seeded(plain, good))["backdoor"].set_index("defense")
+    assert dict(frame["tier"]) == {"none": 2, "d": 1}
+    more = [
+        _backdoor("none", (0, 0), (78, 68), seed=s) for s in range(5, 9)
+    ]  # would lift none, if it counted
+    frame = _frames(*_seeded(plain, good), *more)["backdoor"].set_index("defense")
+    assert dict(frame["tier"]) == {"none": 2, "d": 1}
 
 
 def test_der_does_not_depend_on_the_order_of_records() -> None:
@@ -313,8 +342,10 @@ def test_the_front_holds_what_nothing_beats_in_both() -> None:
     assert dict(frame["front"]) == {"none": "yes", "safe": "yes", "beaten": "no"}
     assert frame.loc["beaten", "dominated_by"] == "ta + safe"
     assert frame.loc["beaten", "front_share"] == 0
-    assert (frame.loc["none", "tier"], frame.loc["beaten", "tier"]) == (1, 2)
+    assert math.isnan(frame.loc["none", "tier"])
     assert list(frame["succession"]) == pytest.approx([0.8, 0.2, 0.4])
+    frame = _frames(*_seeded(accurate, safe, beaten))["backdoor_pareto"].set_index("defense")
+    assert (frame.loc["none", "tier"], frame.loc["beaten", "tier"]) == (1, 2)
 
 
 def test_what_equals_a_pair_of_the_front_is_on_it_too() -> None:
@@ -345,7 +376,8 @@ def test_a_defense_is_as_good_as_under_its_worst_attack() -> None:
     assert row["worst_accuracy_cost"] == pytest.approx(0.08)
     assert math.isnan(frame.loc["none", "accuracy_cost"])
     assert frame.loc["none", "worst_by"] == "bad + ta"
-    assert (row["tier"], frame.loc["none", "tier"]) == (1, 2)
+    frame = _frames(*_seeded(*records))["backdoor_defenses"].set_index("defense")
+    assert (frame.loc["d", "tier"], frame.loc["none", "tier"]) == (1, 2)
 
 
 def test_an_attacks_best_answer_may_cost_two_points() -> None:
@@ -425,7 +457,7 @@ def test_what_is_missing_is_visible_and_not_averaged_away() -> None:
         1,
     )
     assert math.isnan(frame.loc["gone", "accuracy"])
-    assert frame.loc["gone", "tier"] == 0
+    assert math.isnan(frame.loc["gone", "tier"])
     header, rows = display(board)
     shown = {r[0]: dict(zip(header, r, strict=True)) for r in rows}
     assert shown["ta"]["cells"] == "1/2 incomplete"
@@ -438,8 +470,10 @@ def test_markdown_rounds_and_the_frame_does_not() -> None:
     counts = {k: count(_bits(1, 3)) for k in _accuracies(base=(0, 0), expert=(0, 0), clean_merge=(0, 0))}
     board = _boards([_record(counts=counts)])["clean"]
     assert board.frame["accuracy"].iloc[0] == pytest.approx(1 / 3, abs=1e-15)
-    assert "33.3 [" in markdown(board)
+    assert "33.3 (" in markdown(board)  # one seed: an interval of test samples alone
     assert "33.33" not in markdown(board)
+    two = [_record(counts=counts, seed=s) for s in (0, 1)]
+    assert "33.3 [" in markdown(_boards(two)["clean"])
 
 
 HOSTILE = "a | 99.9 | 0.0 | b\n| c |"
@@ -454,6 +488,7 @@ HOSTILE = "a | 99.9 | 0.0 | b\n| c |"
         ("\x1b[31mred\u202e", "\ufffd[31mred\ufffd"),
         ("task_arithmetic(scaling=0.3, grid=[0.1, 0.2])", "task_arithmetic(scaling=0.3, grid=[0.1, 0.2])"),
         ("-3.0 [-4.0, -2.0]", "-3.0 [-4.0, -2.0]"),
+        ("-3.0 (-4.0, -2.0)", "-3.0 (-4.0, -2.0)"),
     ],
 )
 def test_names_of_others_are_only_text_in_markdown(text: str, shown: str) -> None:

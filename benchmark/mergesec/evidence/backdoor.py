@@ -5,18 +5,50 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from mergesec.evidence.estimates import Board, Reader, Row, grouped, ordered, put, settled
+from mergesec.evidence.estimates import (
+    Board,
+    Cell,
+    Common,
+    Reader,
+    Row,
+    about_tiers,
+    average,
+    cell_of,
+    common_cells,
+    fewest_seeds,
+    grouped,
+    only,
+    ordered,
+    put,
+    put_nothing,
+    put_tiers,
+    settled,
+    value,
+)
 from mergesec.evidence.records import Record
-from mergesec.evidence.statistics import Estimate, mean, nothing, tiers
+from mergesec.evidence.statistics import (
+    FEWEST_SEEDS,
+    Estimate,
+    combined,
+    inseparable,
+    largest,
+    mean,
+    nothing,
+    tiers,
+    tiers_of_largest,
+)
 from mergesec.threats import Role, Threat
 
 AFFORDABLE = 0.02
 """Accuracy that a defense may cost to be called an attack's best answer."""
+AFFORDABLE_RECALL = 0.10
+"""And accuracy on the target class: giving that class up is no answer."""
 UNLIKELY = 0.025
 """A pair that lies on the Pareto front in at most this share of bootstrap draws is dominated."""
 
@@ -30,6 +62,7 @@ _RATES = (
     ("RA", "ra", Role.MERGE, "target"),
 )  # fmt: skip
 _VISIBILITY = ("area", "l2", "ssim", "changed", "tokens")
+Rates = dict[str, Estimate]
 
 
 class Contest(NamedTuple):
@@ -53,11 +86,11 @@ class Setting:
     target_task: str
     row: Row
     done: list[Record]
-    part: dict[str, Estimate] = field(default_factory=dict)
-    level: dict[str, Estimate] = field(default_factory=dict)
-    """BA, succession and backdoor over the cells that all settings of this contest have; over its own if none."""
-    shared: int = 0
-    """How many cells those are."""
+    part: Rates = field(default_factory=dict)
+    level: Rates = field(default_factory=dict)
+    """Rates over the cells that are compared in this contest; empty if the setting lacks some of them."""
+    shared: list[Record] = field(default_factory=list)
+    """The records of those cells."""
 
     @property
     def contest(self) -> Contest:
@@ -67,6 +100,10 @@ class Setting:
     def pair(self) -> str:
         return self.method if self.defense == "none" else f"{self.method} + {self.defense}"
 
+    def cells(self, *without: str) -> set[Cell]:
+        """Its cells without the axes in which competitors differ."""
+        return {cell_of(r, *without) for r in self.done}
+
 
 def backdoor_boards(records: Sequence[Record], reader: Reader) -> list[Board]:
     """Detailed board, Pareto fronts, defenses, attacks; those that the records support."""
@@ -74,7 +111,9 @@ def backdoor_boards(records: Sequence[Record], reader: Reader) -> list[Board]:
     if not records:
         return []
     settings = _settings(records, reader)
-    boards = [_cells_board(settings), _pareto(settings), _defenses(settings), _attacks(settings)]
+    boards = [
+        _cells_board(settings, reader), _pareto(settings), _defenses(settings, reader), _attacks(settings, reader),
+    ]  # fmt: skip
     return [b for b in boards if b is not None]
 
 
@@ -95,80 +134,65 @@ def _settings(records: Sequence[Record], reader: Reader) -> list[Setting]:
         done = settled(row, group)
         found = Setting(attack, method, defense, experts, adversaries, target_task, row, done)
         found.part = _rates(done, reader)
-        found.part["backdoor_transfer"] = found.part["transfer"] - found.part["transfer_clean_merge"]
         settings.append(found)
     for setting, plain in _beside_undefended(settings):
-        before, after = _paired(plain, setting, reader)
-        setting.part["DER"] = _der(before, after) if before else nothing()
-        setting.part["accuracy_cost"] = before["BA"] - after["BA"] if before else nothing()
+        setting.part |= _price(plain.done if plain else [], setting.done, reader)
     _level(settings, reader)
     return settings
 
 
-def _rates(records: Sequence[Record], reader: Reader) -> dict[str, Estimate]:
+def _rates(records: Sequence[Record], reader: Reader) -> Rates:
     part = {name: reader.rate(records, m, role, which) for name, m, role, which in _RATES}
-    return part | {"backdoor": part["succession"] - part["succession_clean_merge"]}
+    clean, harmed = (reader.rate(records, "ra", role, "others") for role in (Role.CLEAN_MERGE, Role.MERGE))
+    return part | {
+        "backdoor": part["succession"] - part["succession_clean_merge"],
+        "backdoor_transfer": part["transfer"] - part["transfer_clean_merge"],
+        "transfer_harm": clean - harmed,
+        "target_recall": reader.recall(records, Role.MERGE),
+        "target_recall_clean_merge": reader.recall(records, Role.CLEAN_MERGE),
+    }
 
 
-def _coordinates(record: Record) -> tuple[Any, ...]:
-    """What makes a cell comparable with one of another method or defense."""
-    return record.subject, record.target_class, tuple(record.experts), record.seed
+PRICE = ("DER", "accuracy_cost", "target_recall_cost")
+"""What a defense gains and costs against the same cells without it."""
 
 
-def _only(records: Iterable[Record], coordinates: set[tuple[Any, ...]]) -> list[Record]:
-    return [r for r in records if _coordinates(r) in coordinates]
-
-
-def _paired(
-    plain: Setting | None, setting: Setting, reader: Reader
-) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
-    """Rates without and with the defense over the cells that have both; empty if there are none."""
-    if plain is None:
-        return {}, {}
-    shared = {_coordinates(r) for r in plain.done} & {_coordinates(r) for r in setting.done}
+def _price(plain: Sequence[Record], defended: Sequence[Record], reader: Reader) -> Rates:
+    """``PRICE`` over the cells that are there with and without the defense."""
+    shared = {cell_of(r, "defense") for r in plain} & {cell_of(r, "defense") for r in defended}
     if not shared:
-        return {}, {}
-    before, after = (_rates(_only(s.done, shared), reader) for s in (plain, setting))
-    return before, after
+        return {name: nothing() for name in PRICE}
+    before, after = (only(side, shared, "defense") for side in (plain, defended))
+    asr, accuracy = (
+        reader.rate(before, *what) - reader.rate(after, *what)
+        for what in (("asr", Role.MERGE, "target"), ("acc", Role.MERGE, "all"))
+    )
+    recall = reader.recall(before, Role.MERGE) - reader.recall(after, Role.MERGE)
+    return dict(zip(PRICE, (_der(asr, accuracy), accuracy, recall), strict=True))
+
+
+def _der(asr: Estimate, accuracy: Estimate) -> Estimate:
+    """Defense effectiveness rating, [max(0, ΔASR) − max(0, ΔACC) + 1] / 2."""
+    if math.isnan(asr.value) or math.isnan(accuracy.value):
+        return nothing()
+    return combined(lambda a, b: (np.maximum(a, 0) - np.maximum(b, 0) + 1) / 2, asr, accuracy)
 
 
 def _level(settings: Sequence[Setting], reader: Reader) -> None:
-    """Rates of settings that compete, over the cells that all of them have."""
+    """Rates of settings that compete, over the cells that those which can be compared have in common."""
+    pairs = ("merging", "defense")
     for group in _by([s for s in settings if s.done], lambda s: s.contest).values():
-        shared = set.intersection(*({_coordinates(r) for r in s.done} for s in group))
+        common = common_cells({s.pair: s.cells(*pairs) for s in group})
         for setting in group:
-            setting.shared = len(shared)
-            setting.level = _rates(_only(setting.done, shared) or setting.done, reader)
+            if setting.pair in common.rows:
+                setting.shared = only(setting.done, common.cells, *pairs)
+                setting.level = _rates(setting.shared, reader)
 
 
 def _beside_undefended(settings: Sequence[Setting]) -> list[tuple[Setting, Setting | None]]:
     """Each setting with the same one without a defense; None for those that have none."""
     plain = {(s.contest, s.method): s for s in settings if s.defense == "none"}
     return [(s, None if s.defense == "none" else plain.get((s.contest, s.method))) for s in settings]
-
-
-def _der(before: Mapping[str, Estimate], after: Mapping[str, Estimate]) -> Estimate:
-    """Defense effectiveness rating, [max(0, ΔASR) − max(0, ΔACC) + 1] / 2."""
-    asr, acc = before["succession"] - after["succession"], before["BA"] - after["BA"]
-    value = (max(0.0, asr.value) - max(0.0, acc.value) + 1) / 2
-    if math.isnan(asr.value) or math.isnan(acc.value):
-        return nothing()
-    return Estimate(value, (asr.draws.clip(min=0) - acc.draws.clip(min=0) + 1) / 2)
-
-
-def _average(numbers: Iterable[float]) -> float:
-    found = list(numbers)
-    return sum(found) / len(found) if found else math.nan
-
-
-def _told(records: Iterable[Record], name: str) -> float:
-    """Mean of a value over the records that have it."""
-    return _average(r.values[name] for r in records if name in r.values)
-
-
-def _rows(records: Iterable[Record], side: str) -> list[float]:
-    """Rows of data of an attack or a defense, of the records that tell."""
-    return [r.cost[side]["rows"] for r in records if "rows" in r.cost.get(side, {})]
 
 
 def _put_known(row: Row, numbers: Mapping[str, float]) -> None:
@@ -180,49 +204,52 @@ def _looks_and_data(row: Row, done: Sequence[Record], sides: Sequence[str]) -> N
     """Columns on what a trigger looks like, whom a screen kept out, and rows of data. What was measured by the
     clock is on the board of costs alone: the others come out the same in every run."""
     if "attack" in sides:
-        _put_known(row, {f"visibility/{name}": _told(done, f"visibility/{name}") for name in _VISIBILITY})
+        _put_known(
+            row, {f"visibility/{name}": average(done, value(f"visibility/{name}")) for name in _VISIBILITY}
+        )
     if "defense" in sides:
         screens = {"caught": "screen/caught", "false_alarms": "screen/false"}
-        _put_known(row, {column: _told(done, name) for column, name in screens.items()})
+        _put_known(row, {column: average(done, value(name)) for column, name in screens.items()})
     for side in sides:
-        _put_known(row, {f"{side}_rows": _average(_rows(done, side))})
+        _put_known(row, {f"{side}_rows": average(done, partial(_rows, side))})
+
+
+def _rows(side: str, record: Record) -> float | None:
+    """Rows of data of an attack or a defense, where the record tells."""
+    return record.cost.get(side, {}).get("rows")
 
 
 # --------------------------------------------------------------------------- every cell
 
 
-def _cells_board(settings: Sequence[Setting]) -> Board:
+def _cells_board(settings: Sequence[Setting], reader: Reader) -> Board:
     """Per attack × method × defense: accuracy and ASR beside the controls, visibility, data used."""
     measures = tuple(settings[0].part)
     for setting in settings:
         for name in measures:
             put(setting.row, name, setting.part[name])
         _looks_and_data(setting.row, setting.done, ("attack", "defense"))
-    contests: dict[tuple[Any, ...], list[Setting]] = {}
-    for setting in settings:
-        contests.setdefault((setting.contest, setting.method), []).append(setting)
-    for contest in contests.values():
-        ranked = tiers([s.part["succession"] for s in contest], higher_is_better=False)
-        for setting, tier in zip(contest, ranked, strict=True):
-            setting.row["tier"] = tier if setting.attack != "none" else 0
+    for contest in _by(settings, lambda s: (s.contest, s.method)).values():
+        common = common_cells({s.defense: s.cells("defense") for s in contest})
+        ranked = [
+            reader.rate(only(s.done, common.cells, "defense"), "asr", Role.MERGE, "target")
+            if s.defense in common.rows and s.attack != "none"
+            else nothing()
+            for s in contest
+        ]
+        put_tiers([s.row for s in contest], tiers(ranked, higher_is_better=False))
     note = (
-        "ASR on non-target samples. `backdoor` = succession minus the same trigger on the clean merge. Tiers rank "
-        "defenses within one attack and method."
+        "ASR on non-target samples. `backdoor` = succession minus the same trigger on the clean merge. `transfer_harm` "
+        "= right answers under the trigger that benign tasks lose against the clean merge. `target_recall`: accuracy on "
+        "the target class, which ASR leaves out. Tiers rank defenses within one attack and method over their common cells."
     )
-    frame = pd.DataFrame([s.row for s in settings])
-    return Board("backdoor", "Backdoor: attack × method × defense", frame, measures, note)
+    rows = [s.row for s in settings]
+    return Board(
+        "backdoor", "Backdoor: attack × method × defense", pd.DataFrame(rows), measures, note + about_tiers(rows)
+    )  # fmt: skip
 
 
 # --------------------------------------------------------------------------- Pareto fronts
-
-
-def _contests(settings: Iterable[Setting]) -> dict[Contest, list[Setting]]:
-    """Measured settings under an attack, by what they compete in."""
-    found: dict[Contest, list[Setting]] = {}
-    for s in settings:
-        if s.attack != "none" and _measured(s):
-            found.setdefault(s.contest, []).append(s)
-    return found
 
 
 def _measured(s: Setting) -> bool:
@@ -250,39 +277,67 @@ def dominance(accuracy: Sequence[Estimate], asr: Sequence[Estimate]) -> tuple[An
     return point, share, front
 
 
+_POINTS = ("BA", "succession", "backdoor")
+
+
 def _pareto(settings: Sequence[Setting]) -> Board | None:
     """Per attack: which pairs of method and defense no other pair beats in accuracy and ASR at once."""
     rows: list[Row] = []
-    for contest in _contests(settings).values():
-        point, share, front = dominance(
-            [s.level["BA"] for s in contest], [s.level["succession"] for s in contest]
-        )
-        mine: list[Row] = []
-        for i, setting in enumerate(contest):
-            over = np.flatnonzero(point[i])
-            best = max(over, key=lambda j: share[i][j]) if len(over) else None
-            keys = ("attack", "method", "defense", "experts", "adversaries", "target_task")
-            row: Row = {k: setting.row[k] for k in keys if k in setting.row}
-            row |= {k: setting.row[k] for k in ("cells_done", "cells_expected", "seeds")}
-            row["cells_compared"] = setting.shared
-            for name in ("BA", "succession", "backdoor"):
-                put(row, name, setting.level[name])
-            row["front"] = "no" if len(over) else "yes"
-            row["front_share"] = float(front[i])
-            row["dominated_by"] = contest[best].pair if best is not None else ""
-            row["tier"] = 1 if front[i] > UNLIKELY or not len(over) else 2
-            mine.append(row)
+    for group in _by([s for s in settings if s.attack != "none" and s.done], lambda s: s.contest).values():
+        mine = _front([s for s in group if _measured(s)])
         rows += sorted(mine, key=lambda r: (r["front"] == "no", -r["BA"]))
+        for setting in group:
+            if not _measured(setting):
+                row = {**_identity(setting), "cells_compared": 0}
+                put_nothing(row, *_POINTS)
+                rows.append(
+                    {**row, "front": "", "front_share": math.nan, "dominated_by": "", "tier": math.nan}
+                )
     if not rows:
         return None
     note = (
         "front: no other pair of the same attack has at least its accuracy (BA) and at most its ASR (succession) and "
-        "is better in one. front_share: share of bootstrap draws in which that holds; tier 2 where it holds in at most "
-        "2.5 % of them. dominated_by: the pair that does so in most draws. All numbers are over the cells that all pairs "
-        "of the attack have (cells_compared; 0: they have none in common, and each is shown over its own)."
+        "is better in one. front_share: share of draws in which that holds; tier 2 where it holds in at most "
+        "2.5 % of them. dominated_by: the pair that does so in most draws. All numbers are over the same cells "
+        "(cells_compared); a pair that lacks some of them has none."
     )
     title = "Backdoor: accuracy against ASR, Pareto fronts"
-    return Board("backdoor_pareto", title, pd.DataFrame(rows), ("BA", "succession", "backdoor"), note)
+    return Board("backdoor_pareto", title, pd.DataFrame(rows), _POINTS, note + about_tiers(rows))
+
+
+def _identity(setting: Setting) -> Row:
+    keys = (
+        "attack", "method", "defense", "experts", "adversaries", "target_task", "cells_done", "cells_expected",
+        "seeds",
+    )  # fmt: skip
+    return {k: setting.row[k] for k in keys if k in setting.row}
+
+
+def _front(contest: Sequence[Setting]) -> list[Row]:
+    """A row for each of the pairs that are compared."""
+    if not contest:
+        return []
+    point, share, front = dominance(
+        [s.level["BA"] for s in contest], [s.level["succession"] for s in contest]
+    )
+    enough = all(min(s.level[name].seeds for name in ("BA", "succession")) >= FEWEST_SEEDS for s in contest)
+    rows = []
+    for i, setting in enumerate(contest):
+        over = [int(j) for j in np.flatnonzero(point[i])]
+        best = max(over, key=lambda j: share[i][j]) if over else None
+        row = {
+            **_identity(setting),
+            "seeds": fewest_seeds(setting.shared),
+            "cells_compared": len(setting.shared),
+        }
+        for name in _POINTS:
+            put(row, name, setting.level[name])
+        row["front"] = "no" if over else "yes"
+        row["front_share"] = float(front[i])
+        row["dominated_by"] = contest[best].pair if best is not None else ""
+        row["tier"] = (1 if front[i] > UNLIKELY or not over else 2) if enough else math.nan
+        rows.append(row)
+    return rows
 
 
 # --------------------------------------------------------------------------- per defense
@@ -295,43 +350,74 @@ def _named(setting: Setting) -> str:
     return f"{setting.attack}{extra}{aim} + {setting.method}"
 
 
-def _defenses(settings: Sequence[Setting]) -> Board | None:
+_DEFENSE = (
+    "worst_backdoor", "worst_ASR", "mean_backdoor", "accuracy_cost", "worst_accuracy_cost", "target_recall_cost",
+    "worst_target_recall_cost", "RA", "DER",
+)  # fmt: skip
+
+
+def _defenses(settings: Sequence[Setting], reader: Reader) -> Board | None:
     """Per defense: the attack and method under which most of a backdoor is left, and what it costs."""
-    rows: list[Row] = []
-    contest: list[Estimate] = []
-    for (defense,), group in _by(settings, lambda s: (s.defense,)).items():
-        attacked = [s for s in group if s.attack != "none" and not math.isnan(s.part["backdoor"].value)]
-        if not attacked:
-            continue
-        worst = max(attacked, key=lambda s: s.part["backdoor"].value)
-        row: Row = {"defense": defense, **_completeness(group)}
-        put(row, "worst_backdoor", worst.part["backdoor"])
-        row["worst_by"] = _named(worst)
-        put(row, "worst_ASR", worst.part["succession"])
-        put(row, "mean_backdoor", mean([s.part["backdoor"] for s in attacked]))
-        costs = [e for s in group if not math.isnan((e := s.part["accuracy_cost"]).value)]
-        put(row, "accuracy_cost", mean(costs))
-        put(row, "worst_accuracy_cost", max(costs, key=lambda e: e.value, default=nothing()))
-        put(row, "RA", mean([s.part["RA"] for s in attacked]))
-        ders = [e for s in attacked if not math.isnan((e := s.part["DER"]).value)]
-        put(row, "DER", mean(ders))
-        _looks_and_data(row, [r for s in group for r in s.done], ("defense",))
-        rows.append(row)
-        contest.append(worst.part["backdoor"])
-    if not rows:
+    attacked = [s for s in settings if s.attack != "none" and not math.isnan(s.part["backdoor"].value)]
+    groups = {d: group for (d,), group in _by(attacked, lambda s: (s.defense,)).items()}
+    if not groups:
         return None
-    for row, tier in zip(rows, tiers(contest, higher_is_better=False), strict=True):
-        row["tier"] = tier
-    measures = (
-        "worst_backdoor", "worst_ASR", "mean_backdoor", "accuracy_cost", "worst_accuracy_cost", "RA", "DER",
-    )  # fmt: skip
+    common = common_cells({d: set().union(*(s.cells("defense") for s in g)) for d, g in groups.items()})
+    plain = {(s.contest, s.method): s for s in groups.get("none", ())}
+    rows, contest = [], []
+    for defense, group in groups.items():
+        row: Row = {"defense": defense, **_completeness([s for s in settings if s.defense == defense])}
+        left: list[Estimate] = []
+        row["cells_compared"] = 0
+        if defense in common.rows:
+            left = _worst(row, group, plain, common, reader)
+        else:
+            put_nothing(row, *_DEFENSE)
+            row["worst_by"] = ""
+        _looks_and_data(row, [r for s in settings if s.defense == defense for r in s.done], ("defense",))
+        rows.append(row)
+        contest.append(left)
+    put_tiers(rows, tiers_of_largest(contest))
     note = (
         "worst_backdoor: the largest ASR minus the same trigger on the clean merge, over attacks and methods. "
-        "accuracy_cost: BA without minus BA with the defense, over the cells that have both. Compare rows that met the "
-        "same attacks and methods."
+        "accuracy_cost, target_recall_cost: BA, and accuracy on the target class, without minus with the defense. All "
+        "over the cells that the compared defenses have in common (cells_compared); a defense that lacks some of them "
+        "has no numbers here: see the board of every cell."
     )
     frame = ordered(pd.DataFrame(rows), "worst_backdoor", ascending=True)
-    return Board("backdoor_defenses", "Backdoor: per defense, worst attack", frame, measures, note)
+    title = "Backdoor: per defense, worst attack"
+    return Board("backdoor_defenses", title, frame, _DEFENSE, note + about_tiers(rows))
+
+
+def _worst(
+    row: Row, group: Sequence[Setting], plain: Mapping[Any, Setting], common: Common, reader: Reader
+) -> list[Estimate]:
+    """Fill a defense's row over the compared cells; what is left of each backdoor."""
+    tried = [(s, mine) for s in group if (mine := only(s.done, common.cells, "defense"))]
+    parts = []
+    for setting, mine in tried:
+        twin = plain.get((setting.contest, setting.method))
+        before = twin.done if twin and setting.defense != "none" else []
+        parts.append(_rates(mine, reader) | _price(before, mine, reader))
+    left = [p["backdoor"] for p in parts]
+    worst, at = largest(left)
+    put(row, "worst_backdoor", worst)
+    row["worst_by"] = _named(tried[at][0])
+    put(row, "worst_ASR", parts[at]["succession"])
+    put(row, "mean_backdoor", mean(left))
+    for name in ("accuracy_cost", "target_recall_cost"):
+        costs = _known(p[name] for p in parts)
+        put(row, name, mean(costs))
+        put(row, f"worst_{name}", largest(costs)[0])
+    put(row, "RA", mean([p["RA"] for p in parts]))
+    put(row, "DER", mean(_known(p["DER"] for p in parts)))
+    compared = [r for _, mine in tried for r in mine]
+    row["cells_compared"], row["seeds"] = len(compared), fewest_seeds(compared)
+    return left
+
+
+def _known(estimates: Iterable[Estimate]) -> list[Estimate]:
+    return [e for e in estimates if not math.isnan(e.value)]
 
 
 def _by(settings: Iterable[Setting], key: Any) -> dict[tuple[Any, ...], list[Setting]]:
@@ -345,7 +431,7 @@ def _completeness(group: Sequence[Setting]) -> Row:
     return {
         "cells_done": sum(s.row["cells_done"] for s in group),
         "cells_expected": sum(s.row["cells_expected"] for s in group),
-        "seeds": len({r.seed for s in group for r in s.done}),
+        "seeds": fewest_seeds(r for s in group for r in s.done),
     }
 
 
@@ -354,78 +440,123 @@ def _completeness(group: Sequence[Setting]) -> Row:
 
 @dataclass
 class _Answer:
-    """A defense against one attack, over the methods that were run with and without it."""
+    """What answers an attack: a defense over the methods that were run with and without it, or a pair."""
 
-    defense: str
+    name: str
     asr: Estimate
     backdoor: Estimate
     cost: Estimate
+    recall_cost: Estimate
 
 
 def _answers(group: Sequence[Setting]) -> list[_Answer]:
+    """Every defense against an attack."""
     plain = {s.method: s for s in group if s.defense == "none" and _measured(s)}
     found = []
     for (defense,), mine in _by(group, lambda s: (s.defense,)).items():
-        both = [s for s in mine if _measured(s) and s.method in plain]
+        both = [(plain[s.method].level, s.level) for s in mine if _measured(s) and s.method in plain]
         if defense != "none" and both:
-            asr, left = (mean([s.level[name] for s in both]) for name in ("succession", "backdoor"))
-            cost = mean([plain[s.method].level["BA"] - s.level["BA"] for s in both])
-            found.append(_Answer(defense, asr, left, cost))
+            asr, left = (mean([after[name] for _, after in both]) for name in ("succession", "backdoor"))
+            cost, recall = (
+                mean([before[name] - after[name] for before, after in both])
+                for name in ("BA", "target_recall")
+            )
+            found.append(_Answer(defense, asr, left, cost, recall))
     return found
 
 
-def _best_pair(group: Sequence[Setting]) -> Setting | None:
-    """The pair of method and defense with the lowest ASR among those near the best undefended accuracy."""
+def _pairs(group: Sequence[Setting]) -> list[_Answer]:
+    """Every pair of method and defense against an attack; its cost is against the most accurate undefended merge."""
     measured = [s for s in group if _measured(s)]
-    plain = [s.level["BA"].value for s in measured if s.defense == "none"]
+    plain = [s for s in measured if s.defense == "none"]
     if not plain:
-        return None
-    near = [s for s in measured if s.level["BA"].value >= max(plain) - AFFORDABLE]
-    return min(near, key=lambda s: s.level["succession"].value, default=None)
+        return []
+    best = max(plain, key=lambda s: s.level["BA"].value).level
+    of = {s.method: s.level for s in plain}
+    return [
+        _Answer(
+            s.pair, s.level["succession"], s.level["backdoor"], best["BA"] - s.level["BA"],
+            of.get(s.method, best)["target_recall"] - s.level["target_recall"],
+        )
+        for s in measured
+    ]  # fmt: skip
+
+
+def _best(answers: Sequence[_Answer]) -> list[_Answer]:
+    """The affordable answers that cannot be told from the one with the lowest ASR; of those the cheapest, with
+    all that cannot be told from it, cheapest first."""
+    cheap = [a for a in answers if a.cost.value <= AFFORDABLE and not a.recall_cost.value > AFFORDABLE_RECALL]
+    if not cheap:
+        return []
+    lowest = min(range(len(cheap)), key=lambda i: cheap[i].asr.value)
+    good = [cheap[i] for i in inseparable([a.asr for a in cheap], lowest)]
+    good.sort(key=lambda a: (a.cost.value, a.name))
+    return [good[i] for i in inseparable([a.cost for a in good], 0)]
 
 
 _BEFORE = (
     "CA", "BA", "ASR_alone", "acc_alone", "succession", "succession_clean_merge", "succession_base", "backdoor",
-    "transfer", "transfer_clean_merge", "backdoor_transfer",
+    "transfer", "transfer_clean_merge", "backdoor_transfer", "transfer_harm",
 )  # fmt: skip
 
 
-def _attacks(settings: Sequence[Setting]) -> Board | None:
+def _attacks(settings: Sequence[Setting], reader: Reader) -> Board | None:
     """Per attack: what is left of it in undefended merges, and what answers it best."""
     rows: list[Row] = []
-    contest: list[Estimate] = []
     attacked = [s for s in settings if s.attack != "none"]
-    for _, group in _by(attacked, lambda s: s.contest).items():
-        first = group[0]
-        row: Row = {"attack": first.attack, "experts": first.experts}
-        row |= {k: first.row[k] for k in ("adversaries", "target_task") if k in first.row}
-        row |= _completeness(group)
-        plain = [s for s in group if s.defense == "none" and not math.isnan(s.part["succession"].value)]
-        for name in _BEFORE:
-            put(row, name, mean([s.part[name] for s in plain if not math.isnan(s.part[name].value)]))
-        cheap = [a for a in _answers(group) if a.cost.value <= AFFORDABLE]
-        best = min(cheap, key=lambda a: a.asr.value, default=None)
-        row["best_defense"] = best.defense if best else ""
-        put(row, "best_ASR", best.asr if best else nothing())
-        put(row, "best_backdoor", best.backdoor if best else nothing())
-        put(row, "best_cost", best.cost if best else nothing())
-        pair = _best_pair(group)
-        row["best_pair"] = pair.pair if pair else ""
-        put(row, "best_pair_ASR", pair.level["succession"] if pair else nothing())
-        put(row, "best_pair_BA", pair.level["BA"] if pair else nothing())
-        _looks_and_data(row, [r for s in group for r in s.done], ("attack",))
-        rows.append(row)
-        contest.append(mean([s.part["backdoor"] for s in plain]))
+    for league in _by(attacked, lambda s: s.contest[1:]).values():
+        mine, ranked = _league(league, reader)
+        put_tiers(mine, tiers(ranked))
+        rows += mine
     if not rows:
         return None
-    for row, tier in zip(rows, tiers(contest), strict=True):
-        row["tier"] = tier
-    answers = ("best_ASR", "best_backdoor", "best_cost", "best_pair_ASR", "best_pair_BA")
+    answers = (
+        "best_ASR", "best_backdoor", "best_cost", "best_target_recall_cost", "best_pair_ASR", "best_pair_BA",
+    )  # fmt: skip
     note = (
-        "Means over methods without a defense. best_defense: lowest mean ASR among defenses that cost at most 2 points "
-        "of accuracy, over the methods run with and without it (best_cost: what it costs). best_pair: lowest ASR among "
-        "pairs at most 2 points below the most accurate undefended merge. Both over the cells that all pairs of the "
-        "attack have. A minimum over noisy rows is biased downwards."
+        "Without a defense, over the cells that the compared attacks have in common (cells_compared). best_defense: of "
+        "the defenses that cost at most 2 points of accuracy and 10 of the target class's, those whose mean ASR cannot "
+        "be told from the lowest, and of these the cheapest; numbers are the first one's. Several names cannot be told "
+        "apart. best_pair: the same among pairs at most 2 points below the most accurate undefended merge. Both over "
+        "the cells of the board of Pareto fronts. With one seed, what can be told apart is so for these trainings only."
     )
     frame = pd.DataFrame(rows)
-    return Board("backdoor_attacks", "Backdoor: per attack, best defense", frame, (*_BEFORE, *answers), note)
+    title = "Backdoor: per attack, best defense"
+    return Board("backdoor_attacks", title, frame, (*_BEFORE, *answers), note + about_tiers(rows))
+
+
+def _league(settings: Sequence[Setting], reader: Reader) -> tuple[list[Row], list[Estimate]]:
+    """Rows of the attacks on merges of one size by one number of adversaries, and what they are ranked by."""
+    groups = {attack: group for (attack,), group in _by(settings, lambda s: (s.attack,)).items()}
+    plain = {a: [r for s in g if s.defense == "none" for r in s.done] for a, g in groups.items()}
+    common = common_cells({a: {cell_of(r, "attack") for r in mine} for a, mine in plain.items()})
+    rows, ranked = [], []
+    for attack, group in groups.items():
+        row: Row = {"attack": attack, "experts": group[0].experts}
+        row |= {k: group[0].row[k] for k in ("adversaries", "target_task") if k in group[0].row}
+        row |= _completeness(group)
+        mine = only(plain[attack], common.cells, "attack") if attack in common.rows else []
+        row["cells_compared"], row["seeds"] = len(mine), fewest_seeds(mine)
+        part = _rates(mine, reader)
+        for name in _BEFORE:
+            put(row, name, part[name])
+        _put_best(row, group)
+        _looks_and_data(row, [r for s in group for r in s.done], ("attack",))
+        rows.append(row)
+        ranked.append(part["backdoor"])
+    return rows, ranked
+
+
+def _put_best(row: Row, group: Sequence[Setting]) -> None:
+    """The best defenses and pairs against one attack."""
+    defenses, pairs = _best(_answers(group)), _best(_pairs(group))
+    row["best_defense"] = " or ".join(a.name for a in defenses)
+    first = defenses[0] if defenses else None
+    put(row, "best_ASR", first.asr if first else nothing())
+    put(row, "best_backdoor", first.backdoor if first else nothing())
+    put(row, "best_cost", first.cost if first else nothing())
+    put(row, "best_target_recall_cost", first.recall_cost if first else nothing())
+    row["best_pair"] = " or ".join(a.name for a in pairs)
+    level = {s.pair: s.level for s in group}
+    put(row, "best_pair_ASR", pairs[0].asr if pairs else nothing())
+    put(row, "best_pair_BA", level[pairs[0].name]["BA"] if pairs else nothing())

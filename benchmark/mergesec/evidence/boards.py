@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from mergesec.evidence.backdoor import backdoor_boards
 from mergesec.evidence.clean import clean_board
 from mergesec.evidence.cost import cost_board
-from mergesec.evidence.estimates import Board, Reader
+from mergesec.evidence.estimates import Board, Reader, canonical
 from mergesec.evidence.protection import protection_boards
 from mergesec.evidence.records import Record
 
 
 def make_boards(records: Sequence[Record]) -> list[Board]:
-    """All boards these records support. The two threat models never share one."""
+    """All boards these records support, whatever order they come in. The two threat models never share one.
+    UsageError if two records are of the same cell."""
+    records = canonical(records)
     reader = Reader()
     boards = [
         clean_board(records, reader),

@@ -1,21 +1,26 @@
-"""What every board is made with: estimates over groups of records, rows, how complete a row is."""
+"""What every board is made with: the axes of a cell, estimates over records, common cells, rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import json
+import math
+import re
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import pandas as pd
 
-from mergesec.evidence.records import Count, Record
-from mergesec.evidence.statistics import Bootstrap, Estimate, mean
+from mergesec.errors import UsageError
+from mergesec.evidence.records import Count, Record, count
+from mergesec.evidence.statistics import FEWEST_SEEDS, Bootstrap, Estimate, mean, nothing
 from mergesec.threats import accomplices
 
 Row = dict[str, Any]
 Which = str
 """``subject``, ``target`` (the task a backdoor aims at), ``others`` (benign contributors' tasks that no backdoor
 aims at) or ``all``."""
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -29,44 +34,211 @@ class Board:
     note: str = ""
 
 
+# --------------------------------------------------------------------------- axes
+
+OUTCOMES = frozenset(
+    {"schema_version", "cell", "components", "status", "reason", "contained", "counts", "values", "facts", "steps", "cost",
+     "provenance"}
+)  # fmt: skip
+"""What a record tells of its cell. Every other field is an axis: two cells that differ in one are never mixed."""
+AXES = tuple(name for name in Record.model_fields if name not in OUTCOMES)
+Place = tuple[Any, ...]
+"""A cell's axes, some of them left out."""
+
+
+class Cell(NamedTuple):
+    """A cell as rows that compete share it: its place and its seed."""
+
+    place: Place
+    seed: int
+
+
+def place_of(record: Record, *without: str) -> Place:
+    """All axes of a record but the seed and those named."""
+    left = {"seed", *without}
+    return tuple(_fixed(getattr(record, name)) for name in AXES if name not in left)
+
+
+def cell_of(record: Record, *without: str) -> Cell:
+    """Place and seed of a record; ``without``: the axes in which competitors differ."""
+    return Cell(place_of(record, *without), record.seed)
+
+
+def _fixed(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_fixed, value))
+    return json.dumps(value, sort_keys=True) if isinstance(value, dict) else value
+
+
+def canonical(records: Iterable[Record]) -> list[Record]:
+    """Records in an order of their own: by their axes, ``none`` first, numbers as numbers. UsageError if two are
+    of the same cell."""
+    seen: dict[Cell, str] = {}
+    for record in (records := list(records)):
+        _claim(seen, cell_of(record), record)
+    return sorted(records, key=lambda r: [_natural(getattr(r, name)) for name in AXES])
+
+
+def _claim(seen: dict[Any, str], place: Any, record: Record) -> None:
+    if place in seen:
+        raise UsageError(
+            "records", f"{seen[place]} and {record.cell} are of one cell: no axis tells them apart"
+        )
+    seen[place] = record.cell
+
+
+def _natural(value: Any) -> list[tuple[int, float, str]]:
+    """A value as it sorts: ``none`` and what is empty first, the numbers in a text as numbers."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", "" if value == "none" else str(value))
+    return [(1, float(p), "") if i % 2 else (0, 0.0, p) for i, p in enumerate(parts)]
+
+
+# --------------------------------------------------------------------------- estimates
+
+
 @dataclass
 class Reader:
-    """Estimates over a group of records."""
+    """Estimates over a group of records. There is one weighting: a cell is the mean of its tasks, a subject the
+    mean of its cells, the result the mean of its subjects."""
 
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
 
     def rate(self, records: Iterable[Record], metric: str, role: str, which: Which) -> Estimate:
-        """Mean rate over subjects, expert sets and tasks; seeds paired, never pooled with samples."""
-        groups: dict[tuple[Any, ...], dict[int, Count]] = {}
-        for record in records:
-            for task in self._tasks(record, which):
-                count = record.counts.get(f"{metric}/{role}/{task}")
-                if count is not None:
-                    row = (record.merging, record.attack, record.defense)
-                    aim = (record.target_class, record.target_task, record.adversaries)
-                    place = (row, record.subject, aim, tuple(record.experts), task)
-                    groups.setdefault(place, {})[record.seed] = count
-        return mean([self.bootstrap.rate(place[-1], counts) for place, counts in groups.items()])
-
-    @staticmethod
-    def _tasks(record: Record, which: Which) -> list[str]:
-        aim = record.target_task or record.subject
-        if which in ("subject", "target"):
-            return [record.subject if which == "subject" else aim]
-        if which == "all":
-            return list(record.experts)
-        spoken = {aim, *accomplices(record.experts, record.subject, record.target_task)[: record.adversaries]}
-        return [t for t in record.experts if t not in spoken]
+        """Mean rate; seeds paired, never pooled with samples."""
+        return self._mean(
+            records, lambda r: {t: r.counts.get(f"{metric}/{role}/{t}") for t in _tasks(r, which)}
+        )
 
     def task(self, records: Iterable[Record], role: str, task: str) -> Estimate:
         """Accuracy of ``role`` on one task."""
-        return self.rate([r.model_copy(update={"subject": task}) for r in records], "acc", role, "subject")
+        return self._mean(records, lambda r: {task: r.counts.get(f"acc/{role}/{task}")})
+
+    def recall(self, records: Iterable[Record], role: str) -> Estimate:
+        """Accuracy of ``role`` on the samples of the target class, where a backdoor aims: those that ASR leaves
+        out."""
+        return self._mean(records, lambda r: {_aim(r): _inside_target(r, role)})
+
+    def _mean(
+        self, records: Iterable[Record], counted: Callable[[Record], Mapping[str, Count | None]]
+    ) -> Estimate:
+        cells: dict[tuple[str, Place], dict[str, dict[int, Count]]] = {}
+        seen: dict[Cell, str] = {}
+        for record in records:
+            _claim(seen, cell_of(record), record)
+            for task, found in counted(record).items():
+                if found is not None:
+                    tasks = cells.setdefault((record.subject, place_of(record)), {})
+                    tasks.setdefault(task, {})[record.seed] = found
+        subjects: dict[str, list[Estimate]] = {}
+        for (subject, _), tasks in cells.items():
+            rates = [self.bootstrap.rate(task, counts) for task, counts in tasks.items()]
+            subjects.setdefault(subject, []).append(mean(rates))
+        return mean([mean(cell) for cell in subjects.values()])
+
+
+def _aim(record: Record) -> str:
+    return record.target_task or record.subject
+
+
+def _tasks(record: Record, which: Which) -> list[str]:
+    if which in ("subject", "target"):
+        return [record.subject if which == "subject" else _aim(record)]
+    if which == "all":
+        return list(record.experts)
+    spoken = {
+        _aim(record),
+        *accomplices(record.experts, record.subject, record.target_task)[: record.adversaries],
+    }
+    return [t for t in record.experts if t not in spoken]
+
+
+def _inside_target(record: Record, role: str) -> Count | None:
+    """Right answers on the target class; None where no ASR tells which samples those are, or there are none."""
+    task = _aim(record)
+    accuracy, hit = record.counts.get(f"acc/{role}/{task}"), record.counts.get(f"asr/{role}/{task}")
+    if accuracy is None or hit is None or hit.n == hit.total:
+        return None
+    return count(accuracy.arrays()[0], ~hit.arrays()[1])
+
+
+def value(name: str) -> Callable[[Record], float | None]:
+    """A number of a record by its name among ``values``."""
+    return lambda record: record.values.get(name)
+
+
+def average(records: Iterable[Record], number: Callable[[Record], float | None]) -> float:
+    """Mean of a number over the records that have it, in the weighting of rates: by seed, cell, subject."""
+    subjects: dict[str, dict[Place, list[float]]] = {}
+    for record in records:
+        if (found := number(record)) is not None:
+            subjects.setdefault(record.subject, {}).setdefault(place_of(record), []).append(found)
+    means = [_plain_mean([_plain_mean(v) for v in cells.values()]) for cells in subjects.values()]
+    return _plain_mean(means)
+
+
+def _plain_mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers) if numbers else math.nan
+
+
+# --------------------------------------------------------------------------- common cells
+
+
+class Common(NamedTuple):
+    """Who can be compared with whom, and on which cells."""
+
+    rows: frozenset[Any]
+    cells: frozenset[Cell]
+
+
+def common_cells(cells: Mapping[K, Collection[Cell]]) -> Common:
+    """The rows and the cells that all of them have: the choice with the most (rows × places), seeds apart; then
+    that with more rows, then with more cells. Nothing else of a record decides."""
+    places = {row: frozenset(c.place for c in mine) for row, mine in cells.items()}
+    sets = [p for p in dict.fromkeys(places.values()) if p]
+    choices = dict.fromkeys([*sets, *(a & b for i, a in enumerate(sets) for b in sets[:i] if a & b)])
+    best, score = Common(frozenset(), frozenset()), (False, 0, 0, 0)
+    for choice in choices:
+        rows = [row for row, mine in places.items() if choice <= mine]
+        shared = frozenset.intersection(*(frozenset(cells[row]) for row in rows))
+        shared = frozenset(c for c in shared if c.place in choice)
+        left = {c.place for c in shared}
+        reached = (len(rows) > 1, len(rows) * len(left), len(rows), len(shared))
+        if shared and reached > score:
+            best, score = Common(frozenset(rows), shared), reached
+    return best
+
+
+def only(records: Iterable[Record], cells: Collection[Cell], *without: str) -> list[Record]:
+    """The records of these cells."""
+    return [r for r in records if cell_of(r, *without) in cells]
+
+
+# --------------------------------------------------------------------------- rows
 
 
 def put(row: Row, name: str, estimate: Estimate) -> None:
     """Add an estimate to a row: ``name``, ``name_low``, ``name_high``."""
     row[name] = estimate.value
     row[f"{name}_low"], row[f"{name}_high"] = estimate.interval()
+
+
+def put_nothing(row: Row, *names: str) -> None:
+    """Columns of a row that cannot be compared."""
+    for name in names:
+        put(row, name, nothing())
+
+
+def put_tiers(rows: Iterable[Row], tiers: Iterable[int]) -> None:
+    """Add tiers; none where there is none."""
+    for row, tier in zip(rows, tiers, strict=True):
+        row["tier"] = tier or math.nan
+
+
+def about_tiers(rows: Iterable[Row]) -> str:
+    """What a board's note says where it has no tiers."""
+    if any(not math.isnan(row.get("tier", math.nan)) for row in rows):
+        return ""
+    return f" No tiers: fewer than {FEWEST_SEEDS} seeds cannot tell rows apart."
 
 
 def grouped(
@@ -83,8 +255,16 @@ def settled(row: Row, records: Sequence[Record]) -> list[Record]:
     """Note how complete the row is; the records that count."""
     done = [r for r in records if r.status == "done"]
     row["cells_done"], row["cells_expected"] = len(done), len(records)
-    row["seeds"] = len({r.seed for r in done})
+    row["seeds"] = fewest_seeds(done)
     return done
+
+
+def fewest_seeds(records: Iterable[Record]) -> int:
+    """How many seeds the least replicated of these cells has."""
+    seeds: dict[Place, set[int]] = {}
+    for record in records:
+        seeds.setdefault(place_of(record), set()).add(record.seed)
+    return min(map(len, seeds.values()), default=0)
 
 
 def ordered(frame: pd.DataFrame, by: str, ascending: bool) -> pd.DataFrame:

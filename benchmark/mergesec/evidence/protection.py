@@ -3,18 +3,48 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 
-from mergesec.evidence.estimates import Board, Reader, Row, grouped, ordered, put, settled
+from mergesec.evidence.estimates import (
+    Board,
+    Cell,
+    Common,
+    Reader,
+    Row,
+    about_tiers,
+    average,
+    cell_of,
+    common_cells,
+    fewest_seeds,
+    grouped,
+    only,
+    ordered,
+    put,
+    put_tiers,
+    settled,
+    value,
+)
 from mergesec.evidence.records import Record
-from mergesec.evidence.statistics import Estimate, nothing, ratio, tiers
+from mergesec.evidence.statistics import Estimate, largest, nothing, ratio, tiers_of_largest
 from mergesec.threats import Role, Threat
 
 LEAST_LOSS = 0.01
-"""Recovery is undefined where protecting cost the merge less than one point: nothing to recover."""
+"""Recovery is undefined where protecting cost the merge at most one point: nothing to recover."""
+STANDARD = "aga"
+"""The published attack every protection is held to, shown beside the best known one."""
+
+_RATES = (
+    ("UMP-", Role.EXPERT, "subject"), ("UMP+", Role.PUBLISHED, "subject"),
+    ("UMP_attacked", Role.RECOVERED, "subject"), ("MMP-", Role.CLEAN_MERGE, "subject"),
+    ("MMP+", Role.PROTECTED_MERGE, "subject"), ("MMP_attacked", Role.MERGE, "subject"),
+    ("free_rider-", Role.CLEAN_MERGE, "others"), ("free_rider+", Role.PROTECTED_MERGE, "others"),
+    ("free_rider_attacked", Role.MERGE, "others"), ("base", Role.BASE, "subject"),
+    ("UMP+_bf16", Role.PUBLISHED_BF16, "subject"),
+)  # fmt: skip
 
 
 def protection_boards(records: Sequence[Record], reader: Reader) -> list[Board]:
@@ -22,81 +52,103 @@ def protection_boards(records: Sequence[Record], reader: Reader) -> list[Board]:
     records = [r for r in records if r.threat == Threat.PROTECTION]
     if not records:
         return []
-    rows: list[Row] = []
-    merged: dict[int, Estimate] = {}
-    recoveries: dict[int, Estimate] = {}
-    several = any(r.protected > 1 for r in records)
-    key = grouped(records, lambda r: (r.defense, r.attack, r.merging, len(r.experts), r.protected, r.secrets))
-    for (defense, attack, merging, experts, protected, secrets), group in key.items():
-        row: Row = {"defense": defense, "attack": attack, "method": merging, "experts": experts}
-        if several:
-            row |= {"protected": protected, "secrets": secrets if protected > 1 else "own"}
-        done = settled(row, group)
-        part = {
-            name: reader.rate(done, "acc", role, which)
-            for name, role, which in (
-                ("UMP-", Role.EXPERT, "subject"), ("UMP+", Role.PUBLISHED, "subject"),
-                ("UMP_attacked", Role.RECOVERED, "subject"), ("MMP-", Role.CLEAN_MERGE, "subject"),
-                ("MMP+", Role.PROTECTED_MERGE, "subject"), ("MMP_attacked", Role.MERGE, "subject"),
-                ("free_rider-", Role.CLEAN_MERGE, "others"), ("free_rider+", Role.PROTECTED_MERGE, "others"),
-                ("free_rider_attacked", Role.MERGE, "others"), ("base", Role.BASE, "subject"),
-                ("UMP+_bf16", Role.PUBLISHED_BF16, "subject"),
-            )
-        }  # fmt: skip
-        # attack none is the protection as it stands: it recovers nothing by definition
-        undefined = attack == "none" or defense == "none"
-        part["recovery"] = (
-            nothing()
-            if undefined
-            else ratio(part["MMP_attacked"] - part["MMP+"], part["MMP-"] - part["MMP+"], LEAST_LOSS)
-        )
-        for name, estimate in part.items():
-            put(row, name, estimate)
-        gaps = [r.values["max_abs_dlogit"] for r in done if "max_abs_dlogit" in r.values]
-        row["max_abs_dlogit"] = max(gaps) if gaps else math.nan
-        merged[len(rows)], recoveries[len(rows)] = part["MMP_attacked"], part["recovery"]
-        rows.append(row)
-    measures = tuple(part)
-    frame = pd.DataFrame(rows)
-    detail = Board("protection_cells", "Protection: every defense × attack × method", frame, measures)
-    boards = [_protection_summary(rows, records, reader, merged, recoveries), detail]
+    boards = [_summary(records, reader), _detail(records, reader)]
     return [b for b in (*boards, _distances(records), ownership_board(records, reader)) if b is not None]
 
 
-STANDARD = "aga"
-"""The published attack every protection is held to, shown beside the best known one."""
+def _setting(record: Record) -> tuple[Any, ...]:
+    """What a row of the detailed boards is about."""
+    return (
+        record.defense, record.attack, record.merging, len(record.experts), record.protected, record.secrets,
+    )  # fmt: skip
 
 
-def _protection_summary(
-    rows: list[Row], records: Sequence[Record], reader: Reader,
-    merged: Mapping[int, Estimate], recoveries: Mapping[int, Estimate],
-) -> Board:  # fmt: skip
-    summary: list[Row] = []
-    contest: list[Estimate] = []
-    for (defense,), group in grouped(records, lambda r: (r.defense,)).items():
-        row: Row = {"defense": defense}
+def _opening(setting: tuple[Any, ...], several: bool) -> Row:
+    defense, attack, merging, experts, protected, secrets = setting
+    row: Row = {"defense": defense, "attack": attack, "method": merging, "experts": experts}
+    if several:
+        row |= {"protected": protected, "secrets": secrets if protected > 1 else "own"}
+    return row
+
+
+def _detail(records: Sequence[Record], reader: Reader) -> Board:
+    rows: list[Row] = []
+    several = any(r.protected > 1 for r in records)
+    measures: tuple[str, ...] = ()
+    for setting, group in grouped(records, _setting).items():
+        row = _opening(setting, several)
         done = settled(row, group)
-        before = reader.rate(done, "acc", Role.EXPERT, "subject")
-        published = reader.rate(done, "acc", Role.PUBLISHED, "subject")
+        part = {name: reader.rate(done, "acc", role, which) for name, role, which in _RATES}
+        part["recovery"] = _recovery(done, reader)
+        for name, estimate in part.items():
+            put(row, name, estimate)
+        row["max_abs_dlogit"] = _greatest(done, "max_abs_dlogit")
+        rows.append(row)
+        measures = tuple(part)
+    frame = pd.DataFrame(rows)
+    return Board("protection_cells", "Protection: every defense × attack × method", frame, measures)
+
+
+def _recovery(records: Sequence[Record], reader: Reader) -> Estimate:
+    """What share of the merge's loss an attack brings back. Attack none is the protection as it stands: it
+    recovers nothing by definition."""
+    if not records or records[0].attack == "none" or records[0].defense == "none":
+        return nothing()
+    before, protected, attacked = (
+        reader.rate(records, "acc", role, "subject")
+        for role in (Role.CLEAN_MERGE, Role.PROTECTED_MERGE, Role.MERGE)
+    )
+    return ratio(attacked - protected, before - protected, LEAST_LOSS)
+
+
+def _greatest(records: Sequence[Record], name: str) -> float:
+    return max((r.values[name] for r in records if name in r.values), default=math.nan)
+
+
+# --------------------------------------------------------------------------- per defense
+
+
+@dataclass
+class _Contestant:
+    """A defense: its cells that are compared, and by what attack and method it is tried in them."""
+
+    row: Row
+    unattacked: list[Record] = field(default_factory=list)
+    """One record for each of the compared cells without their attacks; none unless it has them all."""
+    trials: dict[tuple[Any, ...], list[Record]] = field(default_factory=dict)
+    """By attack, method and what else a row of the detailed board names; none unless it has all cells that are
+    compared."""
+
+
+def _summary(records: Sequence[Record], reader: Reader) -> Board:
+    contestants = _contestants(records)
+    contest: list[list[Estimate]] = []
+    for one in contestants:
+        row, plain = one.row, one.unattacked
+        row["seeds"] = fewest_seeds(plain)
+        before = reader.rate(plain, "acc", Role.EXPERT, "subject")
+        published = reader.rate(plain, "acc", Role.PUBLISHED, "subject")
         put(row, "stand_alone", published)
         put(row, "stand_alone_loss", before - published)
-        put(row, "stand_alone_loss_bf16", before - reader.rate(done, "acc", Role.PUBLISHED_BF16, "subject"))
-        put(row, "MMP-", reader.rate(done, "acc", Role.CLEAN_MERGE, "subject"))
-        put(row, "MMP+", reader.rate(done, "acc", Role.PROTECTED_MERGE, "subject"))
-        mine = [i for i, r in enumerate(rows) if r["defense"] == defense and r["cells_done"]]
-        standard, _ = _worst([i for i in mine if rows[i]["attack"] == STANDARD], rows, recoveries)
+        put(row, "stand_alone_loss_bf16", before - reader.rate(plain, "acc", Role.PUBLISHED_BF16, "subject"))
+        put(row, "MMP-", reader.rate(plain, "acc", Role.CLEAN_MERGE, "subject"))
+        put(row, "MMP+", reader.rate(plain, "acc", Role.PROTECTED_MERGE, "subject"))
+        names = [f"{attack} + {method}" for attack, method, *_ in one.trials]
+        recovered = {key: _recovery(group, reader) for key, group in one.trials.items()}
+        standard, _ = largest([e for key, e in recovered.items() if key[0] == STANDARD])
         put(row, f"recovery_{STANDARD}", standard)
-        most, row["recovered_by"] = _worst(mine, rows, recoveries)
+        most, at = largest(list(recovered.values()))
+        row["recovered_by"] = names[at] if at >= 0 else ""
         put(row, "worst_recovery", most)
-        worst, row["worst_by"] = _worst(mine, rows, merged)
+        worst, at = largest(
+            [reader.rate(group, "acc", Role.MERGE, "subject") for group in one.trials.values()]
+        )
+        row["worst_by"] = names[at] if at >= 0 else ""
         put(row, "worst_merged", worst)
-        gaps = [r.values["max_abs_dlogit"] for r in done if "max_abs_dlogit" in r.values]
-        row["max_abs_dlogit"] = max(gaps) if gaps else math.nan
-        contest.append(most if defense != "none" else nothing())
-        summary.append(row)
-    for row, tier in zip(summary, tiers(contest, higher_is_better=False), strict=True):
-        row["tier"] = tier
-    frame = ordered(pd.DataFrame(summary), "worst_recovery", ascending=True)
+        contest.append([] if row["defense"] == "none" else list(recovered.values()))
+    rows = [one.row for one in contestants]
+    put_tiers(rows, tiers_of_largest(contest))
+    frame = ordered(pd.DataFrame(rows), "worst_recovery", ascending=True)
     measures = (
         "stand_alone", "stand_alone_loss", "stand_alone_loss_bf16", "MMP-", "MMP+", f"recovery_{STANDARD}",
         "worst_recovery", "worst_merged",
@@ -104,10 +156,45 @@ def _protection_summary(
     note = (
         f"Sorted by recovery under the strongest attack and method, lower protects better; recovery_{STANDARD} is the "
         "standard attack. Recovery is a share of what protecting cost the merge (MMP- minus MMP+): a protection that "
-        "costs it little is weak whatever its recovery; no number where it cost less than one point. MMP- and MMP+ are "
-        "means over a row's own cells: compare rows that were run in the same settings."
+        "costs it little is weak whatever its recovery; no number where it cost less than one point or cannot be told "
+        "from nothing. All numbers are over the same cells (cells_compared); a defense that lacks some of them has "
+        "none: see the board of every cell."
     )
-    return Board("protection", "Protection: per defense, worst case", frame, measures, note)
+    return Board(
+        "protection", "Protection: per defense, worst case", frame, measures, note + about_tiers(rows)
+    )
+
+
+def _contestants(records: Sequence[Record]) -> list[_Contestant]:
+    """The defenses, with the records on the cells that those which can be compared have in common. The
+    undefended rows do not choose the cells: they are there to be looked at."""
+    found, done = [], {}
+    for (defense,), group in grouped(records, lambda r: (r.defense,)).items():
+        row: Row = {"defense": defense}
+        done[defense] = settled(row, group)
+        row["max_abs_dlogit"] = _greatest(done[defense], "max_abs_dlogit")
+        found.append(_Contestant(row))
+    choosing = {d: mine for d, mine in done.items() if d != "none"} or done
+    common = common_cells({d: {cell_of(r, "defense") for r in mine} for d, mine in choosing.items()})
+    compared = [r for mine in done.values() for r in only(mine, common.cells, "defense")]
+    bare = {cell_of(r, "defense", "attack") for r in compared}
+    for one in found:
+        _take(one, done[one.row["defense"]], common, bare)
+    return found
+
+
+def _take(one: _Contestant, done: Sequence[Record], common: Common, bare: set[Cell]) -> None:
+    """Give a contestant its records of the compared cells."""
+    first = {cell_of(r, "defense", "attack"): r for r in reversed(done)}
+    if bare and bare <= first.keys():
+        one.unattacked = [first[cell] for cell in first if cell in bare]
+    mine = only(done, common.cells, "defense")
+    one.row["cells_compared"] = len(mine)
+    if mine and len(mine) == len(common.cells):
+        one.trials = grouped(mine, lambda r: _setting(r)[1:])
+
+
+# --------------------------------------------------------------------------- distances and marks
 
 
 KINDS = ("query", "key", "value", "output", "up", "gate", "down", "other", "all")
@@ -123,21 +210,16 @@ def _distances(records: Sequence[Record]) -> Board | None:
         suffix = "" if attack == "none" else "_recovered"
         for which in ("to_expert", "to_base"):
             for kind in KINDS:
-                found = [
-                    r.values[f"distance{suffix}/{which}/{kind}"]
-                    for r in group
-                    if f"distance{suffix}/{which}/{kind}" in r.values
-                ]
-                if found:
-                    row[f"{which}/{kind}"] = sum(found) / len(found)
-        gaps = [r.values[f"max_abs_dlogit{suffix}"] for r in group if f"max_abs_dlogit{suffix}" in r.values]
-        row["max_abs_dlogit"] = max(gaps) if gaps else math.nan
+                found = average(group, value(f"distance{suffix}/{which}/{kind}"))
+                if not math.isnan(found):
+                    row[f"{which}/{kind}"] = found
+        row["max_abs_dlogit"] = _greatest(group, f"max_abs_dlogit{suffix}")
         conditions = [float(c) for r in group if (c := _reported(r, "condition")) is not None]
-        row["condition"] = max(conditions) if conditions else math.nan
+        row["condition"] = max(conditions, default=math.nan)
         rows.append(row)
     if not any(f"to_base/{kind}" in row for row in rows for kind in KINDS):
         return None
-    note = "Attack none is the published expert, others what the attack made of it. to_x = ‖θ − x‖ / ‖x‖, means over cells; condition and max_abs_dlogit are maxima."
+    note = "Attack none is the published expert, others what the attack made of it. to_x = ‖θ − x‖ / ‖x‖, means by subject; condition and max_abs_dlogit are maxima."
     return Board("protection_distances", "Protection: distances", pd.DataFrame(rows), (), note)
 
 
@@ -163,13 +245,12 @@ def ownership_board(records: Sequence[Record], reader: Reader) -> Board | None:
     if not records:
         return None
     rows: list[Row] = []
-    groups = grouped(records, lambda r: (r.defense, r.attack, r.merging, len(r.experts)))
-    for (defense, attack, merging, experts), group in groups.items():
-        row: Row = {"defense": defense, "attack": attack, "method": merging, "experts": experts}
+    several = any(r.protected > 1 for r in records)
+    for setting, group in grouped(records, _setting).items():
+        row = _opening(setting, several)
         done = settled(row, group)
         for suspect in SUSPECTS:
-            found = [r.values[f"detected/{suspect}"] for r in done if f"detected/{suspect}" in r.values]
-            row[f"verified/{suspect}"] = sum(found) / len(found) if found else math.nan
+            row[f"verified/{suspect}"] = average(done, value(f"detected/{suspect}"))
         for suspect in SUSPECTS:
             put(row, f"mark/{suspect}", reader.rate(done, "mark", suspect, "subject"))
         put(
@@ -182,12 +263,3 @@ def ownership_board(records: Sequence[Record], reader: Reader) -> Board | None:
     measures = (*(f"mark/{s}" for s in SUSPECTS), "stand_alone_loss")
     note = "verified = share of cells in which the owner's test says yes; merge is after the free-rider's attack. clean_merge, expert and base bear no mark."
     return Board("ownership", "Ownership: marks after merging", pd.DataFrame(rows), measures, note)
-
-
-def _worst(mine: Sequence[int], rows: Sequence[Row], of: Mapping[int, Estimate]) -> tuple[Estimate, str]:
-    """The owner's worst case among rows: the largest measured estimate, and what attack and method it is."""
-    measured = [i for i in mine if not math.isnan(of[i].value)]
-    if not measured:
-        return nothing(), ""
-    place = max(measured, key=lambda i: of[i].value)
-    return of[place], f"{rows[place]['attack']} + {rows[place]['method']}"

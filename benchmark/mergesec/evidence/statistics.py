@@ -1,10 +1,16 @@
-"""Means with uncertainty: paired hierarchical bootstrap over seeds and test samples, and tiers."""
+"""Estimates with uncertainty over test samples and seeds: paired draws, largest ones, tiers, what is not separable.
+
+Test samples are resampled. Seeds are too few for that: they get a random effect with the t distribution's tails,
+drawn as weights of the seeds that every estimate shares, so that differences are paired in both.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,38 +18,131 @@ from numpy.typing import NDArray
 from mergesec.evidence.records import Count
 
 DRAWS = 1000
+LEVEL = 0.05
+"""Of intervals, and of all separations of one contest together."""
+FEWEST_SEEDS = 5
+"""Fewer cannot tell rows apart: no tiers."""
+NEAR, FAR = 1.0, 2.0
+"""Rows within so many standard errors of the difference to the largest correct its value, and make its interval."""
 Draws = NDArray[np.float64]
+Seeds = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A point estimate and its bootstrap draws ``[DRAWS]``; draws of two estimates are paired."""
+    """A point estimate with its draws; draws of two estimates are paired."""
 
     value: float
     draws: Draws
+    """Over seeds and test samples, ``[DRAWS]``."""
+    samples: Draws
+    """Over test samples alone."""
+    effects: Mapping[Seeds, Draws] = field(default_factory=dict)
+    """What each seed adds to the value, by the set of seeds that it was averaged over."""
+    limits: tuple[float, float] = (-np.inf, np.inf)
+    """What the quantity cannot leave."""
+    ends: tuple[float, float] | None = None
+    """The interval where it is not that of the draws."""
+
+    @property
+    def seeds(self) -> int:
+        """The fewest seeds that a part of it rests on; with one, the interval speaks of test samples alone."""
+        return min(map(len, self.effects), default=0)
 
     def interval(self) -> tuple[float, float]:
-        """95 % percentile interval."""
+        """95 % interval: percentiles of the draws within the limits."""
         if np.isnan(self.value):
             return (float("nan"), float("nan"))
-        low, high = np.nanpercentile(self.draws, [2.5, 97.5])
-        return float(low), float(high)
+        low, high = self.ends or np.nanpercentile(self.draws, [100 * LEVEL / 2, 100 - 100 * LEVEL / 2])
+        return max(float(low), self.limits[0]), min(float(high), self.limits[1])
 
     def __sub__(self, other: Estimate) -> Estimate:
-        return Estimate(self.value - other.value, self.draws - other.draws)
+        limits = (self.limits[0] - other.limits[1], self.limits[1] - other.limits[0])
+        return _linear([(1.0, self), (-1.0, other)], limits)
 
 
 def nothing() -> Estimate:
     """The estimate of what was not measured."""
-    return Estimate(float("nan"), np.full(DRAWS, np.nan))
+    return Estimate(float("nan"), np.full(DRAWS, np.nan), np.full(DRAWS, np.nan))
+
+
+def _linear(parts: Sequence[tuple[float, Estimate]], limits: tuple[float, float]) -> Estimate:
+    """The sum of weighted estimates, draw by draw and seed by seed."""
+    effects: dict[Seeds, Draws] = {}
+    for weight, part in parts:
+        for seeds, effect in part.effects.items():
+            effects[seeds] = effects.get(seeds, 0.0) + weight * effect
+    return Estimate(
+        float(sum(w * e.value for w, e in parts)),
+        np.sum([w * e.draws for w, e in parts], axis=0),
+        np.sum([w * e.samples for w, e in parts], axis=0),
+        effects, limits,
+    )  # fmt: skip
+
+
+def mean(estimates: Sequence[Estimate]) -> Estimate:
+    """Mean of estimates, draw by draw; of nothing: nothing."""
+    if not estimates:
+        return nothing()
+    limits = tuple(float(np.mean([e.limits[end] for e in estimates])) for end in (0, 1))
+    return _linear([(1 / len(estimates), e) for e in estimates], (limits[0], limits[1]))
+
+
+def combined(of: Callable[..., Any], *parts: Estimate) -> Estimate:
+    """A smooth function of estimates, draw by draw; what seeds add is taken along its slope."""
+    values = [e.value for e in parts]
+    effects: dict[Seeds, Draws] = {}
+    for i, part in enumerate(parts):
+        step = 1e-6 * max(1.0, abs(part.value))
+        above, below = ([*values[:i], part.value + s, *values[i + 1 :]] for s in (step, -step))
+        slope = float(of(*above) - of(*below)) / (2 * step)
+        for seeds, effect in part.effects.items():
+            effects[seeds] = effects.get(seeds, 0.0) + slope * effect
+    return Estimate(
+        float(of(*values)), of(*(e.draws for e in parts)), of(*(e.samples for e in parts)), effects
+    )
+
+
+def ratio(top: Estimate, bottom: Estimate, least: float = 0.0) -> Estimate:
+    """``top / bottom``; undefined where bottom is at most ``least``, or cannot be told from none: where more than
+    one draw in forty is not above 0."""
+    if np.isnan(top.value) or not bottom.value > least or np.mean(bottom.draws <= 0) > LEVEL / 2:
+        return nothing()
+
+    def share(a: Any, b: Any) -> Any:
+        return np.divide(a, b, out=np.full(np.shape(b), np.nan), where=np.asarray(b) > 0)
+
+    return combined(share, top, bottom)
+
+
+# --------------------------------------------------------------------------- from counts to draws
+
+
+def _generator(*parts: object) -> np.random.Generator:
+    digest = hashlib.sha256("|".join(map(str, parts)).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "big"))
+
+
+@cache
+def _seed_weights(seeds: Seeds) -> Draws:
+    """Weights ``[DRAWS, len(seeds)]`` that sum to 0 and turn the seeds' values into a draw of their mean's error,
+    t-distributed with one degree of freedom less than there are seeds; of one seed: nothing is known."""
+    n = len(seeds)
+    if n < 2:
+        return np.zeros((DRAWS, n))
+    rng = _generator("seeds", *seeds)
+    normal = rng.standard_normal((DRAWS, n))
+    normal -= normal.mean(1, keepdims=True)
+    tails = np.sqrt((n - 1) / rng.chisquare(n - 1, DRAWS))
+    weights: Draws = normal * tails[:, None] / np.sqrt(n * (n - 1))
+    return weights
 
 
 class Bootstrap:
-    """Draws resampling weights once per task and seed set, so that every row is resampled alike."""
+    """Rates with draws; test samples of a task are drawn once, so that every row is resampled alike."""
 
     def __init__(self) -> None:
         self._samples: dict[tuple[str, int], NDArray[np.float32]] = {}
-        self._seeds: dict[tuple[int, ...], NDArray[np.float64]] = {}
         self._rates: dict[tuple[object, ...], Estimate] = {}
 
     def _sample_weights(self, task: str, total: int) -> NDArray[np.float32]:
@@ -57,16 +156,7 @@ class Bootstrap:
             self._samples[key] = weights
         return self._samples[key]
 
-    def _seed_weights(self, seeds: tuple[int, ...]) -> NDArray[np.float64]:
-        """Share of each seed in each draw, ``[DRAWS, len(seeds)]``."""
-        if seeds not in self._seeds:
-            rng = _generator("seeds", *seeds)
-            self._seeds[seeds] = rng.multinomial(len(seeds), [1 / len(seeds)] * len(seeds), DRAWS) / len(
-                seeds
-            )
-        return self._seeds[seeds]
-
-    def rate(self, task: str, counts: dict[int, Count]) -> Estimate:
+    def rate(self, task: str, counts: Mapping[int, Count]) -> Estimate:
         """Mean over seeds of k/n on one task; ``counts`` maps seed to count."""
         if not counts or any(c.n == 0 for c in counts.values()):
             return nothing()
@@ -75,54 +165,188 @@ class Bootstrap:
             self._rates[key] = self._draw(task, counts)
         return self._rates[key]
 
-    def _draw(self, task: str, counts: dict[int, Count]) -> Estimate:
+    def _draw(self, task: str, counts: Mapping[int, Count]) -> Estimate:
         seeds = tuple(sorted(counts))
-        rates = []
+        drawn = []
         for seed in seeds:
             hits, mask = counts[seed].arrays()
             weights = self._sample_weights(task, counts[seed].total)
-            drawn = weights @ np.stack([hits, mask], 1).astype(np.float32)
-            rates.append(drawn[:, 0] / np.maximum(drawn[:, 1], 1))
-        draws = (np.stack(rates, 1) * self._seed_weights(seeds)).sum(1)
-        return Estimate(float(np.mean([c.k / c.n for c in counts.values()])), draws)
+            found = weights @ np.stack([hits, mask], 1).astype(np.float32)
+            drawn.append(found[:, 0] / np.maximum(found[:, 1], 1))
+        rates = np.array([counts[seed].k / counts[seed].n for seed in seeds])
+        samples: Draws = np.stack(drawn).mean(0, dtype=np.float64)
+        effect = rates - rates.mean()
+        return Estimate(
+            float(rates.mean()), samples + _seed_weights(seeds) @ effect, samples, {seeds: effect}, (0.0, 1.0)
+        )
 
 
-def _generator(*parts: object) -> np.random.Generator:
-    digest = hashlib.sha256("|".join(map(str, parts)).encode()).digest()
-    return np.random.default_rng(int.from_bytes(digest[:8], "big"))
+# --------------------------------------------------------------------------- the largest of several
 
 
-def mean(estimates: Sequence[Estimate]) -> Estimate:
-    """Mean of estimates, draw by draw; of nothing: nothing."""
-    if not estimates:
-        return nothing()
-    return Estimate(
-        float(np.mean([e.value for e in estimates])), np.mean([e.draws for e in estimates], axis=0)
+def largest(estimates: Sequence[Estimate]) -> tuple[Estimate, int]:
+    """The largest of the true values, and the place of the largest estimate (-1 if nothing was measured).
+
+    The largest of noisy estimates is too high. The maximum is therefore taken inside each draw: by how many
+    standard errors the draws of the rows near it exceed their estimates at most. Half of that distribution corrects
+    the value, the upper end of the one over all rows within reach gives the low end; the high end is the largest of
+    their own. Where one row is clearly the largest, nothing changes.
+    """
+    measured = [i for i, e in enumerate(estimates) if not np.isnan(e.value)]
+    if not measured:
+        return nothing(), -1
+    place = max(measured, key=lambda i: estimates[i].value)
+    best = estimates[place]
+    within = {i: 0.0 if i == place else _errors_below(best, estimates[i]) for i in measured}
+    far = [estimates[i] for i in measured if within[i] <= FAR]
+    if len(far) == 1:
+        return best, place
+    value = _corrected([estimates[i] for i in measured if within[i] <= NEAR], 50)
+    low = min(value, _corrected(far, 100 - 100 * LEVEL / 2))
+    high = max(value, *(e.interval()[1] for e in far))
+    fewest = min(e.seeds for e in far)
+    effects = best.effects
+    if fewest < best.seeds:
+        effects = {**effects, tuple(range(fewest)): np.zeros(fewest)}
+    draws, samples = (
+        np.max([_filled(d, e.value) for d, e in pairs], axis=0)
+        for pairs in ([(e.draws, e) for e in far], [(e.samples, e) for e in far])
     )
+    return Estimate(value, draws, samples, effects, best.limits, (low, high)), place
 
 
-def ratio(top: Estimate, bottom: Estimate, least: float = 0.0) -> Estimate:
-    """``top / bottom``; undefined where |bottom| is at most ``least``."""
-    if np.isnan(bottom.value) or abs(bottom.value) <= least:
-        return nothing()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        draws = np.where(np.abs(bottom.draws) > least, top.draws / bottom.draws, np.nan)
-    return Estimate(top.value / bottom.value, draws)
+def _corrected(rows: Sequence[Estimate], percentile: float) -> float:
+    """The largest of several rows, less what a percentile of the maximum's excess inside each draw adds to it."""
+    values = np.array([e.value for e in rows])
+    errors = np.array([_spread(e.draws) for e in rows])
+    known = errors > 0
+    if len(rows) < 2 or not known.any():
+        return float(values.max())
+    draws = np.stack([_filled(e.draws, e.value) for e, k in zip(rows, known, strict=True) if k])
+    excess = ((draws - values[known, None]) / errors[known, None]).max(0)
+    return float((values - max(float(np.percentile(excess, percentile)), 0.0) * errors).max())
+
+
+def _errors_below(best: Estimate, other: Estimate) -> float:
+    """By how many standard errors of the difference an estimate lies below the largest."""
+    gap = best - other
+    error = _spread(gap.draws)
+    return gap.value / error if error > 0 else (np.inf if gap.value > 0 else 0.0)
+
+
+def _filled(draws: Draws, value: float) -> Draws:
+    """Draws in which a ratio was undefined say nothing: the value stands in."""
+    return np.where(np.isnan(draws), value, draws)
+
+
+def _spread(draws: Draws) -> float:
+    """A standard error that the tails of few seeds do not blow up: half the distance of the middle 68 %."""
+    low, high = np.nanpercentile(draws, [15.865, 84.135])
+    return float(high - low) / 2
+
+
+# --------------------------------------------------------------------------- what can be told apart
+
+
+def p_values(estimates: Sequence[Estimate]) -> Draws:
+    """``[n, n]``: the two-sided level at which the interval of i minus j just leaves 0 out.
+
+    The interval's half-width is the root of the sum of squares of the samples' (normal) and the seeds' (t).
+    """
+    values = np.array([e.value for e in estimates])
+    drawn = [_filled(e.samples, e.value) for e in estimates]
+    spread = np.atleast_2d(np.cov(np.stack(drawn)))
+    own = np.diag(spread)
+    parts = [(np.inf, (own[:, None] + own[None, :] - 2 * spread).clip(min=0))]
+    for seeds in dict.fromkeys(seeds for e in estimates for seeds in e.effects if len(seeds) > 1):
+        rows = np.stack([np.asarray(e.effects.get(seeds, np.zeros(len(seeds)))) for e in estimates])
+        square = ((rows[:, None] - rows[None, :]) ** 2).sum(-1)
+        parts.append((len(seeds) - 1, square / (len(seeds) * (len(seeds) - 1))))
+    return _level_reached(np.abs(values[:, None] - values[None, :]), parts)
+
+
+def _level_reached(distance: Draws, parts: Sequence[tuple[float, Draws]]) -> Draws:
+    """The level at which a half-width equals ``distance``, by bisection; ``parts`` are degrees of freedom and
+    variances."""
+    from scipy.special import ndtri, stdtrit
+
+    low, high = np.full(distance.shape, -14.0), np.zeros(distance.shape)  # log10 of the level
+    for _ in range(40):
+        middle = (low + high) / 2
+        tail = 1 - 10.0**middle / 2
+        width = sum(
+            variance * (ndtri(tail) if np.isinf(freedom) else stdtrit(freedom, tail)) ** 2
+            for freedom, variance in parts
+        )
+        wide = width > distance**2
+        low, high = np.where(wide, middle, low), np.where(wide, high, middle)
+    return np.where(distance <= 1e-12, 1.0, 10.0**high)
+
+
+def holm(levels: Sequence[float], level: float = LEVEL) -> list[bool]:
+    """Which of several hypotheses fall so that at most ``level`` of such families lose a true one."""
+    order = sorted(range(len(levels)), key=lambda i: levels[i])
+    fallen = [False] * len(levels)
+    for rank, i in enumerate(order):
+        if levels[i] > level / (len(levels) - rank):
+            break
+        fallen[i] = True
+    return fallen
 
 
 def tiers(estimates: Sequence[Estimate], higher_is_better: bool = True) -> list[int]:
-    """Tier of each estimate, 1 = best. A tier ends where the paired difference to its best is separated."""
-    order = sorted(
-        (i for i, e in enumerate(estimates) if not np.isnan(e.value)),
-        key=lambda i: -estimates[i].value if higher_is_better else estimates[i].value,
-    )
-    found = [0] * len(estimates)
-    tier, leader = 0, -1
-    for i in order:
-        if leader >= 0:
-            low, high = (estimates[leader] - estimates[i]).interval()
-            separated = low > 0 if higher_is_better else high < 0
-        if leader < 0 or separated:
-            tier, leader = tier + 1, i
+    """Tier of each estimate, 1 = best; 0 where nothing was measured or seeds are too few."""
+    return tiers_of_largest([[e] for e in estimates], higher_is_better)
+
+
+def tiers_of_largest(groups: Sequence[Sequence[Estimate]], higher_is_better: bool = False) -> list[int]:
+    """Tier of each group by its largest value, 1 = best; 0 where nothing was measured or seeds are too few.
+
+    Groups are taken in order. A tier ends where the next group is separated from the tier's first; all pairs of
+    groups are one family (Holm). That one largest value exceeds another holds at the level of its clearest row,
+    corrected for their number, against every row of the other.
+    """
+    found = [0] * len(groups)
+    sound = [[e for e in group if not np.isnan(e.value)] for group in groups]
+    ranked = [i for i, group in enumerate(sound) if group and min(e.seeds for e in group) >= FEWEST_SEEDS]
+    if not ranked:
+        return found
+    tops = {i: max(e.value for e in sound[i]) for i in ranked}
+    ranked.sort(key=lambda i: -tops[i] if higher_is_better else tops[i])
+    apart = _separated([sound[i] for i in ranked])
+    tier, leader = 0, 0
+    for at, i in enumerate(ranked):
+        if at == 0 or apart[leader, at]:
+            tier, leader = tier + 1, at
         found[i] = tier
     return found
+
+
+def _separated(groups: Sequence[Sequence[Estimate]]) -> NDArray[np.bool_]:
+    """``[n, n]``: which groups' largest values differ, all pairs together at ``LEVEL``."""
+    flat = [e for group in groups for e in group]
+    owner = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    two_sided = p_values(flat)
+    values = np.array([e.value for e in flat])
+    above = np.where(values[:, None] > values[None, :], two_sided / 2, 1 - two_sided / 2)
+    exceeds = np.ones((len(groups), len(groups)))  # level at which i's largest exceeds j's
+    for i in range(len(groups)):
+        for j in range(len(groups)):
+            against = above[np.ix_(owner == i, owner == j)]
+            exceeds[i, j] = min(1.0, len(groups[i]) * against.max(1).min())
+    pairs = [(i, j) for i in range(len(groups)) for j in range(i)]
+    levels = [min(1.0, 2 * min(exceeds[i, j], exceeds[j, i])) for i, j in pairs]
+    apart = np.zeros((len(groups), len(groups)), bool)
+    for (i, j), fallen in zip(pairs, holm(levels), strict=True):
+        apart[i, j] = apart[j, i] = fallen
+    return apart
+
+
+def inseparable(estimates: Sequence[Estimate], best: int) -> list[int]:
+    """Places of the estimates that cannot be told from one of them (Holm), itself among them."""
+    if len(estimates) < 2:
+        return list(range(len(estimates)))
+    others = [i for i in range(len(estimates)) if i != best]
+    levels = p_values(estimates)[best]
+    apart = dict(zip(others, holm([float(levels[i]) for i in others]), strict=True))
+    return [i for i in range(len(estimates)) if not apart.get(i, False)]

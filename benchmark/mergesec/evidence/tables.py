@@ -16,7 +16,7 @@ from mergesec.files import plain, write_atomic
 
 _SHOWN: dict[str, tuple[str, ...]] = {
     "protection": ("defense", "stand_alone_loss", "MMP-", "MMP+", f"recovery_{STANDARD}", "worst_recovery",
-                   "recovered_by", "worst_merged", "max_abs_dlogit"),
+                   "recovered_by", "worst_merged", "max_abs_dlogit", "cells_compared"),
     "protection_cells": ("defense", "attack", "method", "experts", "protected", "secrets", "UMP-", "UMP+",
                          "UMP_attacked", "MMP-", "MMP+", "MMP_attacked", "free_rider+", "recovery"),
     "protection_distances": ("defense", "attack", "to_expert/all", "to_base/all", "to_base/query",
@@ -26,14 +26,15 @@ _SHOWN: dict[str, tuple[str, ...]] = {
                   "mark/merge", "mark/clean_merge", "stand_alone_loss"),
     "backdoor": ("attack", "method", "defense", "experts", "adversaries", "target_task", "CA", "BA", "ASR_alone",
                  "succession", "succession_clean_merge", "succession_base", "backdoor", "transfer",
-                 "transfer_clean_merge", "RA", "DER"),
+                 "transfer_clean_merge", "transfer_harm", "target_recall", "RA", "DER"),
     "backdoor_pareto": ("attack", "experts", "adversaries", "target_task", "method", "defense", "BA", "succession",
                         "backdoor", "front", "front_share", "dominated_by", "cells_compared"),
     "backdoor_defenses": ("defense", "worst_backdoor", "worst_by", "worst_ASR", "mean_backdoor", "accuracy_cost",
-                          "worst_accuracy_cost", "RA", "DER", "caught", "false_alarms", "defense_rows"),
+                          "worst_accuracy_cost", "target_recall_cost", "worst_target_recall_cost", "RA", "DER",
+                          "caught", "false_alarms", "defense_rows", "cells_compared"),
     "backdoor_attacks": ("attack", "experts", "adversaries", "target_task", "CA", "BA", "ASR_alone", "succession",
                          "succession_clean_merge", "succession_base", "backdoor", "transfer", "backdoor_transfer",
-                         "best_defense", "best_ASR", "best_cost", "best_pair", "best_pair_ASR", "visibility/area",
+                         "transfer_harm", "best_defense", "best_ASR", "best_cost", "best_target_recall_cost", "best_pair", "best_pair_ASR", "visibility/area",
                          "visibility/l2", "visibility/ssim"),
 }  # fmt: skip
 
@@ -83,7 +84,8 @@ def cell_text(row: Any, column: str, measures: Sequence[str]) -> str:
         return f"{value:.0f}"
     if column in measures:
         low, high = row[f"{column}_low"], row[f"{column}_high"]
-        return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+        left, right = "[]" if row.get("seeds", 2) > 1 else "()"
+        return f"{100 * value:.1f} {left}{100 * low:.1f}, {100 * high:.1f}{right}"
     if isinstance(value, float):
         return f"{100 * value:.1f}"
     return str(value)
@@ -94,7 +96,7 @@ _MARKUP = re.compile(r"[\\|`<>*&]|\](?=[(\[])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])
 
 def escaped(text: str) -> str:
     """Text as one cell of a Markdown table: no markup, links or HTML of its own."""
-    if re.fullmatch(r"[\d.–-]+(?: \[[\d.-]+, [\d.-]+\])?", text):  # a number with its interval
+    if re.fullmatch(r"[\d.–-]+(?: [\[(][\d.-]+, [\d.-]+[\])])?", text):  # a number with its interval
         return text
     return _MARKUP.sub(lambda m: "".join(f"&#{ord(c)};" for c in m[0]), plain(text))
 
@@ -136,7 +138,8 @@ def marks(records: Sequence[Record]) -> list[str]:
 
 
 _EXPLAINED = (
-    "Percent with 95 % paired bootstrap intervals over seeds and test samples; equal tiers are not separable."
+    "Percent with 95 % intervals: [over seeds and test samples], (over test samples alone: one seed, these trainings "
+    "only). Equal tiers are not separable."
 )
 
 

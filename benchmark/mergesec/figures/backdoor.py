@@ -87,7 +87,7 @@ def _distinct(values: Sequence[Any]) -> list[Any]:
 def _scatter(fronts: Sequence[Row], rows: Sequence[Row], caption: Caption) -> Iterator[Picture]:
     """``fronts`` are the rows of the Pareto board, ``rows`` those of the detailed one (for the controls)."""
     groups: dict[tuple[str, Merge], list[Row]] = {}
-    for row in fronts:
+    for row in (r for r in fronts if r["front"]):  # others were not compared
         groups.setdefault((row["attack"], _merge(row)), []).append(row)
     groups = {k: g for k, g in groups.items() if len(g) >= LEAST}
     if not groups:
