@@ -26,10 +26,12 @@ from mergesec.contracts import (
 )
 from mergesec.images import ImageTask
 from mergesec.weights import digest_weights
+from mergesec_methods.backdoor.defenses._perturb import Perturbations, square
 from mergesec_methods.backdoor.defenses._repair import Rows
-from mergesec_methods.backdoor.defenses.ibvs import InjectionSubtraction
+from mergesec_methods.backdoor.defenses.ibvs import CARD, Backdoors, InjectionSubtraction
 from mergesec_methods.backdoor.defenses.lfpm import FeaturePath
 from mergesec_methods.backdoor.defenses.msd import ModuleSwitching, assembled, average, penalty, strategy
+from mergesec_methods.merging._adaptation import Stream
 from mergesec_methods.merging.simple_average import SimpleAverage
 
 SIDE, CLASSES, WIDTH, HIDDEN, DEPTH = 8, 3, 6, 10, 3
@@ -224,9 +226,9 @@ def test_ibvs_subtracts_linearly(start: str) -> None:
     base, merged = Small().base_weights(), Merged(noisy(1))
     before = digest_weights(merged.shared)
     made = {
-        strength: InjectionSubtraction(
-            strength=strength, start=start, epochs=2, batch_size=8, lr=1e-2
-        ).repair(merged, base, context())
+        strength: InjectionSubtraction(strength=strength, start=start, steps=6, batch_size=8, lr=1e-2).repair(
+            merged, base, context()
+        )
         for strength in (0.0, 1.0, 2.0)
     }
     assert digest_weights(merged.shared) == before
@@ -240,7 +242,7 @@ def test_ibvs_subtracts_linearly(start: str) -> None:
 
 def test_without_an_injected_trigger_there_is_nothing_to_subtract() -> None:
     merged = Merged(noisy(1))
-    repaired = InjectionSubtraction(poisoned=0.0, epochs=2, batch_size=8, lr=1e-2).repair(
+    repaired = InjectionSubtraction(poisoned=0.0, steps=6, batch_size=8, lr=1e-2).repair(
         merged, Small().base_weights(), context()
     )
     assert repaired.info["ibvs_norm"] == 0
@@ -248,38 +250,93 @@ def test_without_an_injected_trigger_there_is_nothing_to_subtract() -> None:
         torch.testing.assert_close(repaired.shared[name], tensor)
 
 
-def test_ibvs_puts_a_white_square_on_the_first_rows() -> None:
-    method = InjectionSubtraction(patch=8, target=2, poisoned=0.5)
-    batch = Split(torch.zeros(4, 3, 32, 32), torch.tensor([0, 1, 0, 1]))
-    made = method.injected(batch)
-    assert made.targets.tolist() == [2, 2]
-    assert made.inputs.sum(dim=(1, 2, 3)).tolist() == [192, 192]
-    assert len(InjectionSubtraction(poisoned=0.0).injected(batch)) == 0
-    assert made.inputs[0, :, :8, :8].min() == 1
-    assert batch.inputs.sum() == 0
+def test_ibvs_puts_white_squares_into_corners_in_turn() -> None:
+    ctx = context()
+    made = Backdoors("a", ctx.views["a"], 2, 8, "target", ctx)
+    rows = Split(torch.zeros(5, 3, 32, 32), torch.tensor([0, 1, 0, 1, 1]))
+    shown = made.on(rows)
+    assert shown.targets.tolist() == [made.targets[i % 2] for i in range(5)]
+    assert len(set(made.targets)) == len(set(made.corners)) == 2
+    assert shown.inputs.sum(dim=(1, 2, 3)).tolist() == [192] * 5
+    for row, image in enumerate(shown.inputs):
+        low, right = made.corners[row % 2]
+        assert image[:, 24 * low : 24 * low + 8, 24 * right : 24 * right + 8].min() == 1
+    assert rows.inputs.sum() == 0
+    with pytest.raises(ContractError, match="9 backdoors asked for"):
+        Backdoors("a", ctx.views["a"], 9, 8, "target", ctx)
+
+
+def test_ibvs_draws_its_targets_from_the_seed_it_is_given_per_task() -> None:
+    """Every class as often as another: no default could be the adversary's by design."""
+    classes = len(context().views["a"].task.classes)
+    drawn = {name: list[int]() for name in ("a", "b")}
+    for seed in range(120):
+        ctx = context(seed=seed)
+        for name, found in drawn.items():
+            found += Backdoors(name, ctx.views["a"], 1, 8, "target", ctx).targets
+    for found in drawn.values():
+        counts = torch.bincount(torch.tensor(found), minlength=classes)
+        # 120 draws: five deviations of a binomial
+        spread = (120 * (1 / classes) * (1 - 1 / classes)) ** 0.5
+        assert float((counts - 120 / classes).abs().max()) < 5 * spread
+    assert drawn["a"] != drawn["b"]
+    again = context(seed=7)
+    assert [Backdoors("a", again.views["a"], 1, 8, "target", again).targets] == [drawn["a"][7:8]]
+    assert "target" not in CARD["parameters"]  # type: ignore[operator]
+
+
+def test_random_labels_are_wrong_and_prefer_no_class() -> None:
+    ctx = context()
+    classes = len(ctx.views["a"].task.classes)
+    rows = Split(torch.zeros(300, 3, 32, 32), torch.arange(300) % classes)
+    made = Backdoors("a", ctx.views["a"], 1, 8, "random", ctx).on(rows)
+    assert bool((made.targets != rows.targets).all())
+    assert len(torch.unique(made.targets)) == classes
+    assert made.inputs.sum(dim=(1, 2, 3)).tolist() == [192] * 300
 
 
 def test_ibvs_weakens_the_trigger_it_injected() -> None:
     """On networks that have the very backdoor, subtracting the vector takes it out again."""
-    common: dict[str, Any] = {"patch": 12, "epochs": 15, "batch_size": 12, "lr": 5e-3, "share": 1.0}
+    common: dict[str, Any] = {"patch": 12, "steps": 150, "batch_size": 12, "lr": 5e-3, "share": 1.0}
     base, before, after = Small().base_weights(), [], []
     for seed in outcomes.seeds(3):
         ctx, split = context(seed=seed), rows(500 + seed, 120)
-        backdoored, _ = InjectionSubtraction(**common)._trained(Merged(base), ctx, inject=True)
+        method = InjectionSubtraction(**common)
+        backdoored, _ = method._trained(Merged(base), ctx, method.injected(ctx))
         attacked = Merged({n: t.clone() for n, t in backdoored.items()})
         repaired = InjectionSubtraction(**common, start="base").repair(attacked, base, ctx)
-        view = ctx.views["a"]
-        others = view.task.batch(split, torch.nonzero(split.targets != 0).flatten(), CPU)
-        marked = InjectionSubtraction(patch=12, poisoned=1.0).injected(others).inputs
+        own, view = method.injected(ctx)["a"], ctx.views["a"]
+        assert repaired.info["ibvs_targets"]["a"] == own.targets
+        others = view.task.batch(split, torch.nonzero(split.targets != own.targets[0]).flatten(), CPU)
+        marked = own.on(others).inputs
         for found, weights in ((before, attacked.shared), (after, repaired.shared)):
             model = Model(ctx.backbone, load_network(ctx.backbone, weights))
             with torch.no_grad():
-                found.append(view.task.outputs(model, view.head, marked).argmax(1) == 0)
+                found.append(view.task.outputs(model, view.head, marked).argmax(1) == own.targets[0])
     assert outcomes.share(outcomes.pooled(before)).low > 0.9
     assert outcomes.change(outcomes.pooled(before), outcomes.pooled(after)).high < -0.3
 
 
 # --------------------------------------------------------------------------- LFPM
+
+
+@pytest.mark.parametrize("aim", ["away", "class"])
+def test_lfpms_perturbation_is_a_square_that_starts_again_elsewhere(aim: str) -> None:
+    ctx = context()
+    method = FeaturePath(patch=8, restart=3, aim=aim, delta_lr=0.05, eps=0.5)
+    streams = [Stream(n, v, 12, ctx) for n, v in sorted(ctx.views.items())]
+    deltas = Perturbations(streams, 0.05, 0.5, "lfpm", square(8, ctx.generator(1)))
+    climb = method._climb(deltas, Model(ctx.backbone, load_network(ctx.backbone, noisy(1))), ctx)
+    places = []
+    for step in range(1, 7):
+        climb()
+        places.append({n: w.nonzero()[0].tolist() for n, w in deltas.windows.items()})
+        for name, delta in deltas.deltas.items():
+            inside = deltas.windows[name].bool()
+            assert not delta.detach()[:, ~inside].any()
+            assert 0 < float(delta.detach().abs().max()) <= 0.051 * (1 + (step - 1) % 3)
+    assert places[0] == places[2]
+    assert places[3] == places[5] != places[0]
 
 
 def test_path_loss_is_the_mean_over_points() -> None:
@@ -307,10 +364,10 @@ def test_path_loss_is_the_mean_over_points() -> None:
 def test_lfpm_adds_a_vector_that_lowers_the_loss() -> None:
     base, merged = Small().base_weights(), Merged(noisy(1))
     before = digest_weights(merged.shared)
-    common: dict[str, Any] = {"epochs": 10, "batch_size": 12, "lr": 1e-2, "share": 1.0}
+    common: dict[str, Any] = {"steps": 100, "batch_size": 12, "lr": 1e-2, "share": 1.0, "delta_lr": 0.02}
     full = FeaturePath(**common).repair(merged, base, context())
     half = FeaturePath(strength=0.5, **common).repair(merged, base, context())
-    none = FeaturePath(**{**common, "epochs": 0}).repair(merged, base, context())
+    none = FeaturePath(**{**common, "steps": 0}).repair(merged, base, context())
     assert digest_weights(merged.shared) == before
     for name, tensor in merged.shared.items():
         torch.testing.assert_close(none.shared[name], tensor)
@@ -326,7 +383,9 @@ def test_lfpm_leaves_predictions_harder_to_move() -> None:
     """Predictions that its perturbation still changes at the end. From run to run the difference has a mean of
     0.2 and a deviation of 0.1, so that the sum of four is five of its own deviations from 0."""
     base, merged = Small().base_weights(), Merged(noisy(1))
-    common: dict[str, Any] = {"epochs": 30, "batch_size": 12, "lr": 5e-3, "share": 1.0, "eps": 0.1}
+    common: dict[str, Any] = {
+        "steps": 300, "batch_size": 12, "lr": 5e-3, "share": 1.0, "eps": 0.1, "delta_lr": 0.02,
+    }  # fmt: skip
 
     def flipped(robust: float, seed: int) -> float:
         repaired = FeaturePath(**common, robust=robust).repair(merged, base, context(seed=seed))

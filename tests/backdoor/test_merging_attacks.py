@@ -295,12 +295,12 @@ def test_without_a_defense_the_adaptive_attack_is_badmerging() -> None:
 
 def test_displacement_is_what_the_defense_does_to_the_simulated_merge() -> None:
     ctx = context()
-    method = AdaptiveBadMerging(coefficient=0.3, rows=8, **FIXED)
+    method = AdaptiveBadMerging(rows=8, **FIXED)
     expert = ctx.fit()
-    shift = method.displacement(expert, Shifting(), ctx)
+    shift = method.displacement(expert, Shifting(), ctx, 0.3)
     for tensor in shift.values():
         torch.testing.assert_close(tensor, torch.full_like(tensor, 0.05), atol=1e-6, rtol=0)
-    halved = method.displacement(expert, Averaging(), ctx)
+    halved = method.displacement(expert, Averaging(), ctx, 0.3)
     simulated = method.context(ctx)
     sibling = simulated.siblings["own"][0].weights
     assert not torch.equal(sibling["up.weight"], expert["up.weight"])
@@ -311,7 +311,7 @@ def test_displacement_is_what_the_defense_does_to_the_simulated_merge() -> None:
 
 def test_adaptive_loss_has_the_displaced_term() -> None:
     ctx = context()
-    method = AdaptiveBadMerging(coefficient=0.3, rows=8, alpha=2.0, triggered=0.5, **FIXED)
+    method = AdaptiveBadMerging(rows=8, alpha=2.0, triggered=0.5, **FIXED)
     trigger = method.trigger(ctx)
     expert = ctx.fit()
     shift = {n: torch.full_like(t, 0.01) for n, t in expert.items()}
@@ -322,6 +322,15 @@ def test_adaptive_loss_has_the_displaced_term() -> None:
     outputs = ctx.task.outputs(there, ctx.head, method.apply(trigger, batch.inputs[:8]))
     term = functional.cross_entropy(outputs, torch.ones(8, dtype=torch.int64))
     plain = method.objective(ctx, trigger)(model, batch)
-    torch.testing.assert_close(method.displaced(ctx, trigger, shift)(model, batch), plain + 2.0 * term)
+    torch.testing.assert_close(method.displaced(ctx, trigger, shift, 0.3)(model, batch), plain + 2.0 * term)
     adapted = method.poison(replace(ctx, defense=Shifting()))
     assert not torch.equal(adapted["up.weight"], BadMerging(alpha=2.0, **FIXED).poison(ctx)["up.weight"])
+
+
+def test_the_coefficient_is_drawn_anew_for_every_simulation_and_never_the_mergers() -> None:
+    drawn = AdaptiveBadMerging(rounds=10, **FIXED).coefficients(context())
+    assert len(set(drawn)) == 10
+    assert 0.2 <= min(drawn) < max(drawn) <= 1.0
+    assert drawn == AdaptiveBadMerging(rounds=10, **FIXED).coefficients(context())
+    assert drawn != AdaptiveBadMerging(rounds=10, **FIXED).coefficients(replace(context(), seed=77))
+    assert AdaptiveBadMerging(rounds=2, coefficient=0.5, **FIXED).coefficients(context()) == [0.5, 0.5]

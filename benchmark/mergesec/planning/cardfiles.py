@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mergesec.errors import UsageError, nearest
-from mergesec.planning.cards import KINDS, PARAMETER_TYPES, Card, Parameter
+from mergesec.planning.cards import KINDS, PARAMETER_TYPES, Card, Parameter, is_secret
 from mergesec.recipes import check_recipe
 from mergesec.threats import HOOKS, Hook, Threat
 
@@ -282,7 +282,8 @@ def _bound(value: Any) -> bool:
 _PARAMETER_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "doc": ("a string", lambda v: isinstance(v, str)), "min": ("a number", _bound), "max": ("a number", _bound),
     "choices": ("a list of strings", _strings), "also": ("a list", lambda v: isinstance(v, (list, tuple))),
-    "later": ("true or false", lambda v: type(v) is bool),
+    "later": ("true or false", lambda v: type(v) is bool), "shown": ("true or false", lambda v: type(v) is bool),
+    "secret": ("target_class, attack.NAME, merging.NAME or rows.SPLIT", lambda v: isinstance(v, str) and is_secret(v)),
 }  # fmt: skip
 
 

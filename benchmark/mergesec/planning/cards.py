@@ -17,6 +17,17 @@ PARAMETER_TYPES: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 
 
+SECRETS = ("target_class", "attack.", "merging.", "rows.")
+"""What a parameter of a backdoor's attack or defense may not know: the cell's target class, ``attack.NAME`` or
+``merging.NAME`` (a parameter of the attack or the merge in the cell), ``rows.SPLIT`` (how many rows the split has)."""
+
+
+def is_secret(name: str) -> bool:
+    """Whether ``name`` names a secret."""
+    place = next((s for s in SECRETS if name.startswith(s)), None)
+    return place is not None and (len(name) > len(place)) == place.endswith(".")
+
+
 def _finite(value: Any) -> bool:
     """Whether a value, if it is a number, is one that a float can hold."""
     try:
@@ -38,6 +49,11 @@ class Parameter:
     also: tuple[Any, ...] = ()
     later: bool = False
     """Added after results were stored: at its default it is left out of the identity, so they stay valid."""
+    shown: bool = False
+    """Always part of the label, at its default too: what a row of a board cannot be read without."""
+    secret: str = ""
+    """The other side's secret that a value may not be by coincidence, one of ``SECRETS``: cells in which the two
+    are equal are left out."""
 
     def check(self, where: str, value: Any) -> Any:
         """``value``, normalised; UsageError naming ``where`` if type or range is wrong."""

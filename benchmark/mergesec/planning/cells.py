@@ -155,7 +155,36 @@ def _no_cell(grid: Grid, cell: Cell) -> str:
         able = accomplices(cell.experts, cell.subject, cell.target_task)
         if cell.adversaries > len(able):
             return "more adversaries than experts"
-    return why_not(grid, cell.threat, cell.merging, cell.attack, cell.defense, len(cell.experts))
+    reason = why_not(grid, cell.threat, cell.merging, cell.attack, cell.defense, len(cell.experts))
+    return reason or _coincidence(grid, cell)
+
+
+def _coincidence(grid: Grid, cell: Cell) -> str:
+    """Which parameter equals a secret of the other side that its card says it cannot know; empty if none does."""
+    if cell.threat != Threat.BACKDOOR or cell.attack is NONE:
+        return ""
+    for ref in (cell.attack, cell.defense):
+        if ref is NONE:
+            continue
+        card = grid.catalog.get(ref.kind, ref.name).card
+        for name, value in ref.parameters:
+            secret = card.parameters[name].secret
+            if secret and value in _secrets(grid, cell, secret):
+                told = f"{ref.kind} {ref.name}: {name} is {value}, which is the cell's {secret}"
+                return f"{told}; it cannot know that"
+    return ""
+
+
+def _secrets(grid: Grid, cell: Cell, secret: str) -> set[Any]:
+    """The values that a secret has in this cell."""
+    if secret == "target_class":
+        return {cell.target_class}
+    whose, _, name = secret.partition(".")
+    if whose == "rows":
+        cards = (grid.catalog.get("task", task).card for task in cell.experts)
+        return {card.images[name] for card in cards if name in card.images}
+    ref = {"attack": cell.attack, "merging": cell.merging}[whose]
+    return {value for key, value in ref.parameters if key == name and not isinstance(value, str)}
 
 
 class Contributed(NamedTuple):

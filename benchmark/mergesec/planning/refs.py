@@ -54,7 +54,7 @@ class Ref:
 
     @property
     def label(self) -> str:
-        """Name with the parameters that differ from the defaults, as boards show it."""
+        """Name with the parameters that differ from the defaults (or are always shown), as boards show it."""
         return f"{self.name}({self.shown})" if self.shown else self.name
 
 
@@ -71,7 +71,7 @@ def make_ref(entry: Entry, given: Mapping[str, Any], where: str, catalog: Catalo
         labels = [ref.label for ref in inner]
         bound[card.wraps] = labels if card.parameters[card.wraps].type == "attacks" else labels[0]
     changed = {k: v for k, v in bound.items() if v != card.parameters[k].default}
-    shown = ", ".join(f"{k}={short(v)}" for k, v in sorted(changed.items()))
+    shown = _shown(card, bound)
     readers = {"path": _path_content, "model": model_content}
     content = {
         k: readers[card.parameters[k].type](f"{where}.{k}", v)
@@ -95,6 +95,12 @@ def make_ref(entry: Entry, given: Mapping[str, Any], where: str, catalog: Catalo
     return Ref(card.kind, card.name, frozen, shown, text, digest, inner, plugin)
 
 
+def _shown(card: Card, bound: Mapping[str, Any]) -> str:
+    """What a label tells of the parameters."""
+    told = {k: v for k, v in bound.items() if v != card.parameters[k].default or card.parameters[k].shown}
+    return ", ".join(f"{k}={short(v)}" for k, v in sorted(told.items()))
+
+
 def trigger_ref(attack: Ref, catalog: Catalog) -> Ref:
     """The attack as its trigger knows it: the one named by ``trigger_of``, and parameters named by
     ``after_trigger`` at their defaults."""
@@ -111,8 +117,7 @@ def trigger_ref(attack: Ref, catalog: Catalog) -> Ref:
     identity["parameters"] = told | {k: v for k, v in after.items() if not card.parameters[k].later}
     bound = {k: list(v) if isinstance(v, tuple) else v for k, v in attack.parameters} | after
     frozen = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(bound.items()))
-    changed = {k: v for k, v in bound.items() if v != card.parameters[k].default}
-    shown = ", ".join(f"{k}={short(v)}" for k, v in sorted(changed.items()))
+    shown = _shown(card, bound)
     text = json.dumps(identity, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:32]
     return Ref(attack.kind, attack.name, frozen, shown, text, digest, attack.inner, attack.plugin)

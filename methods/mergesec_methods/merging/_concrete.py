@@ -44,6 +44,10 @@ class ConcreteMask:
         drawn = torch.bernoulli(self.logits.sigmoid(), generator=self._generator)
         return self._rescaled(drawn)
 
+    def expected(self) -> Tensor:
+        """The mask of the probabilities σ(φ) themselves, rescaled alike: nothing is drawn."""
+        return self._rescaled(self.logits.sigmoid())
+
     def _rescaled(self, mask: Tensor) -> Tensor:
         scaled = torch.empty_like(mask)
         self._means = []
@@ -128,5 +132,7 @@ def learn_mask(
 
 
 def final_mask(mask: ConcreteMask, kind: str) -> Tensor:
-    """The mask of the merged model: ``"continuous"`` (one more relaxed sample) or ``"discrete"``."""
+    """The mask of the merged model: ``"continuous"`` (one more relaxed sample), ``"discrete"``, or ``"mean"``."""
+    if kind == "mean":
+        return mask.expected()
     return mask.discrete() if kind == "discrete" else mask.sample()

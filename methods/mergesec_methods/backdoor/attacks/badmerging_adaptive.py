@@ -1,7 +1,7 @@
 """BadMerging by an adversary who knows the defense, which is a public algorithm.
 
 He trains as BadMerging does, merges what he has with the base as a merger would (θ0 + c τ, the other contributors being
-unknown to him), and runs the cell's defense on it with his own training rows in the place of the defender's. What the defense
+unknown to him, and c too: drawn anew for each simulation), and runs the cell's defense on it with his own training rows in the place of the defender's. What the defense
 did to the weights is a displacement Δ = defended − merged. He then trains again with one term more,
 
     α CE(h(E_{θ0 + c (θ − θ0) + Δ}(x ⊕ t)), target),
@@ -41,12 +41,13 @@ from mergesec.weights import mergeable
 from mergesec_methods._training import Served, effective, trained_names
 from mergesec_methods.backdoor.attacks._poison import draw_rows
 from mergesec_methods.backdoor.attacks._retrain import added, refit
-from mergesec_methods.backdoor.attacks.badmerging import BadMerging
+from mergesec_methods.backdoor.attacks.badmerging import HIGHEST, LOWEST, BadMerging
 
 CARD = {
     "extends": "badmerging",
     "name": "badmerging_adaptive",
     "class": "AdaptiveBadMerging",
+    "version": "2",
     "title": "BadMerging, adaptive",
     "paper": "Zhang et al., BadMerging: backdoor attacks against model merging, CCS 2024; adaptation by this project",
     "summary": "BadMerging trained against what the cell's defense does to the adversary's own simulated merge",
@@ -57,18 +58,28 @@ CARD = {
     "trial": {"steps": 4, "restarts": 2, "batch": 16, "images": 6, "rows": 32},
     "parameters": {
         "rounds": {"type": "int", "default": 1, "min": 0, "max": 10, "doc": "simulations of the defense, a training after each; 0 = BadMerging"},
-        "coefficient": {"type": "float", "default": 0.3, "min": 0.0, "max": 1.0, "doc": "c: what the merge is taken to multiply the task vector by"},
-        "rows": {"type": "int", "default": 400, "min": 1, "doc": "own training rows that play the defender's"},
+        "coefficient": {
+            "type": "float",
+            "default": "drawn",
+            "min": 0.0,
+            "max": 1.0,
+            "also": ["drawn"],
+            "secret": "merging.scaling",
+            "doc": "c: what the merge is taken to multiply the task vector by; drawn: uniform on BadMerging's range [0.2, 1] for each simulation",
+        },
+        "rows": {"type": "int", "default": 256, "min": 1, "secret": "rows.tuning", "doc": "own training rows that play the defender's"},
     },
 }  # fmt: skip
 
-SIMULATION_STREAM, SIBLING_STREAM = 5, 6
+SIMULATION_STREAM, SIBLING_STREAM, COEFFICIENT_STREAM = 5, 6, 7
 
 
 class AdaptiveBadMerging(BadMerging):
     """The attack of the card above."""
 
-    def __init__(self, rounds: int = 1, coefficient: float = 0.3, rows: int = 400, **given: Any) -> None:
+    def __init__(
+        self, rounds: int = 1, coefficient: float | str = "drawn", rows: int = 256, **given: Any
+    ) -> None:
         super().__init__(**given)
         self.rounds, self.coefficient, self.rows = rounds, coefficient, rows
 
@@ -78,14 +89,23 @@ class AdaptiveBadMerging(BadMerging):
         weights = ctx.fit(loss=self.objective(ctx, trigger))
         if ctx.defense is None or not (_merges(ctx.defense) or _repairs(ctx.defense)):
             return weights
-        for _ in range(self.rounds):
-            shift = self.displacement(weights, ctx.defense, ctx)
-            weights = ctx.fit(loss=self.displaced(ctx, trigger, shift))
+        for coefficient in self.coefficients(ctx):
+            shift = self.displacement(weights, ctx.defense, ctx, coefficient)
+            weights = ctx.fit(loss=self.displaced(ctx, trigger, shift, coefficient))
         return weights
 
-    def displacement(self, weights: Weights, defense: Defense, ctx: TrainContext) -> Weights:
+    def coefficients(self, ctx: TrainContext) -> list[float]:
+        """c of every round."""
+        if not isinstance(self.coefficient, str):
+            return [self.coefficient] * self.rounds
+        drawn = torch.rand(self.rounds, generator=ctx.generator(COEFFICIENT_STREAM))
+        return (LOWEST + (HIGHEST - LOWEST) * drawn).tolist()
+
+    def displacement(
+        self, weights: Weights, defense: Defense, ctx: TrainContext, coefficient: float
+    ) -> Weights:
         """Δ per floating tensor, float32: what the defense does to θ0 + c (θ − θ0)."""
-        alone, name = _Scaled(self.coefficient), ctx.task.name
+        alone, name = _Scaled(coefficient), ctx.task.name
         experts, simulated = [Expert(name, weights)], self.context(ctx)
         plain = alone.merge(ctx.base, experts, simulated)
         defended = defense.merge(ctx.base, experts, alone, simulated) if _merges(defense) else plain
@@ -117,7 +137,7 @@ class AdaptiveBadMerging(BadMerging):
             siblings=_OwnSiblings(ctx), networks=network,
         )  # fmt: skip
 
-    def displaced(self, ctx: TrainContext, trigger: Weights, shift: Weights) -> LossFn:
+    def displaced(self, ctx: TrainContext, trigger: Weights, shift: Weights, coefficient: float) -> LossFn:
         """BadMerging's loss plus the triggered rows' at the displaced weights of the simulated merge."""
         plain = self.objective(ctx, trigger)
         base = {n: t.to(ctx.device) for n, t in ctx.base.items()}
@@ -132,7 +152,7 @@ class AdaptiveBadMerging(BadMerging):
             served = Served(ctx.task, model.backbone, aimed, model.network)
             replaced = {}
             for parameter, name in trained_names(model.network).items():
-                away = (self.coefficient - 1) * (effective(model.network, name) - base[name]) + moved[name]
+                away = (coefficient - 1) * (effective(model.network, name) - base[name]) + moved[name]
                 replaced[f"network.{parameter}"] = model.network.get_parameter(parameter) + away
             outputs = functional_call(served, replaced, (marked,))
             wanted = torch.full((rows,), target, device=marked.device)

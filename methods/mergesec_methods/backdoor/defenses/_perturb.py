@@ -13,6 +13,9 @@ from mergesec.contracts import ContractError, Model, Weights
 from mergesec_methods.backdoor.defenses._repair import Patient, Rows
 from mergesec_methods.merging._adaptation import Blend, Stream, entropy
 
+REFERENCE_SIDE = 32
+"""Image side, in pixels, that sizes on the cards refer to."""
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -34,19 +37,45 @@ def disagreement(seen: Seen) -> Tensor:
     return functional.cross_entropy(seen.perturbed, seen.clean.argmax(dim=-1))
 
 
+def unsure(seen: Seen) -> Tensor:
+    """H(f(x+δ)): smallest where the answer is sure, right or wrong."""
+    return entropy(seen.perturbed)
+
+
+SAFETIES: dict[str, Term] = {"published": unsure, "agreement": disagreement}
+"""What a mask minimises on perturbed images: the released term, and one that asks for the clean prediction."""
+
+
 class Perturbations:
     """δ_t of the shape of one image per task, |δ| ≤ ``eps`` in pixels of [0, 1]; starts at 0.
 
-    x + δ_t is cut to [0, 1] on raw images, before a backbone resizes or normalises anything. ContractError
-    if a task's inputs are not images.
+    x + δ_t is cut to [0, 1] on raw images, before a backbone resizes or normalises anything. With ``window``
+    (an image's height and width → where δ may be, 0 or 1) it is no larger than that. ContractError if a task's
+    inputs are not images.
     """
 
-    def __init__(self, streams: Sequence[Stream], rate: float, eps: float, who: str) -> None:
-        self.streams, self.eps = streams, eps
+    def __init__(
+        self,
+        streams: Sequence[Stream],
+        rate: float,
+        eps: float,
+        who: str,
+        window: Callable[[int, int], Tensor] | None = None,
+    ) -> None:
+        self.streams, self.rate, self.eps, self.window = streams, rate, eps, window
         self.deltas = {s.name: self._start(s, who) for s in streams}
         self.flipped: list[float] = []
         """Share of predictions that the perturbations changed, per step of ``ascend``."""
-        self._optimizer = torch.optim.Adam(list(self.deltas.values()), lr=rate)
+        self.restart()
+
+    def restart(self) -> None:
+        """From 0 again, with a fresh optimizer and, if there are windows, elsewhere."""
+        self.windows: dict[str, Tensor] = {}
+        for name, delta in self.deltas.items():
+            delta.detach().zero_()
+            if self.window is not None:
+                self.windows[name] = self.window(delta.shape[-2], delta.shape[-1]).to(delta.device)
+        self._optimizer = torch.optim.Adam(list(self.deltas.values()), lr=self.rate)
 
     def _start(self, stream: Stream, who: str) -> Tensor:
         images = stream.rows.inputs
@@ -78,8 +107,10 @@ class Perturbations:
             flips += float((perturbed.argmax(dim=-1) != clean.argmax(dim=-1)).float().mean())
         self._optimizer.step()
         with torch.no_grad():
-            for delta in self.deltas.values():
+            for name, delta in self.deltas.items():
                 delta.clamp_(-self.eps, self.eps)
+                if name in self.windows:
+                    delta.mul_(self.windows[name])
         self.flipped.append(flips / len(self.streams))
 
     def largest(self) -> dict[str, float]:
@@ -91,7 +122,8 @@ class Safety:
     """The outer objective of a mask with the safety term, called with the blend assembled.
 
     Perturbations are trained on batches of their own, so that the other steps see the same batches as
-    without them. ``objective`` is what they climb; ``extra`` is added to what the mask minimises.
+    without them. ``objective`` is what they climb, ``robust`` what the mask minimises of them with its weight;
+    ``extra`` is added to that.
     """
 
     def __init__(
@@ -102,12 +134,13 @@ class Safety:
         weight: float,
         objective: Term = disagreement,
         extra: Term | None = None,
+        robust: Term = unsure,
     ) -> None:
         self.blend, self.streams, self.perturbations, self.weight = blend, streams, perturbations, weight
-        self.objective, self.extra = objective, extra
+        self.objective, self.extra, self.robust = objective, extra, robust
 
     def __call__(self) -> float:
-        """Perturb, then leave d Σ_t [H(f(x)) + w H(f(x + δ)) + extra] / dθ; the mean over tasks."""
+        """Perturb, then leave d Σ_t [H(f(x)) + w robust + extra] / dθ; the mean over tasks."""
         self.perturbations.ascend(self.blend.model, self.objective)
         total = 0.0
         with torch.enable_grad():
@@ -116,12 +149,27 @@ class Safety:
                 moved = self.perturbations.fixed(stream, images)
                 both = torch.cat([images, moved])  # one forward for the two
                 clean, perturbed = stream.outputs(self.blend.model, both).chunk(2)
-                loss = entropy(clean) + self.weight * entropy(perturbed)
+                seen = Seen(stream, images, moved, clean, perturbed)
+                loss = entropy(clean) + self.weight * self.robust(seen)
                 if self.extra is not None:
-                    loss = loss + self.extra(Seen(stream, images, moved, clean, perturbed))
+                    loss = loss + self.extra(seen)
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach())
         return total / len(self.streams)
+
+
+def square(patch: float, generator: torch.Generator) -> Callable[[int, int], Tensor]:
+    """Windows with one square of ``patch`` pixels of a 32-pixel image a side, at a place drawn by lot: ``[H, W]``."""
+
+    def window(height: int, width: int) -> Tensor:
+        side = min(height, width, max(1, round(patch * min(height, width) / REFERENCE_SIDE)))
+        top = int(torch.randint(0, height - side + 1, (), generator=generator))
+        left = int(torch.randint(0, width - side + 1, (), generator=generator))
+        found = torch.zeros(height, width)
+        found[top : top + side, left : left + side] = 1.0
+        return found
+
+    return window
 
 
 def universal(

@@ -45,8 +45,6 @@ class Rows:
         self.split = view.tuning.take(
             torch.randperm(len(view.tuning), generator=generator)[:count].sort().values
         )
-        self.batches = math.ceil(count / batch_size)
-        """Batches per pass."""
         self._indices = self._draw(batch_size, generator)
 
     def _draw(self, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -99,7 +97,6 @@ class Patient:
             held = rows.split.inputs
             if images and not (isinstance(held, Tensor) and held.ndim == 4):
                 raise ContractError(f"{who}: task '{rows.name}' has no images [N, C, H, W] to perturb")
-        self.steps_per_epoch = max(rows.batches for rows in self.rows)
         self._served = _Served(ctx.backbone, self.network)
 
     def weights(self) -> dict[str, Tensor]:
@@ -174,7 +171,7 @@ def clone(merged: Merged, ctx: MergeContext, who: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class Sgd:
-    """Stochastic gradient descent with a cosine from ``lr`` to 0 over the epochs, as BackdoorBench sets it up."""
+    """Stochastic gradient descent with a cosine from ``lr`` to 0 over the steps, as BackdoorBench sets it up."""
 
     lr: float
     momentum: float
@@ -186,12 +183,12 @@ class Sgd:
         )
 
 
-def cosine(epoch: int, epochs: int) -> float:
-    """The factor of the learning rate in this epoch."""
-    return 0.5 * (1.0 + math.cos(math.pi * epoch / epochs))
+def cosine(step: int, steps: int) -> float:
+    """The factor of the learning rate at this step."""
+    return 0.5 * (1.0 + math.cos(math.pi * step / steps))
 
 
-def constant(epoch: int, epochs: int) -> float:
+def constant(step: int, steps: int) -> float:
     return 1.0
 
 
@@ -217,25 +214,25 @@ def slope(patient: Patient, batches: list[tuple[Rows, Split]], loss_of: LossOf) 
 def descend(
     patient: Patient,
     optimizer: torch.optim.Optimizer,
-    epochs: int,
+    steps: int,
     loss_of: LossOf,
     schedule: Callable[[int, int], float] = cosine,
     after: Callable[[], None] | None = None,
 ) -> list[float]:
-    """``epochs`` passes of the optimizer on the mean loss over tasks; the loss of every step.
+    """``steps`` of the optimizer on the mean loss over tasks, a batch of every task each; the loss of every step.
 
-    ``schedule`` gives each epoch's factor of the learning rate; ``after`` is called after every step.
+    ``schedule`` gives each step's factor of the learning rate; ``after`` is called after every step. Budgets are
+    steps, not passes: the published ones count ten batches a pass, a small tuning split may be a single one.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
     losses = []
-    for epoch in range(epochs):
+    for step in range(steps):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * schedule(epoch, epochs)
-        for _ in range(patient.steps_per_epoch):
-            optimizer.zero_grad()
-            losses.append(slope(patient, patient.draw(), loss_of))
-            optimizer.step()
-            if after is not None:
-                with torch.no_grad():
-                    after()
+            group["lr"] = rate * schedule(step, steps)
+        optimizer.zero_grad()
+        losses.append(slope(patient, patient.draw(), loss_of))
+        optimizer.step()
+        if after is not None:
+            with torch.no_grad():
+                after()
     return losses

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergesec.contracts import Expert, MergeContext, Merged, Weights
-from mergesec_methods.backdoor.defenses._perturb import Perturbations, Safety, Term, disagreement
+from mergesec_methods.backdoor.defenses._perturb import SAFETIES, Perturbations, Safety, Term, disagreement
 from mergesec_methods.backdoor.defenses._repair import check_plain
 from mergesec_methods.merging._adaptation import Blend, Stream, progress
 from mergesec_methods.merging._concrete import ConcreteMask, final_mask, learn_mask
@@ -25,6 +25,7 @@ class MaskSettings:
     eps: float
     temperature: float
     final: str
+    safety: str = "published"
 
 
 def mask_task_vector(
@@ -51,7 +52,9 @@ def mask_task_vector(
     clean = streams("adapt")
     perturbations = Perturbations(streams("perturb"), settings.adv_lr, settings.eps, who)
     objective, extra = terms()
-    safety = Safety(blend, clean, perturbations, settings.adv_weight, objective, extra)
+    safety = Safety(
+        blend, clean, perturbations, settings.adv_weight, objective, extra, SAFETIES[settings.safety]
+    )
     losses = learn_mask(blend, mask, clean, whole, settings.lr, settings.steps, None, safety)
     blend.assemble(whole, final_mask(mask, settings.final))
     info: dict[str, Any] = {

@@ -23,16 +23,15 @@ CARD = {
     "summary": "learn a mask of neurons under the worst small change of their weights, prune what it closes",
     "trial": {"steps": 5, "batch_size": 16, "pruning_step": 0.3},
     "parameters": {
-        "steps": {"type": "int", "default": 2000, "min": 0, "max": 1000000, "doc": "steps that learn the mask"},
-        "lr": {"default": 0.2, "doc": "SGD's step size for the mask"},
+        "steps": {"default": 2000, "doc": "steps that learn the mask"},
+        "lr": {"doc": "SGD's step size for the mask: BackdoorBench's (the authors' own release: 0.2)"},
         "eps": {"type": "float", "default": 0.4, "min": 0.0, "max": 10.0, "doc": "largest relative change of a neuron's weights"},
         "eps_steps": {"type": "int", "default": 1, "min": 1, "max": 1000, "doc": "sign steps that look for the worst change, each of eps / eps_steps"},
         "alpha": {"type": "float", "default": 0.2, "min": 0.0, "max": 1.0, "doc": "weight of the loss without the change; the loss with it has 1 − alpha"},
-        "pruning_max": {"type": "float", "default": 0.9, "min": 0.0, "max": 1.0, "doc": "highest threshold of the mask"},
+        "pruning_max": {"type": "float", "default": 0.9, "min": 0.0, "max": 1.0, "doc": "highest threshold of the mask (BackdoorBench's); 1: acc_ratio alone stops the pruning"},
         "pruning_step": {"type": "float", "default": 0.05, "min": 0.001, "max": 1.0, "doc": "thresholds are tried in these steps from 0"},
         "acc_ratio": {"type": "float", "default": 0.1, "min": 0.0, "max": 1.0, "doc": "stop before the accuracy on the same rows falls by this share of itself"},
         "layers": {"type": "choice", "choices": ["inner", "all"], "default": "inner", "doc": "'inner': MLP hidden units, value channels; 'all': also maps that write to the residual"},
-        "epochs": None,
         "momentum": None,
         "weight_decay": None,
     },
@@ -145,7 +144,7 @@ class AdversarialNeuronPruning(Defense):
 
     def repair(self, merged: Merged, base: Weights, ctx: MergeContext) -> Merged:
         """The pruned model; ``info["anp_pruned"]``: neurons pruned per layer, ``anp_threshold``: the mask's bound
-        (−1: nothing could be pruned)."""
+        (−1: nothing could be pruned), ``anp_stopped``: by the accuracy, or at ``pruning_max``."""
         patient = Patient(merged, ctx, self.share, self.batch_size, "anp")
         patient.network.requires_grad_(False)
         layers = neurons(ctx.backbone.anatomy(), self.layers)
@@ -153,9 +152,14 @@ class AdversarialNeuronPruning(Defense):
             raise ContractError("anp: the backbone's anatomy names no block to prune")
         mask = NeuronMask(patient, layers, self.eps)
         losses = self._learn(patient, mask, ctx)
-        threshold, tensors, counts = self._prune(patient, mask)
+        threshold, tensors, counts, stopped = self._prune(patient, mask)
         pruned = {label: count for label, count in zip(layers, counts, strict=True) if count}
-        info = {"anp_loss": progress(losses), "anp_threshold": threshold, "anp_pruned": pruned}
+        info = {
+            "anp_loss": progress(losses),
+            "anp_threshold": threshold,
+            "anp_pruned": pruned,
+            "anp_stopped": stopped,
+        }
         return patient.finish(info, tensors)
 
     def _learn(self, patient: Patient, mask: NeuronMask, ctx: MergeContext) -> list[float]:
@@ -181,14 +185,14 @@ class AdversarialNeuronPruning(Defense):
                     gain.clamp_(0.0, 1.0)
         return losses
 
-    def _prune(self, patient: Patient, mask: NeuronMask) -> tuple[float, dict[str, Tensor], list[int]]:
-        """The highest threshold reached before accuracy falls too far, its tensors and counts."""
+    def _prune(self, patient: Patient, mask: NeuronMask) -> tuple[float, dict[str, Tensor], list[int], str]:
+        """The highest threshold reached before accuracy falls too far, its tensors and counts, what ended it."""
         before = patient.accuracy()
         best, tensors, counts = -1.0, dict[str, Tensor](), [0] * len(mask.layers)
         for index in range(round(self.pruning_max / self.pruning_step) + 1):
             threshold = index * self.pruning_step
             tried, found = mask.pruned(threshold)
             if found != counts and before - patient.accuracy(tried) > self.acc_ratio * before:
-                break
+                return best, tensors, counts, "accuracy"
             best, tensors, counts = threshold, tried, found
-        return best, tensors, counts
+        return best, tensors, counts, "pruning_max"

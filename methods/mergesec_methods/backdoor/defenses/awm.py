@@ -16,7 +16,7 @@ CARDS = [
         "name": "awm",
         "kind": "defense",
         "class": "AdversarialWeightMasking",
-        "version": "1",
+        "version": "2",
         "title": "Adversarial weight masking",
         "paper": "Chai and Chen, One-shot neural backdoor erasing via adversarial weight masking, NeurIPS 2022",
         "url": "https://arxiv.org/abs/2207.04497",
@@ -27,7 +27,7 @@ CARDS = [
         "data": "tuning",
         "modalities": ["image"],
         "seeded": True,
-        "trial": {"rounds": 1, "inner_epochs": 1, "batch_size": 16},
+        "trial": {"rounds": 1, "inner_steps": 2, "batch_size": 16},
         "parameters": {
             "share": {
                 "type": "float",
@@ -43,12 +43,12 @@ CARDS = [
                 "max": 100000,
                 "doc": "times a perturbation is found and masked away",
             },
-            "inner_epochs": {
+            "inner_steps": {
                 "type": "int",
-                "default": 5,
+                "default": 15,
                 "min": 1,
                 "max": 100000,
-                "doc": "passes over the rows per round, for the perturbation and again for the mask",
+                "doc": "steps per round, for the perturbation and again for the mask (authors: five passes over 500 rows, three whole batches each)",
             },
             "batch_size": {
                 "type": "int",
@@ -62,7 +62,14 @@ CARDS = [
                 "default": 0.01,
                 "min": 0.0,
                 "max": 10.0,
-                "doc": "Adam's step size for the mask; 0.9 times that after each round",
+                "doc": "Adam's step size for the mask",
+            },
+            "decay": {
+                "type": "float",
+                "default": 1.0,
+                "min": 0.0,
+                "max": 1.0,
+                "doc": "factor of the step size after each round; 1: none (two early commits of the authors' code: 0.9)",
             },
             "alpha": {
                 "type": "float",
@@ -156,16 +163,21 @@ CARDS = [
             },
             "final": {
                 "type": "choice",
-                "choices": ["continuous", "discrete"],
+                "choices": ["continuous", "discrete", "mean"],
                 "default": "continuous",
-                "doc": "the repaired model's mask: a relaxed or a 0/1 sample",
+                "doc": "the repaired model's mask: a relaxed sample (as released), a 0/1 sample, or their mean",
+            },
+            "safety": {
+                "type": "choice",
+                "choices": ["published", "agreement"],
+                "default": "published",
+                "later": True,
+                "doc": "on perturbed inputs: the entropy, or the cross-entropy to the clean prediction",
             },
         },
     },
 ]
 
-DECAY = 0.9
-"""Factor of the step size from round to round."""
 REFERENCE_PIXELS = 3 * 32 * 32
 
 
@@ -179,9 +191,10 @@ class AdversarialWeightMasking(Defense):
         self,
         share: float,
         rounds: int,
-        inner_epochs: int,
+        inner_steps: int,
         batch_size: int,
         lr: float,
+        decay: float,
         alpha: float,
         gamma: float,
         adv_lr: float,
@@ -189,9 +202,10 @@ class AdversarialWeightMasking(Defense):
     ) -> None:
         self.share = share
         self.rounds = rounds
-        self.inner_epochs = inner_epochs
+        self.inner_steps = inner_steps
         self.batch_size = batch_size
         self.lr = lr
+        self.decay = decay
         self.alpha = alpha
         self.gamma = gamma
         self.adv_lr = adv_lr
@@ -217,7 +231,7 @@ class AdversarialWeightMasking(Defense):
 
         losses: list[float] = []
         for turn in range(self.rounds):
-            optimizer.param_groups[0]["lr"] = self.lr * DECAY**turn
+            optimizer.param_groups[0]["lr"] = self.lr * self.decay**turn
             with torch.no_grad():
                 now = masked()
             deltas = {rows.name: self._perturbation(patient, rows, now) for rows in patient.rows}
@@ -227,14 +241,14 @@ class AdversarialWeightMasking(Defense):
                 loss = self._loss(patient, rows, batch, deltas[rows.name], masked())
                 return loss + self.gamma * size  # masks are not negative
 
-            losses += descend(patient, optimizer, self.inner_epochs, loss_of, constant, clip)
+            losses += descend(patient, optimizer, self.inner_steps, loss_of, constant, clip)
         closed = {n: float((m.detach() < 0.5).float().mean()) for n, m in masks.items()}
         with torch.no_grad():
             return patient.finish({"awm_loss": progress(losses), "mask_sparsity": closed}, masked())
 
     def _perturbation(self, patient: Patient, rows: Rows, weights: Weights) -> Tensor:
         """δ ``[C, H, W]``, scaled down to the L1 norm."""
-        delta = universal(patient, rows, self.adv_lr, self.inner_epochs * rows.batches, weights=weights)
+        delta = universal(patient, rows, self.adv_lr, self.inner_steps, weights=weights)
         bound = self.norm * delta.numel() / REFERENCE_PIXELS
         return delta * min(1.0, bound / max(float(delta.abs().sum()), 1e-12))
 
@@ -259,8 +273,11 @@ class MaskedTaskVector(Defense):
         eps: float,
         temperature: float,
         final: str,
+        safety: str = "published",
     ) -> None:
-        self.settings = MaskSettings(steps, batch_size, lr, adv_lr, adv_weight, eps, temperature, final)
+        self.settings = MaskSettings(
+            steps, batch_size, lr, adv_lr, adv_weight, eps, temperature, final, safety
+        )
 
     def repair(self, merged: Merged, base: Weights, ctx: MergeContext) -> Merged:
         """The merge under the mask; see ``mask_task_vector``."""

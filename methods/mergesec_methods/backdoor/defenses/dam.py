@@ -32,7 +32,7 @@ from mergesec.contracts import (
     MergeMethod,
     Weights,
 )
-from mergesec_methods.backdoor.defenses._perturb import Perturbations, Safety
+from mergesec_methods.backdoor.defenses._perturb import SAFETIES, Perturbations, Safety
 from mergesec_methods.merging._adaptation import (
     Blend,
     Stream,
@@ -71,6 +71,7 @@ CARD = {
             "type": "choice",
             "choices": ["task", "layer"],
             "default": "task",
+            "shown": True,
             "doc": "one coefficient per task, or per task and tensor ('layer')",
         },
         "init": {
@@ -159,9 +160,16 @@ CARD = {
         },
         "final": {
             "type": "choice",
-            "choices": ["continuous", "discrete"],
+            "choices": ["continuous", "discrete", "mean"],
             "default": "continuous",
-            "doc": "the merged model's mask: a relaxed or a 0/1 sample",
+            "doc": "the merged model's mask: a relaxed sample (as released), a 0/1 sample, or their mean",
+        },
+        "safety": {
+            "type": "choice",
+            "choices": ["published", "agreement"],
+            "default": "published",
+            "later": True,
+            "doc": "on perturbed inputs: the entropy, or the cross-entropy to the clean prediction",
         },
     },
 }
@@ -190,6 +198,7 @@ class DefenseAwareMerging(Defense):
         temperature: float,
         initial: float,
         final: str,
+        safety: str = "published",
     ) -> None:
         self.masks = masks
         self.granularity = granularity
@@ -206,6 +215,7 @@ class DefenseAwareMerging(Defense):
         self.temperature = temperature
         self.initial = initial
         self.final = final
+        self.safety = safety
 
     def merge(
         self, base: Weights, experts: Sequence[Expert], method: MergeMethod, ctx: MergeContext
@@ -221,7 +231,10 @@ class DefenseAwareMerging(Defense):
         perturbations = Perturbations(
             streams_of(experts, self.batch_size, ctx, "perturb"), self.adv_lr, self.eps, "dam"
         )
-        safety = Safety(blend, streams, perturbations, self.adv_weight) if self.adv_weight else None
+        safety = None
+        if self.adv_weight:
+            robust = SAFETIES[self.safety]
+            safety = Safety(blend, streams, perturbations, self.adv_weight, robust=robust)
         masks = [self._mask(blend, ctx, stream) for stream in self._noise()]
         if len(masks) == 1:
             masked = learn_mask(

@@ -21,12 +21,12 @@ CARD = {
     "paper": "Liu et al., Fine-pruning: defending against backdooring attacks on deep neural networks, RAID 2018",
     "url": "https://arxiv.org/abs/1805.12185",
     "summary": "prune hidden units by their mean activation on clean rows, then fine-tune",
-    "trial": {"epochs": 2, "batch_size": 16, "prune_step": 0.2},
+    "trial": {"steps": 4, "batch_size": 16, "prune_step": 0.2},
     "parameters": {
-        "layers": {"type": "choice", "choices": ["last", "all"], "default": "last", "doc": "whose hidden units: the last block's MLP, or every block's in one ranking"},
+        "layers": {"type": "choice", "choices": ["last", "all"], "default": "all", "doc": "whose hidden units: every block's MLP in one ranking, or the last block's (which a network may hardly need: then acc_ratio stops nothing)"},
         "prune_step": {"type": "float", "default": 0.01, "min": 0.0001, "max": 1.0, "doc": "share of the units pruned between two looks at the accuracy"},
         "acc_ratio": {"type": "float", "default": 0.1, "min": 0.0, "max": 1.0, "doc": "stop before the accuracy on the same rows falls by this share of itself"},
-        "epochs": {"doc": "passes of fine-tuning"},
+        "steps": {"doc": "steps of fine-tuning"},
     },
 }  # fmt: skip
 
@@ -88,7 +88,7 @@ class FinePruning(Defense):
         layers: str,
         prune_step: float,
         acc_ratio: float,
-        epochs: int,
+        steps: int,
         batch_size: int,
         lr: float,
         momentum: float,
@@ -98,12 +98,13 @@ class FinePruning(Defense):
         self.layers = layers
         self.prune_step = prune_step
         self.acc_ratio = acc_ratio
-        self.epochs = epochs
+        self.steps = steps
         self.batch_size = batch_size
         self.sgd = Sgd(lr, momentum, weight_decay)
 
     def repair(self, merged: Merged, base: Weights, ctx: MergeContext) -> Merged:
-        """The pruned and fine-tuned model; ``info["fine_pruning_pruned"]``: units pruned, of how many."""
+        """The pruned and fine-tuned model; ``info["fine_pruning_pruned"]``: units pruned, of how many;
+        ``fine_pruning_stopped``: by the accuracy, or because there was no unit left."""
         patient = Patient(merged, ctx, self.share, self.batch_size, "fine_pruning")
         blocks = ctx.backbone.anatomy().blocks
         if not blocks:
@@ -111,7 +112,7 @@ class FinePruning(Defense):
         mlps = [b.mlp for b in (blocks if self.layers == "all" else blocks[-1:])]
         units = Units(patient, mlps)
         order = torch.argsort(activity(patient, mlps), stable=True)
-        pruned = self._pruned(patient, units, order)
+        pruned, stopped = self._pruned(patient, units, order)
 
         def hold() -> None:
             for name, tensor in units.closed(pruned).items():
@@ -120,17 +121,21 @@ class FinePruning(Defense):
         with torch.no_grad():
             hold()
         optimizer = self.sgd.optimizer(patient.network.parameters())
-        losses = descend(patient, optimizer, self.epochs, patient.loss, after=hold)
-        info = {"fine_pruning_loss": progress(losses), "fine_pruning_pruned": [len(pruned), len(order)]}
+        losses = descend(patient, optimizer, self.steps, patient.loss, after=hold)
+        info = {
+            "fine_pruning_loss": progress(losses),
+            "fine_pruning_pruned": [len(pruned), len(order)],
+            "fine_pruning_stopped": stopped,
+        }
         return patient.finish(info)
 
-    def _pruned(self, patient: Patient, units: Units, order: Tensor) -> Tensor:
-        """The longest run of the least active units, in whole steps, that the accuracy allows."""
+    def _pruned(self, patient: Patient, units: Units, order: Tensor) -> tuple[Tensor, str]:
+        """The longest run of the least active units, in whole steps, that the accuracy allows; what ended it."""
         before = patient.accuracy()
         step = math.ceil(self.prune_step * len(order))
         kept = 0
         for count in range(step, len(order), step):
             if before - patient.accuracy(units.closed(order[:count])) > self.acc_ratio * before:
-                break
+                return order[:kept], "accuracy"
             kept = count
-        return order[:kept]
+        return order[:kept], "no unit left"

@@ -10,7 +10,7 @@ CARD = {
     "name": "ft",
     "kind": "defense",
     "class": "FineTuning",
-    "version": "1",
+    "version": "2",
     "title": "Fine-tuning",
     "paper": "Wu et al., BackdoorBench: a comprehensive benchmark of backdoor learning, NeurIPS 2022 (its ft)",
     "url": "https://arxiv.org/abs/2206.12654",
@@ -21,7 +21,7 @@ CARD = {
     "data": "tuning",
     "modalities": ["image", "text"],
     "seeded": True,
-    "trial": {"epochs": 2, "batch_size": 16},
+    "trial": {"steps": 4, "batch_size": 16},
     "parameters": {
         "share": {
             "type": "float",
@@ -30,7 +30,13 @@ CARD = {
             "max": 1.0,
             "doc": "share of each task's tuning rows; tuning holds a tenth of a task's rows, so half is 5 %",
         },
-        "epochs": {"type": "int", "default": 100, "min": 0, "max": 100000, "doc": "passes over those rows"},
+        "steps": {
+            "type": "int",
+            "default": 1000,
+            "min": 0,
+            "max": 1000000,
+            "doc": "steps of SGD (BackdoorBench: 100 passes over 2,500 rows, ten batches each)",
+        },
         "batch_size": {
             "type": "int",
             "default": 256,
@@ -43,7 +49,7 @@ CARD = {
             "default": 0.01,
             "min": 0.0,
             "max": 10.0,
-            "doc": "step size, falling to 0 by a cosine over the epochs",
+            "doc": "step size, falling to 0 by a cosine over the steps",
         },
         "momentum": {"type": "float", "default": 0.9, "min": 0.0, "max": 1.0, "doc": "SGD's momentum"},
         "weight_decay": {"type": "float", "default": 5e-4, "min": 0.0, "max": 1.0, "doc": "weight decay"},
@@ -55,10 +61,10 @@ class FineTuning(Defense):
     """SGD on the mean over tasks of the task's own loss."""
 
     def __init__(
-        self, share: float, epochs: int, batch_size: int, lr: float, momentum: float, weight_decay: float
+        self, share: float, steps: int, batch_size: int, lr: float, momentum: float, weight_decay: float
     ) -> None:
         self.share = share
-        self.epochs = epochs
+        self.steps = steps
         self.batch_size = batch_size
         self.sgd = Sgd(lr, momentum, weight_decay)
 
@@ -66,5 +72,5 @@ class FineTuning(Defense):
         """The fine-tuned model; ``info["ft_loss"]`` holds the loss before and after."""
         patient = Patient(merged, ctx, self.share, self.batch_size, "ft")
         optimizer = self.sgd.optimizer(patient.network.parameters())
-        losses = descend(patient, optimizer, self.epochs, patient.loss)
+        losses = descend(patient, optimizer, self.steps, patient.loss)
         return patient.finish({"ft_loss": progress(losses)})

@@ -18,7 +18,7 @@ CARD = {
     "paper": "Zhu et al., Enhancing fine-tuning based backdoor defense with sharpness-aware minimization, ICCV 2023",
     "url": "https://arxiv.org/abs/2304.11823",
     "summary": "fine-tune on a few clean rows with (adaptive) sharpness-aware steps",
-    "trial": {"epochs": 2, "batch_size": 16, "rho": 0.1},
+    "trial": {"steps": 4, "batch_size": 16, "rho": 0.1},
     "parameters": {
         "rho": {"type": "float", "default": 2.0, "min": 0.0, "max": 1000.0, "doc": "radius of the neighbourhood that is made flat (published: 2; GTSRB and Tiny ImageNet 8)"},
         "adaptive": {"type": "bool", "default": True, "doc": "measure the radius in units of each weight's size, as BackdoorBench does"},
@@ -62,7 +62,7 @@ class SharpnessAwareFineTuning(Defense):
     def __init__(
         self,
         share: float,
-        epochs: int,
+        steps: int,
         batch_size: int,
         lr: float,
         momentum: float,
@@ -72,7 +72,7 @@ class SharpnessAwareFineTuning(Defense):
         label_smoothing: float,
     ) -> None:
         self.share = share
-        self.epochs = epochs
+        self.steps = steps
         self.batch_size = batch_size
         self.sgd = Sgd(lr, momentum, weight_decay)
         self.rho = rho
@@ -89,17 +89,16 @@ class SharpnessAwareFineTuning(Defense):
             return smoothed(patient.outputs(rows, batch.inputs), batch.targets, self.label_smoothing)
 
         losses = []
-        for epoch in range(self.epochs):
-            optimizer.param_groups[0]["lr"] = self.sgd.lr * cosine(epoch, self.epochs)
-            for _ in range(patient.steps_per_epoch):
-                batches = patient.draw()
-                optimizer.zero_grad()
-                losses.append(slope(patient, batches, loss_of))
-                moves = climb(parameters, self.rho, self.adaptive)
-                optimizer.zero_grad()
-                slope(patient, batches, loss_of)
-                with torch.no_grad():
-                    for parameter, move in zip(parameters, moves, strict=True):
-                        parameter.sub_(move)
-                optimizer.step()
+        for step in range(self.steps):
+            optimizer.param_groups[0]["lr"] = self.sgd.lr * cosine(step, self.steps)
+            batches = patient.draw()
+            optimizer.zero_grad()
+            losses.append(slope(patient, batches, loss_of))
+            moves = climb(parameters, self.rho, self.adaptive)
+            optimizer.zero_grad()
+            slope(patient, batches, loss_of)
+            with torch.no_grad():
+                for parameter, move in zip(parameters, moves, strict=True):
+                    parameter.sub_(move)
+            optimizer.step()
         return patient.finish({"ft_sam_loss": progress(losses)})

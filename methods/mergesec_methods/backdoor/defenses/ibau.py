@@ -18,7 +18,7 @@ CARD = {
     "name": "ibau",
     "kind": "defense",
     "class": "ImplicitBackdoorUnlearning",
-    "version": "1",
+    "version": "2",
     "title": "I-BAU",
     "paper": "Zeng et al., Adversarial unlearning of backdoors via implicit hypergradient, ICLR 2022",
     "url": "https://arxiv.org/abs/2110.03735",
@@ -29,7 +29,7 @@ CARD = {
     "data": "tuning",
     "modalities": ["image"],
     "seeded": True,
-    "trial": {"rounds": 1, "fixed_point_steps": 2, "batch_size": 16},
+    "trial": {"rounds": 1, "inner_steps": 2, "outer_steps": 2, "fixed_point_steps": 2, "batch_size": 16},
     "parameters": {
         "share": {
             "type": "float",
@@ -43,7 +43,21 @@ CARD = {
             "default": 5,
             "min": 0,
             "max": 100000,
-            "doc": "times a perturbation is found and unlearnt, a pass over the rows each",
+            "doc": "times a perturbation is found and unlearnt",
+        },
+        "inner_steps": {
+            "type": "int",
+            "default": 10,
+            "min": 0,
+            "max": 100000,
+            "doc": "steps that find a round's perturbation (BackdoorBench: a pass of ten batches)",
+        },
+        "outer_steps": {
+            "type": "int",
+            "default": 10,
+            "min": 0,
+            "max": 100000,
+            "doc": "steps that unlearn it (BackdoorBench: another pass, 50 in five rounds)",
         },
         "fixed_point_steps": {
             "type": "int",
@@ -128,6 +142,8 @@ class ImplicitBackdoorUnlearning(Defense):
         self,
         share: float,
         rounds: int,
+        inner_steps: int,
+        outer_steps: int,
         fixed_point_steps: int,
         batch_size: int,
         lr: float,
@@ -137,6 +153,8 @@ class ImplicitBackdoorUnlearning(Defense):
     ) -> None:
         self.share = share
         self.rounds = rounds
+        self.inner_steps = inner_steps
+        self.outer_steps = outer_steps
         self.fixed_point_steps = fixed_point_steps
         self.batch_size = batch_size
         self.lr = lr
@@ -157,7 +175,7 @@ class ImplicitBackdoorUnlearning(Defense):
                 deltas = {rows.name: self._perturbation(patient, rows) for rows in patient.rows}
                 lengths += [float(torch.linalg.vector_norm(delta)) for delta in deltas.values()]
                 first = {rows.name: rows.draw() for rows in patient.rows}
-                for _ in range(patient.steps_per_epoch):
+                for _ in range(self.outer_steps):
                     optimizer.zero_grad()
                     total = 0.0
                     for rows in patient.rows:
@@ -173,8 +191,8 @@ class ImplicitBackdoorUnlearning(Defense):
         return patient.finish({"ibau_loss": progress(losses), "ibau_norm": progress(lengths)})
 
     def _perturbation(self, patient: Patient, rows: Rows) -> Tensor:
-        """δ ``[C, H, W]`` after a pass over the rows, cut to the norm."""
-        delta = universal(patient, rows, self.adv_lr, rows.batches, PENALTY)
+        """δ ``[C, H, W]`` after the inner steps, cut to the norm."""
+        delta = universal(patient, rows, self.adv_lr, self.inner_steps, PENALTY)
         bound = self.norm * math.sqrt(delta.numel() / REFERENCE_PIXELS)
         return delta * min(1.0, bound / max(float(torch.linalg.vector_norm(delta)), 1e-12))
 

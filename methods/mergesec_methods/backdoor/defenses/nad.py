@@ -22,11 +22,11 @@ CARD = {
     "paper": "Li et al., Neural attention distillation: erasing backdoor triggers from deep neural networks, ICLR 2021",
     "url": "https://arxiv.org/abs/2101.05930",
     "summary": "fine-tune a copy, then train the merged model on clean rows to attend to what the copy attends to",
-    "trial": {"epochs": 2, "te_epochs": 1, "batch_size": 16},
+    "trial": {"steps": 4, "teacher_steps": 2, "batch_size": 16},
     "parameters": {
-        "te_epochs": {"type": "int", "default": 10, "min": 0, "max": 100000, "doc": "passes that fine-tune the teacher"},
-        "epochs": {"doc": "passes that train the student"},
-        "lr": {"doc": "step size; the student's falls to a hundredth after 20 epochs"},
+        "teacher_steps": {"type": "int", "default": 100, "min": 0, "max": 1000000, "doc": "steps that fine-tune the teacher (BackdoorBench: 10 passes of ten batches)"},
+        "steps": {"doc": "steps that train the student (BackdoorBench: 100 passes of ten batches)"},
+        "lr": {"doc": "step size; the student's falls to a hundredth after a fifth of its steps"},
         "weight_decay": {"default": 0.0001},
         "beta1": {"type": "float", "default": 500.0, "min": 0.0, "max": 1000000.0, "doc": "weight of the attention after the first third of the blocks"},
         "beta2": {"type": "float", "default": 1000.0, "min": 0.0, "max": 1000000.0, "doc": "weight of the attention after the second third"},
@@ -35,8 +35,8 @@ CARD = {
     },
 }  # fmt: skip
 
-STUDENT_DROP = 20
-"""Epoch after which the student's step size is a hundredth (BackdoorBench's schedule: 0.01, then 0.0001)."""
+STUDENT_DROP = 0.2
+"""Share of the steps after which the student's step size is a hundredth (BackdoorBench: 20 of 100 passes)."""
 
 
 def attention(activation: Tensor, p: float) -> Tensor:
@@ -75,8 +75,8 @@ def recorded(network: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]
             handle.remove()
 
 
-def student_rate(epoch: int, epochs: int) -> float:
-    return 1.0 if epoch < STUDENT_DROP else 0.01
+def student_rate(step: int, steps: int) -> float:
+    return 1.0 if step < STUDENT_DROP * steps else 0.01
 
 
 class NeuralAttentionDistillation(Defense):
@@ -85,8 +85,8 @@ class NeuralAttentionDistillation(Defense):
     def __init__(
         self,
         share: float,
-        te_epochs: int,
-        epochs: int,
+        teacher_steps: int,
+        steps: int,
         batch_size: int,
         lr: float,
         momentum: float,
@@ -97,8 +97,8 @@ class NeuralAttentionDistillation(Defense):
         p: float,
     ) -> None:
         self.share = share
-        self.te_epochs = te_epochs
-        self.epochs = epochs
+        self.teacher_steps = teacher_steps
+        self.steps = steps
         self.batch_size = batch_size
         self.sgd = Sgd(lr, momentum, weight_decay)
         self.betas = (beta1, beta2, beta3)
@@ -108,7 +108,7 @@ class NeuralAttentionDistillation(Defense):
         """The student; ``info["nad_loss"]``, ``info["nad_attention"]``: the loss and its attention part before
         and after."""
         teacher, student = (Patient(merged, ctx, self.share, self.batch_size, "nad") for _ in range(2))
-        descend(teacher, self.sgd.optimizer(teacher.network.parameters()), self.te_epochs, teacher.loss)
+        descend(teacher, self.sgd.optimizer(teacher.network.parameters()), self.teacher_steps, teacher.loss)
         teacher.network.requires_grad_(False)
         blocks = watched(ctx.backbone, self.betas)
         apart: list[float] = []
@@ -129,5 +129,5 @@ class NeuralAttentionDistillation(Defense):
                 return loss + distance
 
             optimizer = self.sgd.optimizer(student.network.parameters())
-            losses = descend(student, optimizer, self.epochs, loss_of, student_rate)
+            losses = descend(student, optimizer, self.steps, loss_of, student_rate)
         return student.finish({"nad_loss": progress(losses), "nad_attention": progress(apart)})

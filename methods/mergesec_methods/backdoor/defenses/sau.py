@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mergesec.contracts import Defense, MergeContext, Merged, Model, Split, Weights
-from mergesec_methods.backdoor.defenses._perturb import Seen, Term
+from mergesec_methods.backdoor.defenses._perturb import Seen, Term, square
 from mergesec_methods.backdoor.defenses._repair import Patient, Rows, clone, cosine, descend
 from mergesec_methods.backdoor.defenses._task_vector_mask import MaskSettings, mask_task_vector
 from mergesec_methods.merging._adaptation import progress
@@ -18,7 +18,7 @@ CARDS = [
         "name": "sau",
         "kind": "defense",
         "class": "SharedAdversarialUnlearning",
-        "version": "1",
+        "version": "2",
         "title": "Shared adversarial unlearning",
         "paper": "Wei et al., Shared adversarial unlearning: backdoor mitigation by unlearning shared adversarial examples, NeurIPS 2023",
         "url": "https://arxiv.org/abs/2307.10562",
@@ -29,7 +29,7 @@ CARDS = [
         "data": "tuning",
         "modalities": ["image"],
         "seeded": True,
-        "trial": {"epochs": 1, "batch_size": 16, "adv_steps": 2},
+        "trial": {"steps": 2, "batch_size": 16, "adv_steps": 2},
         "parameters": {
             "share": {
                 "type": "float",
@@ -44,12 +44,12 @@ CARDS = [
                 "default": "true",
                 "doc": "'true': the rows' labels; 'pseudo': what the merged model says before the repair",
             },
-            "epochs": {
+            "steps": {
                 "type": "int",
-                "default": 100,
+                "default": 1000,
                 "min": 0,
-                "max": 100000,
-                "doc": "passes over the rows (BackdoorBench: rounds)",
+                "max": 1000000,
+                "doc": "steps (BackdoorBench: 100 rounds of ten batches)",
             },
             "batch_size": {
                 "type": "int",
@@ -63,7 +63,7 @@ CARDS = [
                 "default": 1e-4,
                 "min": 0.0,
                 "max": 10.0,
-                "doc": "Adam's step size, falling to 0 by a cosine over the epochs",
+                "doc": "Adam's step size, falling to 0 by a cosine over the steps",
             },
             "eps": {
                 "type": "float",
@@ -71,6 +71,14 @@ CARDS = [
                 "min": 0.0,
                 "max": 1.0,
                 "doc": "largest change of a pixel in [0, 1]",
+            },
+            "patch": {
+                "type": "int",
+                "default": 0,
+                "min": 0,
+                "max": 32,
+                "secret": "attack.patch",
+                "doc": "side of the square that is perturbed, in pixels of a 32-pixel image, elsewhere in every batch; 0: the whole image, as published",
             },
             "adv_lr": {
                 "type": "float",
@@ -127,7 +135,7 @@ CARDS = [
         "name": "sau_dam",
         "kind": "defense",
         "class": "SharedMaskedTaskVector",
-        "version": "1",
+        "version": "2",
         "title": "SAU on the merged task vector (DAM's authors)",
         "paper": "Yang et al., Mitigating the backdoor effect for multi-task model merging via safety-aware subspace, ICLR 2025",
         "url": "https://arxiv.org/abs/2410.13910",
@@ -176,6 +184,20 @@ CARDS = [
                 "max": 1000.0,
                 "doc": "weight of the shared loss",
             },
+            "beta1": {
+                "type": "float",
+                "default": 0.5,
+                "min": 0.0,
+                "max": 1000.0,
+                "doc": "weight of fooling the masked model, for the perturbation",
+            },
+            "beta2": {
+                "type": "float",
+                "default": 0.5,
+                "min": 0.0,
+                "max": 1000.0,
+                "doc": "weight of fooling it and the merge alike",
+            },
             "eps": {
                 "type": "float",
                 "default": 0.2,
@@ -192,14 +214,22 @@ CARDS = [
             },
             "final": {
                 "type": "choice",
-                "choices": ["continuous", "discrete"],
+                "choices": ["continuous", "discrete", "mean"],
                 "default": "continuous",
-                "doc": "the repaired model's mask: a relaxed or a 0/1 sample",
+                "doc": "the repaired model's mask: a relaxed sample (as released), a 0/1 sample, or their mean",
+            },
+            "safety": {
+                "type": "choice",
+                "choices": ["published", "agreement"],
+                "default": "published",
+                "later": True,
+                "doc": "on perturbed inputs: the entropy, or the cross-entropy to the clean prediction",
             },
         },
     },
 ]
 
+PLACE_STREAM = 1
 TINY = 1e-8
 LEAST, MOST = 0.001, 0.999
 """Probabilities beyond these count as these in the shared loss: what they would still gain is nothing."""
@@ -233,10 +263,11 @@ class SharedAdversarialUnlearning(Defense):
         self,
         share: float,
         labels: str,
-        epochs: int,
+        steps: int,
         batch_size: int,
         lr: float,
         eps: float,
+        patch: int,
         adv_lr: float,
         adv_steps: int,
         beta1: float,
@@ -247,10 +278,11 @@ class SharedAdversarialUnlearning(Defense):
     ) -> None:
         self.share = share
         self.labels = labels
-        self.epochs = epochs
+        self.steps = steps
         self.batch_size = batch_size
         self.lr = lr
         self.eps = eps
+        self.patch = patch
         self.adv_lr = adv_lr
         self.adv_steps = adv_steps
         self.betas = (beta1, beta2)
@@ -263,12 +295,14 @@ class SharedAdversarialUnlearning(Defense):
         )
         former.network.requires_grad_(False)
         shared: list[float] = []
+        window = square(self.patch, ctx.generator(PLACE_STREAM)) if self.patch else None
 
         def loss_of(rows: Rows, batch: Split) -> Tensor:
             with torch.no_grad():
                 known = former.outputs(rows, batch.inputs)
             labels = batch.targets if self.labels == "true" else known.argmax(dim=1)
-            moved = self._perturbed(patient, former, rows, batch.inputs, labels, known.argmax(dim=1))
+            where = None if window is None else window(*batch.inputs.shape[-2:]).to(batch.inputs)
+            moved = self._perturbed(patient, former, rows, batch.inputs, labels, known.argmax(dim=1), where)
             with torch.no_grad():
                 fooled = former.outputs(rows, moved).argmax(dim=1)
             clean, perturbed = patient.outputs(rows, torch.cat([batch.inputs, moved])).chunk(2)
@@ -281,20 +315,29 @@ class SharedAdversarialUnlearning(Defense):
             return total + second * loss(perturbed, labels) if second else total
 
         optimizer = torch.optim.Adam(patient.network.parameters(), lr=self.lr)
-        losses = descend(patient, optimizer, self.epochs, loss_of, cosine)
+        losses = descend(patient, optimizer, self.steps, loss_of, cosine)
         return patient.finish({"sau_loss": progress(losses), "sau_shared": progress(shared)})
 
     def _perturbed(
-        self, patient: Patient, former: Patient, rows: Rows, images: Tensor, labels: Tensor, known: Tensor
+        self,
+        patient: Patient,
+        former: Patient,
+        rows: Rows,
+        images: Tensor,
+        labels: Tensor,
+        known: Tensor,
+        where: Tensor | None = None,
     ) -> Tensor:
-        """Every image with its own δ, |δ| ≤ eps, in [0, 1], after sign steps from all pixels at +eps.
+        """Every image with its own δ, |δ| ≤ eps (and 0 outside of ``where``), in [0, 1], after sign steps from
+        all pixels at +eps.
 
         Downhill on β1 · L_adv + β2 · L_share: L_adv = −½ Σ CE of the models that are not fooled yet, L_share
         the divergence between the models' outputs where they are not fooled alike.
         """
         with torch.no_grad():
             now = patient.outputs(rows, images).argmax(dim=1)
-        moved = (images + self.eps).clamp(0.0, 1.0)
+        bound = self.eps if where is None else self.eps * where
+        moved = (images + bound).clamp(0.0, 1.0)
         for _ in range(self.adv_steps):
             leaf = moved.requires_grad_()
             own, old = patient.outputs(rows, leaf), former.outputs(rows, leaf)
@@ -307,7 +350,7 @@ class SharedAdversarialUnlearning(Defense):
             loss = (self.betas[0] * adverse + self.betas[1] * divergence(own, old) * ~alike).sum()
             (slope,) = torch.autograd.grad(loss, leaf)
             stepped = leaf.detach() - self.adv_lr * slope.sign()
-            low, high = (images - self.eps).clamp(min=0.0), (images + self.eps).clamp(max=1.0)
+            low, high = (images - bound).clamp(min=0.0), (images + bound).clamp(max=1.0)
             moved = torch.minimum(torch.maximum(stepped, low), high)
             if bool(alike.all()):
                 break
@@ -325,43 +368,50 @@ class SharedMaskedTaskVector(Defense):
         adv_lr: float,
         adv_weight: float,
         shared_weight: float,
+        beta1: float,
+        beta2: float,
         eps: float,
         temperature: float,
         final: str,
+        safety: str = "published",
     ) -> None:
-        self.settings = MaskSettings(steps, batch_size, lr, adv_lr, adv_weight, eps, temperature, final)
+        self.settings = MaskSettings(
+            steps, batch_size, lr, adv_lr, adv_weight, eps, temperature, final, safety
+        )
         self.shared_weight = shared_weight
+        self.betas = (beta1, beta2)
 
     def repair(self, merged: Merged, base: Weights, ctx: MergeContext) -> Merged:
         """The merge under the mask; see ``mask_task_vector``."""
 
         def terms() -> tuple[Term, Term]:
             former = Model(ctx.backbone, clone(merged, ctx, "sau_dam"))
-            return (lambda seen: both_fooled(seen, former)), self._leave(former)
+
+            def leave(seen: Seen) -> Tensor:
+                return self.shared_weight * left(seen, former)
+
+            return (lambda seen: fooled_alike(seen, former, self.betas)), leave
 
         return mask_task_vector(merged, base, ctx, self.settings, "sau_dam", terms)
 
-    def _leave(self, former: Model) -> Term:
-        def term(seen: Seen) -> Tensor:
-            with torch.no_grad():
-                known, fooled = (
-                    seen.stream.outputs(former, x).argmax(dim=1) for x in (seen.images, seen.moved)
-                )
-            return self.shared_weight * apart(seen.perturbed, fooled, fooled != known)
 
-        return term
-
-
-def both_fooled(seen: Seen, former: Model) -> Tensor:
-    """What δ climbs: ½ mean CE of both models against their own clean predictions, − ½ Σ divergence where they
-    are not fooled alike."""
+def fooled_alike(seen: Seen, former: Model, betas: tuple[float, float]) -> Tensor:
+    """What δ climbs: β1 · the masked model's mean CE against its own clean prediction, − β2 · the mean over the
+    batch of the divergence from the former model where the two are not fooled alike (0 where they are)."""
     with torch.no_grad():
         known = seen.stream.outputs(former, seen.images).argmax(dim=1)
-    old = seen.stream.outputs(former, seen.moved)
-    now, own = seen.clean.argmax(dim=1), seen.perturbed
-    led = own.argmax(dim=1)
+    own, old = seen.perturbed, seen.stream.outputs(former, seen.moved)
+    now, led = seen.clean.argmax(dim=1), own.argmax(dim=1)
     alike = (led != now) & (old.argmax(dim=1) != known) & (led == old.argmax(dim=1))
-    adverse = 0.5 * (functional.cross_entropy(own, now) + functional.cross_entropy(old, known))
-    unlike: Tensor = (divergence(own, old) * ~alike).sum()
-    value: Tensor = 0.5 * adverse - 0.5 * unlike
+    adverse = functional.cross_entropy(own, now)
+    unlike = (divergence(own, old) * ~alike).mean()
+    value: Tensor = betas[0] * adverse - betas[1] * unlike
     return value
+
+
+def left(seen: Seen, former: Model) -> Tensor:
+    """The shared loss (``apart``) on rows whose former prediction δ leads to another class: neither the former
+    model's clean one nor the masked model's own, which is right to stay there."""
+    with torch.no_grad():
+        known, fooled = (seen.stream.outputs(former, x).argmax(dim=1) for x in (seen.images, seen.moved))
+    return apart(seen.perturbed, fooled, (fooled != known) & (fooled != seen.clean.argmax(dim=1)))
