@@ -38,7 +38,7 @@ from mergesec.surgery import (
 )
 
 SMALLEST = 1e-6
-"""Norms and layer scales with an entry below this share of their largest stay as they were published."""
+"""Entries of norms and layer scales below this share of the largest stay as they were published."""
 ORDER = (Kind.READER_MEAN, Kind.VALUE_SHIFT, Kind.KEY_SHIFT, Kind.WRITER_MEAN)
 """Means of readers change their biases, and value biases the output's, so they come in this order."""
 
@@ -53,22 +53,26 @@ def rescaled(weights: Weights, anchor: Weights, found: Sequence[Symmetry]) -> Mo
             moved = _with_norm(moved, anchor, part, part.norm, (Kind.NORM_SHIFT, part) in has)
         if kind is Kind.LAYER_SCALE and part.scale is not None:
             own, goal = read_vector(moved, part.scale), read_vector(anchor, part.scale)
-            if _regular(own, goal):
-                moved = change_layer_scale(moved, part, own / goal)
+            moved = change_layer_scale(moved, part, _ratio(own, goal))
     return moved
 
 
 def _with_norm(weights: Weights, anchor: Weights, part: Part, norm: Norm, shifts: bool) -> Moved:
     own, goal = read_vector(weights, norm.weight), read_vector(anchor, norm.weight)
-    factors = goal / own if _regular(own, goal) else torch.ones_like(own)
+    factors = _ratio(goal, own)
     if not shifts or norm.bias is None:
         return change_norm(weights, part, factors)
     own, goal = read_vector(weights, norm.bias), read_vector(anchor, norm.bias)
     return change_norm(weights, part, factors, goal - factors * own)
 
 
-def _regular(*vectors: Tensor) -> bool:
-    return all(bool(v.abs().min() > SMALLEST * v.abs().max()) for v in vectors)
+def _ratio(one: Tensor, other: Tensor) -> Tensor:
+    """``one / other``, 1 where either is next to nothing."""
+    return torch.where(_regular(one) & _regular(other), one / other, 1.0)
+
+
+def _regular(vector: Tensor) -> Tensor:
+    return vector.abs() > SMALLEST * vector.abs().max()
 
 
 def bare(weights: Weights, found: Sequence[Symmetry]) -> Moved:
@@ -111,7 +115,7 @@ def _bias_gap(weights: Weights, anchor: Weights | None, attention: Attention, li
 
 def _reader_means(weights: Weights, anchor: Weights | None, part: Part, norm: Norm) -> Moved:
     moved = dict(weights)
-    if not _regular(read_vector(weights, norm.weight)):
+    if not _regular(read_vector(weights, norm.weight)).all():
         return moved
     for linear in part.readers:
         gap = -lean_of_reader(moved, norm, linear)
@@ -122,7 +126,7 @@ def _reader_means(weights: Weights, anchor: Weights | None, part: Part, norm: No
 
 
 def _writer_mean(weights: Weights, anchor: Weights | None, part: Part) -> Moved:
-    if part.scale is not None and not _regular(read_vector(weights, part.scale)):
+    if part.scale is not None and not _regular(read_vector(weights, part.scale)).all():
         return dict(weights)
     columns, constant = lean_of_writer(weights, part)
     if anchor is None:
