@@ -24,6 +24,7 @@ from mergesec.conformance.backbones import (
     texts_have_features,
     weights_fit,
 )
+from mergesec.conformance.knowledge import blind_to_rows, blind_to_the_cell, says_its_secrets
 from mergesec.conformance.triggers import (
     applies_to_images,
     applies_to_text,
@@ -258,6 +259,24 @@ def _check_method(entry: Entry, component: Any, catalog: Catalog, battery: Batte
         battery.check("the card's 'seeded' is true", lambda: _seeded(entry, plan, bench))
         if isinstance(component, Attack) and entry.card.threat == "backdoor":
             _check_trigger(component, entry, catalog, plan, bench, battery)
+        if entry.card.threat == "backdoor":
+            _check_knowledge(entry, plan, bench, battery, Path(folder) / "blinded")
+
+
+def _check_knowledge(entry: Entry, plan: Plan, bench: Bench, battery: Battery, folder: Path) -> None:
+    """Whether either side of a backdoor knows only what its card says."""
+    card, steps = entry.card, _own_steps(entry, plan)
+    battery.check("what may equal a secret of the other side says so", lambda: says_its_secrets(card))
+    if card.kind == "defense":
+        tasks = _world(card).tasks
+        battery.check(
+            "another target class, another adversary: the same step",
+            lambda: blind_to_the_cell(_grid(entry), steps, plan.grid, tasks, card.name),
+        )
+    battery.check(
+        "rows that the card does not name change nothing",
+        lambda: blind_to_rows(card, steps, plan, bench, folder),
+    )
 
 
 def _same(first: Mapping[str, Any], second: Mapping[str, Any], plan: Plan) -> str | None:

@@ -95,6 +95,8 @@ class Card:
     hooks: tuple[str, ...] = ()
     knowledge: str = ""
     data: str = "none"
+    unlabelled: bool = False
+    """Whether of the rows that ``data`` names only the inputs are looked at."""
     modalities: tuple[str, ...] = ("image", "text")
     modality: str = ""
     output: str = "static"

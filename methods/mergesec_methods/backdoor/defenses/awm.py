@@ -114,6 +114,7 @@ CARDS = [
         "hooks": ["repair"],
         "knowledge": "unlabelled inputs of every merged task",
         "data": "tuning",
+        "unlabelled": True,
         "modalities": ["image"],
         "seeded": True,
         "trial": {"steps": 3},

@@ -57,6 +57,7 @@ CARD = {
     "hooks": ["merge"],
     "knowledge": "unlabelled inputs of every merged task",
     "data": "tuning",
+    "unlabelled": True,
     "modalities": ["image"],
     "seeded": True,
     "trial": {"steps": 3, "adamerging_steps": 3},

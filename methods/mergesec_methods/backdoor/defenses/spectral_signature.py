@@ -38,6 +38,7 @@ CARD = {
     "hooks": ["screen"],
     "knowledge": "tuning inputs of every task and the contributed weights",
     "data": "tuning",
+    "unlabelled": True,
     "modalities": ["image", "text"],
     "seeded": False,
     "parameters": {
