@@ -28,9 +28,12 @@ from mergesec.contracts import (
     load_network,
 )
 from mergesec.images import ImageTask
+from mergesec.planning.catalog import load_catalog
+from mergesec.planning.gridspec import load_grid
+from mergesec.planning.resolve import resolve
 from mergesec.weights import digest_weights
-from mergesec_methods.backdoor.defenses._perturb import Perturbations, Safety
-from mergesec_methods.backdoor.defenses.dam import DefenseAwareMerging, sparsities
+from mergesec_methods.backdoor.defenses._perturb import SAFETIES, Perturbations, Safety
+from mergesec_methods.backdoor.defenses.dam import CARD, DefenseAwareMerging, sparsities
 from mergesec_methods.merging._adaptation import Blend, Stream, entropy, streams_of
 from mergesec_methods.merging._concrete import ConcreteMask, learn_mask
 from mergesec_methods.merging.concrete import ConcreteAdaMerging
@@ -228,15 +231,22 @@ class Plain:
         for delta in self.deltas.values():
             delta.data.clamp_(-eps, eps)
 
-    def safety(self, state: dict[str, Tensor], weight: float) -> Tensor:
+    def safety(self, state: dict[str, Tensor], weight: float, kind: str) -> Tensor:
         images = self.images(self.streams)
         moved = {t: (x + self.deltas[t].detach()).clamp(0, 1) for t, x in images.items()}
-        return self.entropies(state, images) + weight * self.entropies(state, moved)
+        if kind == "published":
+            return self.entropies(state, images) + weight * self.entropies(state, moved)
+        agreed = [
+            functional.cross_entropy(self.scores(state, t, moved[t]), self.scores(state, t, x).argmax(-1))
+            for t, x in images.items()
+        ]
+        return self.entropies(state, images) + weight * torch.stack(agreed).sum()
 
 
+@pytest.mark.parametrize("kind", ["published", "agreement"])
 @pytest.mark.parametrize("granularity", ["task", "layer"])
 @pytest.mark.parametrize("masks", ["single", "two"])
-def test_steps_equal_a_plain_autograd_loop(masks: str, granularity: str) -> None:
+def test_steps_equal_a_plain_autograd_loop(masks: str, granularity: str, kind: str) -> None:
     ctx, steps, eps, weight, rate = context(), 3, 0.025, 0.7, 1e-2
     blend = Blend(weights(0), experts(), TinyBackbone(), CPU)
     size, pair = blend.layout.size, masks == "two"
@@ -244,7 +254,8 @@ def test_steps_equal_a_plain_autograd_loop(masks: str, granularity: str) -> None
     method = dam(masks=masks, granularity=granularity, steps=steps, mask_lr=rate, adv_weight=weight)
     streams = streams_of(experts(), 8, ctx)
     moves = Perturbations(streams_of(experts(), 8, ctx, "perturb"), 1e-2, eps, "dam")
-    safety, start = Safety(blend, streams, moves, weight), blend.coefficients(granularity, 0.3)
+    safety = Safety(blend, streams, moves, weight, robust=SAFETIES[kind])
+    start = blend.coefficients(granularity, 0.3)
     learnt = [Replayed(blend, 0.5, ctx, stream) for stream in range(2 if pair else 1)]
     for mask, held in zip(learnt, (first, second), strict=False):
         mask.noises = list(held)
@@ -281,7 +292,7 @@ def test_steps_equal_a_plain_autograd_loop(masks: str, granularity: str) -> None
             plain.adapt(one)
             state = plain.state(one, plain.inner.detach())
         plain.perturb(state, eps)
-        descend(-1, plain.safety(state, weight))
+        descend(-1, plain.safety(state, weight, kind))
     for found, logit in zip(learnt, wanted, strict=True):
         assert float(logit.detach().abs().max()) > 0.02
         torch.testing.assert_close(found.logits, logit.detach(), rtol=1e-3, atol=2e-4)
@@ -289,6 +300,51 @@ def test_steps_equal_a_plain_autograd_loop(masks: str, granularity: str) -> None
         assert float(delta.detach().abs().max()) == pytest.approx(eps)
         # Adam divides by the gradient's size: where that is next to 0, rounding shows
         torch.testing.assert_close(moves.deltas[task].detach(), delta.detach(), rtol=0, atol=2e-3)
+
+
+# --------------------------------------------------------------------------- variants
+
+
+def test_the_mean_mask_is_no_draw_and_an_untrained_one_is_no_mask() -> None:
+    """One relaxed sample halves every other entry at random; the mean of the untrained distribution is 1 throughout."""
+    plain = {
+        n: t + 0.3 * sum(e.weights[n] - t for e in experts()) if t.is_floating_point() else t
+        for n, t in weights(0).items()
+    }
+    untrained = {"steps": 0, "adamerging_steps": 0}
+    for masks in ("single", "two"):
+        found = merge(dam(final="mean", masks=masks, **untrained)).shared
+        for name, tensor in plain.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+    drawn = merge(dam(final="continuous", **untrained)).shared
+    assert float((drawn["stem.weight"] - plain["stem.weight"]).abs().max()) > 0.1
+    trained = merge(dam(final="mean", mask_lr=0.1, steps=5)).info["mask_sparsity"]
+    assert {round(share, 6) for share in trained.values()} != {0.0}
+
+
+def test_agreement_leads_perturbed_answers_back_where_entropy_only_wants_them_sure() -> None:
+    found = {kind: merge(dam(safety=kind, adv_weight=2.0, steps=5)) for kind in ("published", "agreement")}
+    assert digest_weights(found["published"].shared) == digest_weights(
+        merge(dam(adv_weight=2.0, steps=5)).shared
+    )
+    assert digest_weights(found["published"].shared) != digest_weights(found["agreement"].shared)
+
+
+def test_defaults_are_the_published_budget_and_no_preset_has_less() -> None:
+    """How far the masks' logits and the coefficients may travel: step size times steps, 1.0 and 1.0 as released."""
+    card = cast(dict[str, Any], CARD["parameters"])
+    default = {n: p["default"] for n, p in card.items()}
+    assert default["mask_lr"] * default["steps"] == default["lr"] * default["adamerging_steps"] == 1.0
+    catalog, seen = load_catalog(), 0
+    for name in ("mini-backdoor-defenses", "mini-backdoor-dam", "mini-backdoor-adaptive"):
+        for ref in resolve(load_grid(name, []), catalog).defenses:
+            if ref.name == "dam":
+                given, seen = dict(ref.parameters), seen + 1
+                assert given["mask_lr"] * given["steps"] >= 1.0
+                assert given["lr"] * given["adamerging_steps"] >= 1.0
+                assert given["adv_lr"] * given["steps"] <= default["eps"] * 3
+                assert "granularity=task" in ref.label
+    assert seen >= 10
 
 
 # --------------------------------------------------------------------------- perturbations

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 
 from mergesec.anatomy import Anatomy, Attention, Block, Linear, Mlp
+from mergesec.conformance.battery import MICRO, run_here
 from mergesec.contracts import Backbone, ContractError, Expert, MergeContext, Merged
+from mergesec.execution.harvest import make_records
+from mergesec.execution.scheduler import Outcome
+from mergesec.execution.store import Store
+from mergesec.execution.work import Bench
+from mergesec.planning.catalog import load_catalog
+from mergesec.planning.gridspec import parse_grid
+from mergesec.planning.plan import make_plan
+from mergesec.planning.resolve import resolve
 from mergesec.weights import digest_weights
 from mergesec_methods.backdoor.defenses.clp import ChannelLipschitzPruning, channel_bounds, outliers
 from mergesec_methods.backdoor.defenses.wag import Wag
@@ -201,3 +211,27 @@ def test_clp_refuses_a_router() -> None:
     )
     with pytest.raises(ContractError, match="topology"):
         ChannelLipschitzPruning(3.0, "inner").repair(Merged(weights(), {}, {"gate": torch.ones(1)}), {}, ctx)
+
+
+def test_what_siblings_cost_is_booked_on_the_defense(tmp_path: Path) -> None:
+    """Their training rows and seconds: an average alone takes neither."""
+    catalog, tasks = load_catalog([MICRO]), ["micro/bars", "micro/blobs"]
+    raw = {
+        "name": "g", "suite": {"backbone": "micro/vit", "tasks": tasks}, "threats": ["backdoor"],
+        "axes": {
+            "merging": ["simple_average"], "attacks": ["none"], "adversary": tasks[:1],
+            "defenses": [{"name": "wag", "models": [1, 2]}, "clp"],
+        },
+        "recipe": {"epochs": 1, "max_train": 64},
+    }  # fmt: skip
+    plan = make_plan(resolve(parse_grid(raw, "grid g"), catalog), lambda task: "")
+    bench = Bench(Store(tmp_path), catalog, torch.device("cpu"))
+    run_here(plan, bench)
+    for step in plan.steps.values():
+        blob, meta = bench.store.read(step.kind, step.key)
+        measured = {"seconds": 1.0, "peak_mb": 2.0, "device": "cpu"}
+        bench.store.put(step.kind, step.key, bytes(blob), {**meta["info"], **measured})
+    cost = {r.defense: r.cost["defense"] for r in make_records(plan, bench.store, Outcome())}
+    assert cost["wag"] == {"rows": 2 * 64.0, "seconds": 1.0 + 2, "peak_mb": 2.0}
+    assert cost["wag(models=2)"] == {"rows": 4 * 64.0, "seconds": 1.0 + 4, "peak_mb": 2.0}
+    assert cost["clp"] == {"rows": 0.0, "seconds": 1.0, "peak_mb": 2.0}

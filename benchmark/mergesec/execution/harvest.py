@@ -32,7 +32,7 @@ from mergesec.execution.scheduler import Outcome
 from mergesec.execution.store import CorruptArtifact, Store, parse_safetensors
 from mergesec.files import write_atomic
 from mergesec.planning.cells import Cell
-from mergesec.planning.plan import CellPlan, Plan, back, behind, data_steps
+from mergesec.planning.plan import CellPlan, Plan, back, behind, data_steps, siblings
 from mergesec.planning.refs import HUB_NAME, NONE, Ref
 from mergesec.planning.resolve import Grid
 from mergesec.threats import TRIGGERED, Hook, Role, Threat
@@ -237,9 +237,19 @@ def _sides(planned: CellPlan, road: Road) -> dict[str, dict[str, float]]:
         reported = road.facts(made[0]).get("repair_rows") if made else None
         if isinstance(reported, Mapping):
             rows = sum(reported.values())
-        side = {"rows": float(rows), "seconds": _summed(road, made)}
-        sides["defense"] = side | {"peak_mb": _peak(road, made)}
+        further = siblings(road.plan, made)
+        rows += _trained_on(road, further)
+        side = {"rows": float(rows), "seconds": _summed(road, made + further)}
+        sides["defense"] = side | {"peak_mb": _peak(road, made + further)}
     return sides
+
+
+def _trained_on(road: Road, experts: Iterable[str]) -> int:
+    """Rows that further experts were trained on: somebody labelled them, whoever they belong to."""
+    most = int(dict(road.plan.grid.recipe).get("max_train", 0))
+    tasks = (json.loads(road.plan.steps[key].args)["task"] for key in experts)
+    counts = [road.rows([task], "train") for task in tasks]
+    return sum(min(most, rows) if most else rows for rows in counts)
 
 
 def _summed(road: Road, keys: Iterable[str]) -> float:

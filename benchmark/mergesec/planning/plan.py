@@ -569,6 +569,11 @@ def back(plan: Plan, evaluation: str) -> list[str]:
         keys.append(before)
 
 
+def siblings(plan: Plan, made: Iterable[str]) -> list[str]:
+    """Further experts that these steps were handed."""
+    return sorted({k for key in made for role, k in plan.steps[key].inputs if role.startswith("sibling:")})
+
+
 def data_steps(plan: Plan) -> dict[str, str]:
     """Keys of the data steps by task."""
     return {json.loads(s.args)["task"]: k for k, s in plan.steps.items() if s.kind == "data"}
@@ -582,7 +587,8 @@ def behind(plan: Plan, cell: CellPlan) -> set[str]:
     for key in roles.values():
         keys |= {k for role, k in plan.steps[key].inputs if role == "model"}
     if cell.cell.threat == Threat.BACKDOOR:
-        keys |= set(back(plan, roles[Role.MERGE]))
+        defended = back(plan, roles[Role.MERGE])
+        keys |= {*defended, *siblings(plan, defended)}
         if cell.cell.attack is not NONE:
             keys |= set(back(plan, roles[Role.POISONED]))
             keys.add(dict(plan.steps[roles[Role.MERGE.triggered]].inputs)["trigger"])
