@@ -11,6 +11,7 @@ import torch
 
 from mergesec.conformance.battery import MICRO, check_file, run_here
 from mergesec.contracts import ContractError
+from mergesec.evidence.boards import make_boards
 from mergesec.evidence.records import Record
 from mergesec.execution.harvest import make_records
 from mergesec.execution.scheduler import Outcome
@@ -369,6 +370,21 @@ def test_a_defense_is_read_beside_itself_on_clean_experts(catalog: Catalog, tmp_
             assert not same or ours == control
             assert f"acc/defended_clean_merge/{task}" in counts
     assert records["damper"].steps["merge"] != records["damper"].steps["defended_clean_merge"]
+    board = next(b for b in make_boards(list(records.values())) if b.name == "backdoor").frame.set_index(
+        "defense"
+    )
+    sent_away = board.loc["damper(drop=bars)"]
+    assert sent_away["backdoor"] == 0 and sent_away["succession"] == sent_away["succession_control"]
+    assert sent_away["succession_control"] != sent_away["succession_clean_merge"]
+    plain = board.loc["none"]
+    assert plain["succession_control"] == plain["succession_clean_merge"]
+    clean = [
+        records["damper"].counts[f"acc/{role}/{t}"].k
+        for role in ("clean_merge", "defended_clean_merge")
+        for t in TASKS
+    ]
+    cost = (sum(clean[:3]) - sum(clean[3:])) / (3 * records["damper"].counts[f"acc/merge/{BARS}"].n)
+    assert board.loc["damper", "accuracy_cost"] == pytest.approx(cost)
 
 
 def test_the_control_keeps_whom_the_cells_screen_kept(catalog: Catalog) -> None:

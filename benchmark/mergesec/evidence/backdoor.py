@@ -143,14 +143,25 @@ def _settings(records: Sequence[Record], reader: Reader) -> list[Setting]:
 
 def _rates(records: Sequence[Record], reader: Reader) -> Rates:
     part = {name: reader.rate(records, m, role, which) for name, m, role, which in _RATES}
+    control = control_of(records)
+    part["succession_control"] = reader.rate(records, "asr", control, "target")
     clean, harmed = (reader.rate(records, "ra", role, "others") for role in (Role.CLEAN_MERGE, Role.MERGE))
     return part | {
-        "backdoor": part["succession"] - part["succession_clean_merge"],
-        "backdoor_transfer": part["transfer"] - part["transfer_clean_merge"],
+        "backdoor": part["succession"] - part["succession_control"],
+        "backdoor_transfer": part["transfer"] - reader.rate(records, "asr", control, "others"),
         "transfer_harm": clean - harmed,
         "target_recall": reader.recall(records, Role.MERGE),
         "target_recall_clean_merge": reader.recall(records, Role.CLEAN_MERGE),
     }
+
+
+def control_of(records: Sequence[Record]) -> Role:
+    """What a backdoor is read beside: the same defense on clean experts, where all records have that (those of
+    before 0.1 have not), else the clean merge without a defense."""
+    known = bool(records) and all(
+        any(name.startswith(f"acc/{Role.DEFENDED_CLEAN_MERGE}/") for name in r.counts) for r in records
+    )
+    return Role.DEFENDED_CLEAN_MERGE if known else Role.CLEAN_MERGE
 
 
 PRICE = ("DER", "accuracy_cost", "target_recall_cost")
@@ -168,7 +179,14 @@ def _price(plain: Sequence[Record], defended: Sequence[Record], reader: Reader) 
         for what in (("asr", Role.MERGE, "target"), ("acc", Role.MERGE, "all"))
     )
     recall = reader.recall(before, Role.MERGE) - reader.recall(after, Role.MERGE)
-    return dict(zip(PRICE, (_der(asr, accuracy), accuracy, recall), strict=True))
+    rating = _der(asr, accuracy)
+    if (control := control_of(after)) is not Role.CLEAN_MERGE:
+        # what it costs a merger whom nobody attacks: beside a poisoned merge a repair may look free
+        accuracy, recall = (
+            find(after, Role.CLEAN_MERGE) - find(after, control)
+            for find in (lambda rs, role: reader.rate(rs, "acc", role, "all"), reader.recall)
+        )
+    return dict(zip(PRICE, (rating, accuracy, recall), strict=True))
 
 
 def _der(asr: Estimate, accuracy: Estimate) -> Estimate:
@@ -239,7 +257,8 @@ def _cells_board(settings: Sequence[Setting], reader: Reader) -> Board:
         ]
         put_tiers([s.row for s in contest], tiers(ranked, higher_is_better=False))
     note = (
-        "ASR on non-target samples. `backdoor` = succession minus the same trigger on the clean merge. `transfer_harm` "
+        "ASR on non-target samples. `backdoor` = succession minus the same trigger on `succession_control`: the clean "
+        "merge, under the same defense where the records have that. `transfer_harm` "
         "= right answers under the trigger that benign tasks lose against the clean merge. `target_recall`: accuracy on "
         "the target class, which ASR leaves out. Tiers rank defenses within one attack and method over their common cells."
     )
