@@ -69,7 +69,7 @@ CARDS = [
                 "default": 1.0,
                 "min": 0.0,
                 "max": 1.0,
-                "doc": "factor of the step size after each round; 1: none (two early commits of the authors' code: 0.9)",
+                "doc": "factor of the step size after each round; 1: none (two commits of the authors' code that could be read: 0.9)",
             },
             "alpha": {
                 "type": "float",
