@@ -213,6 +213,15 @@ def test_clp_refuses_a_router() -> None:
         ChannelLipschitzPruning(3.0, "inner").repair(Merged(weights(), {}, {"gate": torch.ones(1)}), {}, ctx)
 
 
+def test_alone_the_siblings_leave_no_contributed_weight() -> None:
+    base, own = weights(), {n: t + 1e6 for n, t in weights().items()}
+    further = [Expert("a", {n: t + k for n, t in base.items()}) for k in (1.0, 3.0)]
+    ctx = context(siblings={"a": further})
+    merged = Wag(2, alone=True).merge(base, [Expert("a", own)], SimpleAverage(), ctx).shared
+    for name, tensor in base.items():
+        torch.testing.assert_close(merged[name], tensor + 2.0)
+
+
 def test_what_siblings_cost_is_booked_on_the_defense(tmp_path: Path) -> None:
     """Their training rows and seconds: an average alone takes neither."""
     catalog, tasks = load_catalog([MICRO]), ["micro/bars", "micro/blobs"]

@@ -40,15 +40,21 @@ CARD = {
             "max": 16,
             "doc": "further experts per task that each contributed expert is averaged with",
         },
+        "alone": {
+            "type": "bool",
+            "default": False,
+            "later": True,
+            "doc": "the control: the further experts without the contributed one, which a defender who has them could do without",
+        },
     },
 }
 
 
 class Wag(Defense):
-    """θ̄_t = (θ_t + Σ_{j ≤ m} θ_t^{(j)}) / (m + 1) per task, then the merge method as usual."""
+    """θ̄_t = (θ_t + Σ_{j ≤ m} θ_t^{(j)}) / (m + 1) per task (``alone``: Σ θ_t^{(j)} / m), then the merge method."""
 
-    def __init__(self, models: int) -> None:
-        self.models = models
+    def __init__(self, models: int, alone: bool = False) -> None:
+        self.models, self.alone = models, alone
 
     def merge(
         self, base: Weights, experts: Sequence[Expert], method: MergeMethod, ctx: MergeContext
@@ -63,7 +69,7 @@ class Wag(Defense):
             raise ContractError(
                 f"wag: task '{expert.task}' has {len(siblings)} further experts, {self.models} are needed"
             )
-        members = [expert, *siblings[: self.models]]
+        members = [*([] if self.alone else [expert]), *siblings[: self.models]]
         layout = flat_layout(base)
         total = zeros_flat(layout, base)
         for member in members:
