@@ -31,6 +31,7 @@ from mergesec.contracts import (
     Weights,
     load_network,
 )
+from mergesec.planning.catalog import load_catalog
 from mergesec.weights import digest_weights
 from mergesec_methods.backdoor.defenses._perturb import Seen, square, universal
 from mergesec_methods.backdoor.defenses._repair import Patient, Rows, slope
@@ -685,6 +686,42 @@ def test_without_decay_a_mask_can_reach_0_within_the_published_budget() -> None:
     rounds, inner, lr, decay = (card[n]["default"] for n in ("rounds", "inner_steps", "lr", "decay"))
     assert decay == 1.0
     assert sum(lr * inner * decay**turn for turn in range(rounds)) == pytest.approx(3.0)
+
+
+PUBLISHED: dict[str, dict[str, float]] = {
+    "ft": {"steps": 1000, "lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 256},
+    "ft_sam": {"steps": 1000, "lr": 0.01, "rho": 2.0, "label_smoothing": 0.1, "batch_size": 256},
+    "nad": {
+        "teacher_steps": 100,
+        "steps": 1000,
+        "lr": 0.01,
+        "beta1": 500,
+        "beta2": 1000,
+        "beta3": 1000,
+        "p": 2,
+    },
+    "anp": {"steps": 2000, "lr": 0.01, "eps": 0.4, "alpha": 0.2, "pruning_max": 0.9, "pruning_step": 0.05},
+    "fine_pruning": {"steps": 1000, "lr": 0.01, "prune_step": 0.01, "acc_ratio": 0.1},
+    "ibau": {"rounds": 5, "inner_steps": 10, "outer_steps": 10, "fixed_point_steps": 5, "lr": 1e-4},
+    "sau": {"steps": 1000, "lr": 1e-4, "eps": 0.2, "adv_lr": 0.2, "adv_steps": 5, "beta1": 0.01, "beta2": 1},
+    "awm": {"rounds": 20, "inner_steps": 15, "lr": 0.01, "alpha": 0.9, "gamma": 1e-8, "norm": 1000},
+    "awm_dam": {"steps": 2000, "lr": 0.001, "adv_lr": 1e-4, "adv_weight": 0.01, "temperature": 0.5},
+    "sau_dam": {
+        "steps": 2000,
+        "lr": 0.001,
+        "adv_lr": 1e-4,
+        "shared_weight": 0.01,
+        "beta1": 0.5,
+        "beta2": 0.5,
+    },
+}
+"""BackdoorBench's configurations, ten batches of 256 a pass; AWM's and DAM's authors' own."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_defaults_are_the_published_budgets(name: str) -> None:
+    parameters = load_catalog().get("defense", name).card.parameters
+    assert {n: parameters[n].default for n in PUBLISHED[name]} == PUBLISHED[name]
 
 
 def test_a_window_is_one_square_somewhere() -> None:
