@@ -191,20 +191,19 @@ class Common(NamedTuple):
 
 
 def common_cells(cells: Mapping[K, Collection[Cell]]) -> Common:
-    """The rows and the cells that all of them have: the choice with the most (rows × places), seeds apart; then
-    that with more rows, then with more cells. Nothing else of a record decides."""
-    places = {row: frozenset(c.place for c in mine) for row, mine in cells.items()}
-    sets = [p for p in dict.fromkeys(places.values()) if p]
-    choices = dict.fromkeys([*sets, *(a & b for i, a in enumerate(sets) for b in sets[:i] if a & b)])
-    best, score = Common(frozenset(), frozenset()), (False, 0, 0, 0)
+    """The rows and the cells that all of them have: the choice with the most (rows × cells), of equals that with
+    more rows. Nothing else of a record decides. None if no two rows share a cell."""
+    sets = {row: frozenset(mine) for row, mine in cells.items() if mine}
+    distinct = list(dict.fromkeys(sets.values()))
+    choices = dict.fromkeys(
+        [*distinct, *(a & b for i, a in enumerate(distinct) for b in distinct[:i] if a & b)]
+    )
+    best, score = Common(frozenset(), frozenset()), (0, 0)
     for choice in choices:
-        rows = [row for row, mine in places.items() if choice <= mine]
-        shared = frozenset.intersection(*(frozenset(cells[row]) for row in rows))
-        shared = frozenset(c for c in shared if c.place in choice)
-        left = {c.place for c in shared}
-        reached = (len(rows) > 1, len(rows) * len(left), len(rows), len(shared))
-        if shared and reached > score:
-            best, score = Common(frozenset(rows), shared), reached
+        rows = [row for row, mine in sets.items() if choice <= mine]
+        reached = (len(rows) * len(choice), len(rows))
+        if len(rows) >= min(2, len(sets)) and reached > score:
+            best, score = Common(frozenset(rows), choice), reached
     return best
 
 
@@ -217,9 +216,12 @@ def only(records: Iterable[Record], cells: Collection[Cell], *without: str) -> l
 
 
 def put(row: Row, name: str, estimate: Estimate) -> None:
-    """Add an estimate to a row: ``name``, ``name_low``, ``name_high``."""
+    """Add an estimate to a row: ``name``, ``name_low``, ``name_high``; ``name_seeds`` where it rests on another
+    number of seeds than the row."""
     row[name] = estimate.value
     row[f"{name}_low"], row[f"{name}_high"] = estimate.interval()
+    if estimate.seeds and estimate.seeds != row.get("seeds", estimate.seeds):
+        row[f"{name}_seeds"] = estimate.seeds
 
 
 def put_nothing(row: Row, *names: str) -> None:

@@ -24,6 +24,8 @@ FEWEST_SEEDS = 5
 """Fewer cannot tell rows apart: no tiers."""
 NEAR, FAR = 1.0, 2.0
 """Rows within so many standard errors of the difference to the largest correct its value, and make its interval."""
+ROUNDING = 1e-12
+"""Rates that differ by less are the same."""
 Draws = NDArray[np.float64]
 Seeds = tuple[int, ...]
 
@@ -231,7 +233,9 @@ def _errors_below(best: Estimate, other: Estimate) -> float:
     """By how many standard errors of the difference an estimate lies below the largest."""
     gap = best - other
     error = _spread(gap.draws)
-    return gap.value / error if error > 0 else (np.inf if gap.value > 0 else 0.0)
+    if gap.value < ROUNDING:
+        return 0.0
+    return gap.value / error if error > ROUNDING else np.inf
 
 
 def _filled(draws: Draws, value: float) -> Draws:
@@ -280,7 +284,7 @@ def _level_reached(distance: Draws, parts: Sequence[tuple[float, Draws]]) -> Dra
         )
         wide = width > distance**2
         low, high = np.where(wide, middle, low), np.where(wide, high, middle)
-    return np.where(distance <= 1e-12, 1.0, 10.0**high)
+    return np.where(distance < ROUNDING, 1.0, 10.0**high)
 
 
 def holm(levels: Sequence[float], level: float = LEVEL) -> list[bool]:

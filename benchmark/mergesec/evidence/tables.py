@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +54,7 @@ _PLAIN = (
 def display(board: Board) -> tuple[list[str], list[list[str]]]:
     """Header and rows as text: percentages with half-widths of intervals, incomplete rows marked."""
     frame = board.frame
-    hidden = {f"{m}{end}" for m in board.measures for end in ("_low", "_high")}
+    hidden = {f"{m}{end}" for m in board.measures for end in ("_low", "_high", "_seeds")}
     hidden |= {"cells_done", "cells_expected", "seeds", "tier"}
     columns = [
         c for c in _SHOWN.get(board.name, tuple(frame.columns)) if c in frame.columns and c not in hidden
@@ -84,11 +85,17 @@ def cell_text(row: Any, column: str, measures: Sequence[str]) -> str:
         return f"{value:.0f}"
     if column in measures:
         low, high = row[f"{column}_low"], row[f"{column}_high"]
-        left, right = "[]" if row.get("seeds", 2) > 1 else "()"
+        left, right = "[]" if _seeds(row, column) > 1 else "()"
         return f"{100 * value:.1f} {left}{100 * low:.1f}, {100 * high:.1f}{right}"
     if isinstance(value, float):
         return f"{100 * value:.1f}"
     return str(value)
+
+
+def _seeds(row: Any, column: str) -> float:
+    """How many seeds a number rests on: its own, else the row's."""
+    own = row.get(f"{column}_seeds", math.nan)
+    return float(row.get("seeds", 2) if pd.isna(own) else own)
 
 
 _MARKUP = re.compile(r"[\\|`<>*&]|\](?=[(\[])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|://")
@@ -138,8 +145,8 @@ def marks(records: Sequence[Record]) -> list[str]:
 
 
 _EXPLAINED = (
-    "Percent with 95 % intervals: [over seeds and test samples], (over test samples alone: one seed, these trainings "
-    "only). Equal tiers are not separable."
+    "Percent with 95 % intervals: [over seeds and test samples]; (some cell has one seed, whose spread over seeds is "
+    "unknown and left out). Equal tiers are not separable."
 )
 
 
