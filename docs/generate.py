@@ -13,17 +13,20 @@ component share. A number in a sentence, of the one row that fits::
     <!-- n: mini-backdoor/backdoor attack=badnets method=ties column=succession -->6.4<!-- /n -->
 
 ``take=min|max|mean|count`` speaks of all rows that fit, ``minus=COLUMN`` subtracts, ``interval=yes`` adds the interval.
+``<!-- claims: SECTION -->`` holds the claims of ``docs/claims.py``.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pandas as pd
@@ -34,13 +37,14 @@ from mergesec.evidence.tables import cell_text
 ROOT = Path(__file__).resolve().parents[1]
 BOARDS = ROOT / "results" / "leaderboards"
 MARKER = re.compile(
-    r"^ *```.*?^ *```|<!--\s*(board|n):\s(.*?)-->(.*?)<!--\s*/\1\s*-->", re.DOTALL | re.MULTILINE
+    r"^ *```.*?^ *```|<!--\s*(board|n|claims):\s(.*?)-->(.*?)<!--\s*/\1\s*-->", re.DOTALL | re.MULTILINE
 )
 """A block of code, which is left alone, or a marker: its kind, its words, what it holds."""
 INTERVAL = re.compile(r" [\[(]-?\d+\.\d, -?\d+\.\d[\])]$")
 _OPTIONS = {
     "board": {"columns", "across", "value", "sort", "first", "intervals", "settings"},
     "n": {"column", "take", "minus", "interval"},
+    "claims": set[str](),
 }
 
 
@@ -111,8 +115,25 @@ def read(kind: str, said: str) -> Marker:
 
 def content(marker: Marker) -> str:
     """What belongs between a marker and its end."""
+    if marker.kind == "claims":
+        return f"\n\n{claims().content(marker.board, rows)}\n\n"
     frame = _chosen(marker)
     return _number(marker, frame) if marker.kind == "n" else f"\n\n{_table(marker, frame)}\n\n"
+
+
+@cache
+def claims() -> ModuleType:
+    """docs/claims.py, which like this script is in no package."""
+    spec = importlib.util.spec_from_file_location("claims", ROOT / "docs" / "claims.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def rows(board: str, chosen: Mapping[str, str]) -> pd.DataFrame:
+    """The rows of a board that fit a filter; UsageError where none does."""
+    return _chosen(Marker("claims", board, {}, dict(chosen)))
 
 
 @cache
