@@ -398,8 +398,9 @@ def _defenses(settings: Sequence[Setting], reader: Reader) -> Board | None:
         contest.append(left)
     put_tiers(rows, tiers_of_largest(contest))
     note = (
-        "worst_backdoor: the largest ASR minus the same trigger on the clean merge, over attacks and methods. "
-        "accuracy_cost, target_recall_cost: BA, and accuracy on the target class, without minus with the defense. All "
+        "worst_backdoor: the largest ASR minus the same trigger on the control (the clean merge, under the same defense "
+        "where the records have that), over attacks and methods. accuracy_cost, target_recall_cost: accuracy, and that "
+        "on the target class, without minus with the defense. All "
         "over the cells that the compared defenses have in common (cells_compared); a defense that lacks some of them "
         "has no numbers here: see the board of every cell."
     )
