@@ -103,6 +103,7 @@ PAIR, EIGHT = "task_arithmetic(scaling=0.8)", "task_arithmetic"
 BARE = {"attack": "none", "method": PAIR}
 AMONG = {"attack": "none", "method": EIGHT}
 PROTECTION, REAL_PROTECTION = "mini-protection/protection_cells", "real-protection/protection_cells"
+GAUGE = "mini-protection-gauge/protection_cells"
 V1, V2 = {"defense": "params"}, {"defense": "params(scaling=nonsymmetric)"}
 BACKDOOR, DEFENDED, MERGED = "mini-backdoor/backdoor", "mini-backdoor-defenses/backdoor", "mini-merging/clean"
 OPTIMISED, FLAT = "badmerging(batch=32, patch=*", "badmerging(batch=32, interpolation=False,*"
@@ -211,6 +212,8 @@ CLAIMS: Sequence[Claim] = (
     Claim("aga-real", "protection", "AGA undoes PaRaMS on twelve layers",
           _AGA, _NOTES,
           _recovery("aga", "params(scaling=nonsymmetric)", board=REAL_PROTECTION, experts="2"), least(90, 50)),
+    Claim("aga-agnostic", "protection", "AGA works whatever transformed the weights (here: every symmetry of a block)",
+          _AGA, _NOTES, _recovery("aga", "full_gauge", "simple_average", GAUGE), least(90, 50)),
     Claim("aga-free", "protection", "AGA costs an unprotected expert nothing alone (88.8)",
           _AGA, _NOTES,
           Query(PROTECTION, {"defense": "none", "attack": "aga", "method": PAIR}, "UMP-", minus="UMP_attacked"),
@@ -452,6 +455,12 @@ CLAIMS: Sequence[Claim] = (
     Claim("coupled-arf", "ours", "Coupled re-alignment undoes ARF where its margin binds",
           "[coupled re-alignment](coupled-realignment.md)", _OURS,
           _recovery("coupled", "arf(margin=0.3)"), least(90, 50)),
+    Claim("coupled-gauge", "ours", "Coupled re-alignment undoes every symmetry of a block",
+          "[coupled re-alignment](coupled-realignment.md)", _OURS,
+          _recovery("coupled", "full_gauge", "simple_average", GAUGE), least(99, 90)),
+    Claim("coupled-heads-units", "ours", "Matching heads and units is enough for that (its former version)",
+          "[coupled re-alignment](coupled-realignment.md)", _OURS,
+          _recovery("coupled(gauges=False)", "full_gauge", "simple_average", GAUGE), least(99, 90)),
     Claim("coupled-barrier-real", "ours", "Coupled re-alignment undoes MergeBarrier on twelve layers",
           "[coupled re-alignment](coupled-realignment.md)", _OURS,
           _recovery("coupled", "mergebarrier", board=REAL_PROTECTION), least(90, 60)),
@@ -614,7 +623,11 @@ def judged(claim: Claim, rows: Rows) -> tuple[Reading | None, Verdict, str]:
         query, rule = claim.given
         before = reading(query, rows)
         if verdict(before, rule) is not Verdict.HOLDS:
-            return found, Verdict.UNTESTED, f"`{query.column}` is {shown(before)}, needed {rule}"
+            return (
+                found,
+                Verdict.UNTESTED,
+                f"`{query.column}` is {shown(before)}, needed {str(rule).partition(';')[0]}",
+            )
     of = verdict(found, rule=claim.rule)
     return found, of, "its number is not defined on these cells" if of is Verdict.UNTESTED else ""
 
@@ -680,12 +693,15 @@ def _summary(rows: Rows) -> str:
 
 
 def _tallied(counts: Mapping[Verdict, Sequence[int]]) -> Iterator[str]:
+    """Claims and trials apart; what was not tested is neither."""
     for of in Verdict:
         whole, trials = counts[of]
         if of is Verdict.UNTESTED:
-            yield str(whole + trials)
-        else:
-            yield f"{whole} + {trials} trials" if trials != 1 else f"{whole} + 1 trial"
+            whole, trials = whole + trials, 0
+        parts = [f"{whole}"] if whole else []
+        if trials:
+            parts.append(f"{trials} trial{'s' if trials > 1 else ''}")
+        yield " + ".join(parts) or "–"
 
 
 def shown(found: Reading) -> str:
