@@ -264,7 +264,10 @@ def test_status_by_file_and_by_name_tells_why(ran: Ran, invoke: Invoke, micro: P
         assert why.code == 0, why.err
         told = why.out.partition("failed: merge raises; waiting for it: 1 cell\n")[2]
         assert told.startswith(f"  {cell}\nTraceback (most recent call last):\n")
-        assert '  File "rogue.py", line 9, in merge\n    if "ENOUGH" not in os.environ: raise ValueError(' in told
+        assert (
+            '  File "rogue.py", line 9, in merge\n    if "ENOUGH" not in os.environ: raise ValueError('
+            in told
+        )
         assert 'File "mergesec/execution/steps.py"' in told
         assert str(tmp_path) not in told
         assert sys.prefix not in told

@@ -289,7 +289,9 @@ def test_a_bases_words_fit_its_network(bases: dict[str, Path], tmp_path: Path) -
 def test_tokens_that_settings_add_fit_the_network(bases: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(bases["llama"], tmp_path / "m")
     edit(tmp_path / "m" / "tokenizer_config.json", unk_token="<new>")
-    with pytest.raises(UsageError, match=r"the token '<new>' the number 8, config.json has a vocab_size of 8"):
+    with pytest.raises(
+        UsageError, match=r"the token '<new>' the number 8, config.json has a vocab_size of 8"
+    ):
         subject("llama", tmp_path / "m").tokenise(["sad"])
 
 
