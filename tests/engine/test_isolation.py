@@ -594,3 +594,28 @@ def test_walls_that_cannot_be_are_said_so(bench: Any, monkeypatch: pytest.Monkey
     with pytest.raises(UsageError, match=r"--contained: plugins cannot be contained .*no user namespaces"):
         sessions.run_session(opened, bench.results, None, contained=True)  # type: ignore[arg-type]
     assert sessions._walls(opened, bench.results, None) == (None, "")  # nobody's plugin takes part
+
+
+# --------------------------------------------------------------------------- the code that was planned
+
+
+def test_an_edit_within_a_second_is_another_plugin_and_one_meanwhile_is_refused(tmp_path: Path) -> None:
+    from mergesec.errors import UsageError
+
+    path = tmp_path / "edited.py"
+    text = (
+        'CARD = {"name": "edited", "kind": "merging", "class": "E", "version": "1", "title": "e", "summary": "e"}\n'
+        "from mergesec.contracts import Merged, MergeMethod\n"
+        "class E(MergeMethod):\n    value = 1\n    def merge(self, base, experts, ctx):\n        return Merged(base)\n"
+    )
+    for value in (1, 2, 3):  # same size, same second: Python's cache would not know them apart
+        path.write_text(text.replace("value = 1", f"value = {value}"))
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+        assert load_catalog([path]).get("merging", "edited").load().value == value
+    catalog = load_catalog([path])
+    path.write_text(text.replace("value = 1", "value = 4"))
+    assert catalog.get("merging", "edited").load().value == 3  # loaded already
+    fresh = load_catalog([path])
+    path.write_text(text.replace("value = 1", "value = 5"))
+    with pytest.raises(UsageError, match=r"edited\.py was changed meanwhile"):
+        fresh.get("merging", "edited").load()

@@ -66,9 +66,14 @@ def read_cards(path: Path) -> list[Card]:
     return cards
 
 
+def digest_of(source: bytes) -> str:
+    """First 16 hex digits of the SHA-256."""
+    return hashlib.sha256(source).hexdigest()[:16]
+
+
 def file_digest(path: Path) -> str:
-    """First 16 hex digits of the SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    """That of a file."""
+    return digest_of(path.read_bytes())
 
 
 # --------------------------------------------------------------------------- literals

@@ -7,12 +7,14 @@ import importlib.util
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.machinery import SourceFileLoader
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from mergesec.errors import UsageError, nearest
-from mergesec.planning.cardfiles import file_digest, read_cards
+from mergesec.planning.cardfiles import digest_of, file_digest, read_cards
 from mergesec.planning.cards import KINDS, Card
 
 GROUPS = {
@@ -69,11 +71,25 @@ class Entry:
         return instance
 
 
+class _AsPlanned(SourceFileLoader):
+    """Loads a ``--plugin`` file as it was when the grid was planned, or not at all. Python's own cache of compiled
+    code goes by size and second: an edit within that second would run as what it was before."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        source = Path(self.path).read_bytes()
+        if digest_of(source) != fullname.rpartition("_")[2]:
+            raise UsageError(
+                "--plugin", f"{Path(self.path).name} was changed meanwhile; run the command again"
+            )
+        code: CodeType = self.source_to_code(source, self.path)
+        return code
+
+
 def _import(name: str, path: Path) -> Any:
     if not name.startswith("mergesec_plugin_"):
         return importlib.import_module(name)
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
+        spec = importlib.util.spec_from_file_location(name, path, loader=_AsPlanned(name, str(path)))
         if spec is None or spec.loader is None:
             raise UsageError("--plugin", f"{path.name} is not a Python file")
         module = importlib.util.module_from_spec(spec)
