@@ -22,7 +22,7 @@ from mergesec.execution.guests.handing import HIDDEN, handed
 from mergesec.execution.guests.wire import Ended, Garbled, copied, mapped, receive, send, sheet
 from mergesec.execution.logs import KEPT, Log, read_log
 from mergesec.execution.steps import run
-from mergesec.execution.store import Store
+from mergesec.execution.store import Store, digests_of
 from mergesec.execution.work import Bench, Result, Work
 from mergesec.planning.catalog import load_catalog
 from mergesec.planning.gridspec import parse_grid
@@ -505,6 +505,33 @@ def test_a_line_carries_words_and_sealed_sheets() -> None:
     ours.close()
     with pytest.raises(Ended):
         receive(theirs)
+
+
+def test_what_a_guest_says_of_its_failure_is_only_text() -> None:
+    import socket
+    from types import SimpleNamespace
+
+    from mergesec.execution.guests.host import Fork, Guest, GuestFailed
+
+    ours, theirs = socket.socketpair()
+    reading, writing = os.pipe()
+    step = SimpleNamespace(inputs=(), label="merge x", key="k")
+    guest = Guest(Fork(0, ours, reading), SimpleNamespace(step=step), frozenset(), Log(Path(), "k"))  # type: ignore[arg-type]
+    send(theirs, {"error": "Red: \x1b[31mtwo\nlines", "trace": "a\nb\x1b]0;title\x07"})
+    with pytest.raises(GuestFailed) as failed:
+        guest.hear()
+    assert failed.value.reason == "Red: \\x1b[31mtwo lines"
+    assert failed.value.trace == "a\nb\\x1b]0;title\\x07"
+    os.close(reading)
+    os.close(writing)
+
+
+def test_tied_tensors_of_ones_own_are_handed_over(finished: Any, tmp_path: Path) -> None:
+    work = _work(_plan(_plugin(tmp_path, tmp_path), ["average"], {}), "merge", finished.store)
+    shared = torch.ones(3, requires_grad=True)
+    key = work.bench.give({"a": shared, "b": shared})
+    work.inputs["own"], work._kinds = key, {**work._kinds, key: "import"}
+    assert len(digests_of(handed(work, "own").blob)) == 2
 
 
 def test_a_log_keeps_beginning_and_end(tmp_path: Path) -> None:

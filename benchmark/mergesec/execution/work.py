@@ -117,9 +117,10 @@ class Bench:
 
     def give(self, tensors: Mapping[str, Tensor]) -> str:
         """Take somebody's own tensors as an artifact that is not stored; its key."""
+        tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
         digests = {name: _digest_of(name, tensor) for name, tensor in tensors.items()}
         key = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:40]
-        self._given[key] = Held(read_only(dict(tensors)), {}, digests)
+        self._given[key] = Held(read_only(tensors), {}, digests)
         return key
 
     def digests(self, key: str) -> Mapping[str, str]:

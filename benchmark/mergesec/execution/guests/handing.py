@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from mergesec.contracts import Task, Weights
 from mergesec.execution.contexts import reference_rows
+from mergesec.execution.steps import packed as as_file
 from mergesec.execution.store import digests_of
 from mergesec.execution.work import Work
 
@@ -39,13 +39,13 @@ def handed(work: Work, role: str) -> Handed:
     kind = work.kind_of(role)
     packed, info = work.bench.read(kind, key)
     if kind != "data":
-        return Handed(save_tensors(dict(packed)), {"info": info, "digests": dict(work.bench.digests(key))})
+        return Handed(as_file(packed), {"info": info, "digests": dict(work.bench.digests(key))})
     kept = {n: t for n, t in packed.items() if _split(n) in visible_splits(work) or _split(n) not in SPLITS}
     if role == "target_data":
         kept = _few(work, packed, kept)
     if "test/targets" in kept:
         kept["test/targets"] = torch.full_like(kept["test/targets"], HIDDEN)
-    blob = save_tensors({n: t.contiguous() for n, t in kept.items()})
+    blob = as_file(kept)
     return Handed(blob, {"info": info, "digests": digests_of(blob)})
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from mergesec.contracts import ContractError, Model
+from mergesec.execution.failures import portable
 from mergesec.execution.guests.batches import from_bytes, to_bytes
 from mergesec.execution.guests.checks import check
 from mergesec.execution.guests.containment import Walls
@@ -300,9 +301,10 @@ class Guest:
                 if not isinstance(answer, dict):
                     raise ContractError(f"{self._work.step.label}: no answer came back")
                 return answer, blob
-            if "error" in said:
+            if "error" in said:  # in the guest's own words, which are a stranger's
+                reason = portable(" ".join(str(said["error"]).split()))
                 raise GuestFailed(
-                    str(said["error"])[:LONGEST_REASON], str(said.get("trace", ""))[:LONGEST_TRACE]
+                    reason[:LONGEST_REASON], portable(str(said.get("trace", "")))[:LONGEST_TRACE]
                 )
             self._attend(said, blob)
 
