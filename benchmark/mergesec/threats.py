@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import Literal
@@ -17,6 +18,10 @@ class Threat(StrEnum):
 
 Secrets = Literal["own", "shared"]
 """Whether each protected expert has a secret of its own, or all share one."""
+
+Company = Literal["next", "drawn"]
+"""Who stands beside a cell's subject (experts merged with it, accomplices, further protected experts): those after it
+in suite order, or drawn by the subject and the seed, so that "how many" is not "which tasks"."""
 
 
 class Hook(StrEnum):
@@ -81,9 +86,19 @@ class Role(StrEnum):
 TRIGGERED = "+trigger"
 
 
-def accomplices(experts: Sequence[str], subject: str, target_task: str) -> tuple[str, ...]:
-    """Tasks whose contributors can be malicious together: the subject, then in suite order around it. The task
-    aimed at off-task is a victim and never among them."""
-    place = list(experts).index(subject)
-    ring = (experts[(place + i) % len(experts)] for i in range(len(experts)))
-    return tuple(t for t in ring if t != target_task)
+def in_company(names: Sequence[str], subject: str, company: Company, seed: int) -> tuple[str, ...]:
+    """The subject, then the others: in suite order around it, or in an order drawn by the subject and the seed, in
+    which who comes before whom does not depend on who else is there."""
+    place = list(names).index(subject)
+    others = [names[(place + i) % len(names)] for i in range(1, len(names))]
+    if company == "drawn":
+        others.sort(key=lambda name: hashlib.sha256(f"company\n{subject}\n{seed}\n{name}".encode()).digest())
+    return (subject, *others)
+
+
+def accomplices(
+    experts: Sequence[str], subject: str, target_task: str, company: Company = "next", seed: int = 0
+) -> tuple[str, ...]:
+    """Tasks whose contributors can be malicious together, the subject first. The task aimed at off-task is a victim
+    and never among them."""
+    return tuple(t for t in in_company(experts, subject, company, seed) if t != target_task)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,32 @@ def test_malicious_contributors_follow_the_subject_around_the_suite(catalog: Cat
     assert found[RINGS, 2] == (RINGS, BARS)
     assert found[BLOBS, 3] == (BLOBS, RINGS, BARS)
     assert len(found) == 9
+
+
+def test_drawn_company_differs_between_seeds_and_is_nested(catalog: Catalog) -> None:
+    """More experts or accomplices are the same ones and others, so that curves along their number are read alone."""
+    grid = _grid(catalog, adversaries=[1, 2], experts=[2, 3], company="drawn")
+    spec = grid.spec.model_copy(update={"seeds": tuple(range(20))})
+    found = {(c.subject, c.seed, len(c.experts), c.adversaries): c for c in cells(replace(grid, spec=spec))}
+    others = set()
+    for seed in spec.seeds:
+        few, many = found[BARS, seed, 2, 1], found[BARS, seed, 3, 2]
+        assert set(few.experts) == set(many.crew) and few.crew == (BARS,)
+        others.add(many.crew[1])
+    assert others == {BLOBS, RINGS}
+
+
+def test_a_drawn_target_class_is_one_for_each_adversary_and_seed(catalog: Catalog) -> None:
+    grid = _grid(catalog, attacks=["none", "aimed"], target_class="drawn")
+    spec = grid.spec.model_copy(update={"seeds": tuple(range(20))})
+    found: dict[tuple[str, int], set[int]] = {}
+    for cell in cells(replace(grid, spec=spec)):
+        found.setdefault((cell.subject, cell.seed), set()).add(cell.target_class)
+    assert len(found) == 60 and all(len(classes) == 1 for classes in found.values())
+    fewest = min(catalog.get("task", task).card.classes for task in TASKS)
+    assert set.union(*found.values()) == set(range(fewest))
+    with pytest.raises(UsageError, match=r"axes.target_class"):
+        _grid(catalog, target_class="any")
 
 
 def test_the_task_aimed_at_is_never_malicious(catalog: Catalog) -> None:

@@ -19,10 +19,11 @@ from mergesec.planning import plan as planning
 from mergesec.planning.catalog import Catalog, load_catalog
 from mergesec.planning.cells import Cell, cells
 from mergesec.planning.gridspec import load_grid, parse_grid
-from mergesec.planning.plan import KEY_VERSION, Plan, draw_seed, make_plan, needed_steps, read_facts, step_key
+from mergesec.planning.plan import KEY_VERSION, Plan, make_plan, needed_steps, read_facts, step_key
 from mergesec.planning.presets import preset_names, presets_folder
 from mergesec.planning.refs import NONE, make_ref
 from mergesec.planning.resolve import Grid, resolve
+from mergesec.planning.seeds import draw_seed, salt_digest
 
 MICRO = Path(__file__).resolve().parents[2] / "benchmark" / "mergesec" / "conformance" / "micro.py"
 TASKS = ("micro/bars", "micro/blobs", "micro/rings")
@@ -259,6 +260,18 @@ def test_cells_are_the_filtered_product(
 
 
 # --------------------------------------------------------------------------- keys
+
+
+def test_a_salt_changes_every_seed_and_is_told_by_its_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, told = draw_seed("protect", "micro/bars", 0), salt_digest()
+    drawn = set()
+    for salt in ("one", "two"):
+        monkeypatch.setenv("MERGESEC_SALT", salt)
+        drawn.add((draw_seed("protect", "micro/bars", 0), salt_digest()))
+        assert salt not in salt_digest()
+    assert told == "" and len({(plain, told), *drawn}) == 3
+    monkeypatch.delenv("MERGESEC_SALT")
+    assert draw_seed("protect", "micro/bars", 0) == plain
 
 
 def test_the_key_algorithm_is_pinned() -> None:

@@ -147,7 +147,9 @@ def _tasks(record: Record, which: Which) -> list[str]:
         return list(record.experts)
     spoken = {
         _aim(record),
-        *accomplices(record.experts, record.subject, record.target_task)[: record.adversaries],
+        *accomplices(record.experts, record.subject, record.target_task, record.company, record.seed)[
+            : record.adversaries
+        ],
     }
     return [t for t in record.experts if t not in spoken]
 

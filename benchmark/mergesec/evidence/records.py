@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mergesec.errors import UsageError
-from mergesec.threats import TRIGGERED, Role, Secrets, Threat
+from mergesec.threats import TRIGGERED, Company, Role, Secrets, Threat
 
 SCHEMA: Literal[1] = 1
 GRID_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
@@ -89,6 +89,7 @@ class Record(BaseModel):
     adversaries: int = Field(default=1, ge=1)
     target_task: str = ""
     """Off-task backdoors: the task that the target class belongs to; empty: the subject's own."""
+    company: Company = "next"
     status: Status
     reason: str = ""
     contained: Literal["yes", "no"] = "yes"

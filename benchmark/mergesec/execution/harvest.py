@@ -35,6 +35,7 @@ from mergesec.planning.cells import Cell
 from mergesec.planning.plan import CellPlan, Plan, back, behind, data_steps, siblings
 from mergesec.planning.refs import HUB_NAME, NONE, Ref
 from mergesec.planning.resolve import Grid
+from mergesec.planning.seeds import salt_digest
 from mergesec.threats import TRIGGERED, Hook, Role, Threat
 
 Evaluation = dict[str, NDArray[np.int32]]
@@ -54,7 +55,8 @@ def cell_name(cell: Cell) -> str:
          str(cell.target_class), ",".join(cell.experts), str(cell.seed),
          *([str(cell.protected), cell.secrets] if cell.protected > 1 else []),
          *([f"adversaries {cell.adversaries}"] if cell.adversaries > 1 else []),
-         *([f"aim {cell.target_task}"] if cell.target_task else [])]
+         *([f"aim {cell.target_task}"] if cell.target_task else []),
+         *([f"company {cell.company}"] if cell.company != "next" else [])]
     )  # fmt: skip
     shown = readable_name(
         cell.threat, cell.merging.name, cell.attack.name, cell.defense.name, cell.subject, cell.seed
@@ -302,7 +304,7 @@ def _record(
         protocol=spec.protocol, threat=cell.threat, merging=cell.merging.label, attack=cell.attack.label,
         defense=cell.defense.label, components=_components(cell), subject=cell.subject, target_class=cell.target_class,
         experts=list(cell.experts), seed=cell.seed, protected=cell.protected, secrets=cell.secrets,
-        adversaries=cell.adversaries, target_task=cell.target_task, status=status, reason=reason,
+        adversaries=cell.adversaries, target_task=cell.target_task, company=cell.company, status=status, reason=reason,
         contained="yes" if inside else "no", counts=counts,
         values=values, facts=facts, steps=dict(planned.roles), cost=cost,
         provenance={**shared, "components": components, "devices": devices},
@@ -332,6 +334,7 @@ def _shared_provenance(grid: Grid) -> dict[str, Any]:
     components = {r.name: _component(grid, r) for r in refs if r is not NONE}
     return {
         "versions": packages,
+        **({"salt": salt} if (salt := salt_digest()) else {}),
         "backbone": json.loads(grid.backbone.text),
         "tasks": {t.name: json.loads(t.text) for t in grid.tasks},
         "recipe": dict(grid.recipe),

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from mergesec.planning.refs import NONE, Ref
 from mergesec.planning.resolve import Grid
-from mergesec.threats import Hook, Secrets, Threat, accomplices
+from mergesec.planning.seeds import draw_seed
+from mergesec.threats import Company, Hook, Secrets, Threat, accomplices, in_company
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Cell:
     """How many contributors are malicious (backdoor only): the subject's and those after it."""
     target_task: str = ""
     """Off-task (backdoor only): the task that the target class belongs to; empty: the subject's own."""
+    company: Company = "next"
 
     @property
     def aim(self) -> str:
@@ -41,13 +43,13 @@ class Cell:
     @property
     def crew(self) -> tuple[str, ...]:
         """The tasks of the malicious contributors, the subject first."""
-        return accomplices(self.experts, self.subject, self.target_task)[: self.adversaries]
+        able = accomplices(self.experts, self.subject, self.target_task, self.company, self.seed)
+        return able[: self.adversaries]
 
     @property
     def owners(self) -> tuple[str, ...]:
-        """The tasks whose experts are protected, the victim first, then in suite order around it."""
-        place = self.experts.index(self.subject)
-        return tuple(self.experts[(place + i) % len(self.experts)] for i in range(self.protected))
+        """The tasks whose experts are protected, the victim first."""
+        return in_company(self.experts, self.subject, self.company, self.seed)[: self.protected]
 
 
 def why_not(grid: Grid, threat: str, merging: Ref, attack: Ref, defense: Ref, count: int = 0) -> str:
@@ -79,7 +81,7 @@ def why_not(grid: Grid, threat: str, merging: Ref, attack: Ref, defense: Ref, co
 
 
 def _companions(
-    experts: int | str | tuple[str, ...], subject: str, names: list[str]
+    experts: int | str | tuple[str, ...], subject: str, names: list[str], company: Company, seed: int
 ) -> list[tuple[str, ...]]:
     """The merged tasks, in suite order, for one value of the experts axis."""
     if experts == "all":
@@ -87,20 +89,22 @@ def _companions(
     elif experts == "pairs":
         sets = [(subject, other) for other in names if other != subject]
     elif isinstance(experts, int):
-        start = names.index(subject)
-        sets = [tuple(names[(start + i) % len(names)] for i in range(experts))]
+        sets = [in_company(names, subject, company, seed)[:experts]]
     else:
         sets = [tuple(dict.fromkeys((*((subject,) if subject else ()), *experts)))]
     return [tuple(sorted(s, key=names.index)) for s in sets]
 
 
-def _subjects(grid: Grid, threat: str) -> list[tuple[str, int]]:
+def _subjects(grid: Grid, threat: str, seed: int) -> list[tuple[str, int]]:
     names = [t.name for t in grid.tasks]
     axes = grid.spec.axes
     if threat == Threat.PROTECTION:
         return [(n, 0) for n in (names if axes.victim == "all" else axes.victim)]
     if threat == Threat.BACKDOOR:
         tasks = names if axes.adversary == "all" else axes.adversary
+        if axes.target_class == "drawn":
+            classes = min(grid.catalog.get("task", n).card.classes for n in names)
+            return [(n, draw_seed("target_class", n, seed) % classes) for n in tasks]
         return [(n, c) for n in tasks for c in axes.target_class]
     return [("", 0)]
 
@@ -119,12 +123,14 @@ def _matches(pattern: Mapping[str, Any], cell: Cell) -> bool:
 
 
 class Variant(NamedTuple):
-    """How many experts are protected, with whose secrets, and how many are malicious, at whose class they aim."""
+    """How many experts are protected, with whose secrets, how many are malicious, at whose class they aim, and who
+    they are."""
 
     protected: int = 1
     secrets: Secrets = "own"
     adversaries: int = 1
     target_task: str = ""
+    company: Company = "next"
 
 
 def _variants(grid: Grid, threat: str, attack: Ref) -> list[Variant]:
@@ -133,10 +139,12 @@ def _variants(grid: Grid, threat: str, attack: Ref) -> list[Variant]:
     axes = grid.spec.axes
     if threat == Threat.PROTECTION:
         pairs = itertools.product(axes.protected, axes.secrets)
-        return list(dict.fromkeys(Variant(n, how if n > 1 else "own") for n, how in pairs))
+        return list(
+            dict.fromkeys(Variant(n, how if n > 1 else "own", company=axes.company) for n, how in pairs)
+        )
     if threat == Threat.BACKDOOR and attack is not NONE:
         aims = itertools.product(axes.adversaries, axes.target_task)
-        return list(dict.fromkeys(Variant(adversaries=n, target_task=aim) for n, aim in aims))
+        return list(dict.fromkeys(Variant(1, "own", n, aim, axes.company) for n, aim in aims))
     return [Variant()]
 
 
@@ -195,19 +203,29 @@ class Contributed(NamedTuple):
     tasks: tuple[str, ...]
 
 
-def _merges(grid: Grid, threat: str) -> list[Contributed]:
-    """Every merge, once."""
+def _merges(grid: Grid, threat: str, seed: int) -> list[Contributed]:
+    """Every merge of a seed, once."""
     names = [t.name for t in grid.tasks]
     merges: list[Contributed] = []
     for experts in grid.spec.axes.experts:
-        for subject, target in _subjects(grid, threat):
+        for subject, target in _subjects(grid, threat, seed):
             anchor = subject or names[0]
             if threat == Threat.CLEAN and experts == "pairs":
                 sets: list[tuple[str, ...]] = list(itertools.combinations(names, 2))
             else:
-                sets = _companions(experts, anchor if isinstance(experts, int) else subject, names)
+                whose = anchor if isinstance(experts, int) else subject
+                company = grid.spec.axes.company if subject else "next"
+                sets = _companions(experts, whose, names, company, seed)
             merges += [Contributed(subject, target, s) for s in sets if len(s) > 1]
     return list(dict.fromkeys(merges))
+
+
+def _seeded_merges(grid: Grid, threat: str) -> list[tuple[Contributed, int]]:
+    """Every merge with every seed; what is drawn differs between seeds."""
+    spec = grid.spec
+    if spec.axes.company == "drawn" or spec.axes.target_class == "drawn":
+        return [(merge, seed) for seed in spec.seeds for merge in _merges(grid, threat, seed)]
+    return list(itertools.product(_merges(grid, threat, spec.seeds[0]), spec.seeds))
 
 
 def cells(grid: Grid) -> Iterator[Cell]:
@@ -215,14 +233,14 @@ def cells(grid: Grid) -> Iterator[Cell]:
     spec = grid.spec
     grid.left_out.clear()
     for threat in map(Threat, dict.fromkeys(spec.threats)):
-        merges = _merges(grid, threat)
+        merges = _seeded_merges(grid, threat)
         for merging, attack, defense in itertools.product(grid.merging, grid.attacks, grid.defenses):
             variants = _variants(grid, threat, attack)
             reason = why_not(grid, threat, merging, attack, defense)
             if reason:
-                grid.left_out[reason] += len(merges) * len(spec.seeds) * len(variants)
+                grid.left_out[reason] += len(merges) * len(variants)
                 continue
-            for merge, seed, variant in itertools.product(merges, spec.seeds, variants):
+            for (merge, seed), variant in itertools.product(merges, variants):
                 cell = Cell(threat, merging, attack, defense, *merge, seed, **variant._asdict())
                 reason = _no_cell(grid, cell)
                 if reason:

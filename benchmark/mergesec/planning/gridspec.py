@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mergesec.errors import UsageError, nearest
 from mergesec.planning.presets import preset_names, presets_folder
 from mergesec.planning.yamlguard import check_yaml
-from mergesec.threats import Secrets
+from mergesec.threats import Company, Secrets
 
 
 class _Strict(BaseModel):
@@ -41,8 +41,10 @@ class Axes(_Strict):
     defenses: tuple[Named, ...] = ("none",)
     victim: tuple[str, ...] | Literal["all"] = "all"
     adversary: tuple[str, ...] | Literal["all"] = "all"
-    target_class: tuple[int, ...] = (0,)
+    target_class: tuple[int, ...] | Literal["drawn"] = (0,)
+    """``drawn``: one class for each adversary and seed."""
     experts: tuple[int | str | tuple[str, ...], ...] = ("all",)
+    company: Company = "next"
     protected: tuple[Annotated[int, Field(ge=1)], ...] = (1,)
     secrets: tuple[Secrets, ...] = ("own",)
     adversaries: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1,), min_length=1)

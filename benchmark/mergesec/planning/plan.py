@@ -13,13 +13,14 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache, wraps
+from functools import cached_property, wraps
 from typing import Any, NamedTuple, TypeVar, cast
 
 from mergesec.planning.cards import Card
 from mergesec.planning.cells import Cell, cells
 from mergesec.planning.refs import NONE, Ref, trigger_ref
 from mergesec.planning.resolve import Grid
+from mergesec.planning.seeds import draw_seed
 from mergesec.threats import TRIGGERED, Hook, Role, Threat
 
 KEY_VERSION = 1
@@ -71,13 +72,6 @@ def step_key(
     known = kind if version == 1 else f"{kind}\t{version}"
     rows = [f"{KEY_VERSION}\t{known}", *map("\t".join, components), "", *map("\t".join, inputs), "", args]
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:40]
-
-
-@lru_cache(maxsize=65536)
-def draw_seed(*coordinates: str | int) -> int:
-    """A 63-bit seed from coordinates; the only source of randomness in a run."""
-    text = json.dumps(coordinates, separators=(",", ":"))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,18 +8,18 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from mergesec.errors import UsageError, nearest
 from mergesec.planning.catalog import Catalog
 from mergesec.planning.gridspec import GridSpec
 from mergesec.planning.refs import Ref, expand, model_content, short
 from mergesec.recipes import check_recipe, recipe_identity
-from mergesec.threats import Threat
+from mergesec.threats import Company, Secrets, Threat
 
 _PATTERN_KEYS = (
     "threat", "merging", "attack", "defense", "subject", "target_class", "experts", "seed", "protected", "secrets",
-    "adversaries", "target_task",
+    "adversaries", "target_task", "company",
 )  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def resolve(spec: GridSpec, catalog: Catalog) -> Grid:
     for i, experts in enumerate(axes.experts):
         _check_experts(f"axes.experts[{i}]", experts, names)
     smallest = min((catalog.get("task", n).card.classes for n in names), default=0)
-    for target in axes.target_class:
+    for target in () if axes.target_class == "drawn" else axes.target_class:
         if target < 0 or (smallest and target >= smallest):
             raise UsageError("axes.target_class", f"{target} is outside [0, {smallest - 1}]")
     fixed = dict(catalog.get("backbone", backbone.name).card.recipe)
@@ -131,7 +131,7 @@ def _check_pattern(where: str, pattern: Mapping[str, Any], catalog: Catalog) -> 
         if key not in _PATTERN_KEYS:
             raise UsageError(f"{where}.{key}", f"unknown{nearest(key, _PATTERN_KEYS)}")
         kind = {"subject": "task", "target_task": "task"}.get(key, key)
-        known = ["none", *catalog.entries[kind]] if kind in catalog.entries else [str(t) for t in Threat]
+        known = ["none", *catalog.entries[kind]] if kind in catalog.entries else _words(key)
         if key == "target_task":
             known.append("")
         for value in wanted if isinstance(wanted, (list, tuple)) else [wanted]:
@@ -140,6 +140,12 @@ def _check_pattern(where: str, pattern: Mapping[str, Any], catalog: Catalog) -> 
                     raise UsageError(f"{where}.{key}", f"expected a number, got {value!r}")
             elif str(value).partition("(")[0] not in known:
                 raise UsageError(f"{where}.{key}", f"unknown {value!r}{nearest(value, known)}")
+
+
+def _words(key: str) -> list[str]:
+    """The values of a coordinate that is one of a few words."""
+    words = {"secrets": get_args(Secrets), "company": get_args(Company)}
+    return list(words.get(key, [str(t) for t in Threat]))
 
 
 def _check_experts(where: str, experts: int | str | tuple[str, ...], names: list[str]) -> None:

@@ -31,6 +31,7 @@ from mergesec.execution.store import Store
 from mergesec.execution.work import Result, Work
 from mergesec.files import plain
 from mergesec.planning.refs import Ref
+from mergesec.planning.seeds import SALT
 
 PATIENCE = 5.0
 """Seconds that a guest whose line went dead has to be gone."""
@@ -149,7 +150,7 @@ class Zygote:
 
 def _environment() -> dict[str, str]:
     """The worker's, without what says where results and data are."""
-    hidden = ("MERGESEC_CACHE", "MERGESEC_DATA", "XDG_CACHE_HOME")
+    hidden = ("MERGESEC_CACHE", "MERGESEC_DATA", "XDG_CACHE_HOME", SALT)
     return {name: value for name, value in os.environ.items() if name not in hidden}
 
 
