@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from mergesec_methods.merging.simple_average import SimpleAverage
 from mergesec_methods.merging.task_arithmetic import TaskArithmetic
 from mergesec_methods.merging.ties import Ties
 from mergesec_methods.merging.weighted_average import WeightedAverage
+from mergesec_methods.merging.weighted_task_arithmetic import WeightedTaskArithmetic
 
 GRID = [0.1, 0.3, 0.5]
 
@@ -145,6 +147,26 @@ def test_weighted_average_closed_forms() -> None:
 def test_weighted_average_refuses_bad_weights(weights: list[float], message: str) -> None:
     with pytest.raises(ContractError, match=message):
         WeightedAverage(weights, True).merge(network(0), experts(3), context())
+
+
+def test_weighted_task_arithmetic_closed_forms() -> None:
+    base, members = network(0), experts(3)
+    vectors = torch.stack([flat(e.weights) - flat(base) for e in members])
+    given = torch.tensor([0.5, -0.25, 1.5])
+    merged = WeightedTaskArithmetic(given.tolist()).merge(base, members, context())
+    wanted = flat(base) + (given[:, None] * vectors).sum(0)
+    torch.testing.assert_close(flat(merged.shared), wanted, rtol=0, atol=1e-6)
+    equal = WeightedTaskArithmetic([]).merge(base, members, context())
+    plain = TaskArithmetic(0.3, GRID).merge(base, members, context())
+    torch.testing.assert_close(flat(equal.shared), flat(plain.shared), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "message"), [([1.0], "1 coefficients for 3"), ([1, math.nan, 0], "must be finite")]
+)
+def test_weighted_task_arithmetic_refuses_bad_coefficients(coefficients: list[float], message: str) -> None:
+    with pytest.raises(ContractError, match=message):
+        WeightedTaskArithmetic(coefficients).merge(network(0), experts(3), context())
 
 
 @pytest.mark.parametrize("name", METHODS)
