@@ -23,7 +23,7 @@ PUBLIC = (
 )  # fmt: skip
 """Modules directly under ``mergesec``: what a plugin may import, from the ground up."""
 PACKAGES = (
-    "evidence", "planning", "streaming", "execution", "figures", "conformance", "api", "cli",
+    "evidence", "planning", "streaming", "execution", "figures", "conformance", "scanning", "api", "cli",
 )  # fmt: skip
 """The engine's own, from the ground up; each stands above all public modules."""
 ORDER = (*PUBLIC, *PACKAGES)
