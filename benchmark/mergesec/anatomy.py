@@ -8,10 +8,13 @@ reordered, and each attention head's query/key and value/output pairs can be cha
 invertible matrix. Tensors inside an attention or MLP module that the row does not name (query/key
 norms, relative positions, head scales) break a symmetry and are refused.
 
-Two kinds of attention allow less. Where several query heads share one key and value head (grouped
+Denoisers (UNets, diffusion transformers) are described in ``mergesec.denoisers``; their kinds of symmetries are here.
+
+Three kinds of attention allow less. Where several query heads share one key and value head (grouped
 heads), they share its matrices. Where queries and keys are rotated by their positions, only what
 commutes with every rotation of the pairs (i, i + head_dim/2) is allowed on them: one complex factor
-per pair; value and output stay general. Rotary positions leave no tensor behind that would tell (nor
+per pair; value and output stay general. Where queries and keys are normed inside each head, only what commutes
+with the norm is: signs, one order of the dimensions for all heads, and a positive factor. Rotary positions leave no tensor behind that would tell (nor
 would other pairings, or rotations of part of a head), so whoever asks for the anatomy has to say.
 
 Around the maps stand norms, biases and layer scales, which carry symmetries of their own; ``symmetries`` lists
@@ -23,160 +26,27 @@ reads, and the head is not part of what is published.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-class AnatomyError(ValueError):
-    """No listed layout fits, or its sizes contradict each other (the message names which)."""
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A linear map inside a state dict: rows ``[start, stop)`` of ``weight`` (out × in) and of ``bias``.
-
-    ``rows`` is None for an unpacked map; packed QKV names one tensor three times with three ranges.
-    """
-
-    weight: str
-    bias: str | None
-    rows: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class Norm:
-    """The norm whose output maps read: ``weight ⊙ x̂ + bias``.
-
-    ``own`` says that nothing else reads it. Where the norm comes after the sum the residual stream does too.
-    """
-
-    weight: str
-    bias: str | None
-    own: bool = True
-
-    @property
-    def centred(self) -> bool:
-        """Whether x̂ has mean 0. A norm without a bias is taken for an RMS norm, whose x̂ has not."""
-        return self.bias is not None
-
-
-@dataclass(frozen=True)
-class Attention:
-    """One attention layer.
-
-    Head h owns rows ``h·head_dim … (h+1)·head_dim`` of q and those columns of o, and of k, v if there are as
-    many of them; else query head h uses key and value head ``h // (heads // kv_heads)``.
-    """
-
-    query: Linear
-    key: Linear
-    value: Linear
-    output: Linear
-    heads: int
-    head_dim: int
-    kv_heads: int = 0
-    """Key and value heads; 0 becomes ``heads``."""
-    rotary: bool = False
-    """Whether queries and keys are rotated by position, in pairs (i, i + head_dim/2) over the whole head."""
-    norm: Norm | None = None
-    """What query, key and value read."""
-    scale: str | None = None
-    """The layer scale: a vector that the output is multiplied by, entry by entry, before it joins the stream."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
-
-    @property
-    def group(self) -> int:
-        """Query heads per key and value head."""
-        return self.heads // self.kv_heads
-
-    @property
-    def maps(self) -> tuple[Linear, ...]:
-        """Query, key, value, output."""
-        return self.query, self.key, self.value, self.output
-
-    @property
-    def readers(self) -> tuple[Linear, ...]:
-        """The maps that read the norm."""
-        return self.query, self.key, self.value
-
-    @property
-    def writer(self) -> Linear:
-        """The map that writes to the residual stream."""
-        return self.output
-
-
-@dataclass(frozen=True)
-class Mlp:
-    """``down(φ(up(x)))``, or ``down(φ(gate(x)) ⊙ up(x))`` where there is a gate.
-
-    Hidden units are rows of ``up`` (and ``gate``) and columns of ``down``.
-    """
-
-    up: Linear
-    down: Linear
-    hidden: int
-    gate: Linear | None = None
-    norm: Norm | None = None
-    """What up (and gate) read."""
-    scale: str | None = None
-    """The layer scale, as in ``Attention``."""
-
-    @property
-    def maps(self) -> tuple[Linear, ...]:
-        """Up, gate if there is one, down."""
-        return (*self.readers, self.down)
-
-    @property
-    def readers(self) -> tuple[Linear, ...]:
-        """The maps that read the norm."""
-        return (self.up,) if self.gate is None else (self.up, self.gate)
-
-    @property
-    def writer(self) -> Linear:
-        """The map that writes to the residual stream."""
-        return self.down
-
-
-Part = Attention | Mlp
-
-
-@dataclass(frozen=True)
-class Block:
-    """One transformer block; ``index`` counts over the whole anatomy, ``name`` is its prefix of names."""
-
-    index: int
-    attention: Attention
-    mlp: Mlp
-    name: str = ""
-
-    @property
-    def maps(self) -> tuple[Linear, ...]:
-        """The attention's maps, then the MLP's."""
-        return (*self.attention.maps, *self.mlp.maps)
-
-    @property
-    def parts(self) -> tuple[Part, Part]:
-        """The attention and the MLP."""
-        return self.attention, self.mlp
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """The blocks of a network, in order from the input (tower after tower where there are several)."""
-
-    blocks: tuple[Block, ...]
-    layout: str = ""
-
-    @property
-    def matrices(self) -> tuple[str, ...]:
-        """Names of the tensors that hold the blocks' maps, in order, each once."""
-        return tuple(dict.fromkeys(linear.weight for block in self.blocks for linear in block.maps))
-
+from mergesec.parts import Adaptive as Adaptive
+from mergesec.parts import Anatomy as Anatomy
+from mergesec.parts import AnatomyError as AnatomyError
+from mergesec.parts import Attention as Attention
+from mergesec.parts import Axis as Axis
+from mergesec.parts import Block as Block
+from mergesec.parts import Coordinates as Coordinates
+from mergesec.parts import HeadNorm as HeadNorm
+from mergesec.parts import Linear as Linear
+from mergesec.parts import Mlp as Mlp
+from mergesec.parts import Modulation as Modulation
+from mergesec.parts import Norm as Norm
+from mergesec.parts import Part as Part
+from mergesec.parts import Projection as Projection
+from mergesec.parts import Shapes as Shapes
+from mergesec.parts import Side as Side
+from mergesec.parts import Terms as Terms
 
 # --------------------------------------------------------------------------- symmetries
 
@@ -202,15 +72,34 @@ class Kind(StrEnum):
     KEY_SHIFT = "key_shift"
     """b_k + c per head: the same score more for every key of a query, which softmax cancels."""
     NORM_SCALE = "norm_scale"
-    """γ and β times D, columns of the maps that read them divided by D."""
+    """γ and β times D, columns of the maps that read them divided by D. Adaptive norms: rows and tables of scale and
+    shift times D, the scale's bias b to D (1 + b) − 1."""
     NORM_SHIFT = "norm_shift"
-    """β + s, and W s off the biases of the maps that read it."""
+    """β + s, and W s off the biases of the maps that read it. Adaptive norms: the shift's bias, or its table."""
     READER_MEAN = "reader_mean"
     """Rows of maps that read a centred norm: any multiple of 1/γ more (x̂ has mean 0), the bias corrected."""
     WRITER_MEAN = "writer_mean"
     """What a map writes: any multiple of 1 more (through a layer scale: of 1/λ); every norm takes it away."""
     LAYER_SCALE = "layer_scale"
-    """λ divided by D, rows and bias of the map before it times D."""
+    """λ divided by D, rows and bias of the map before it times D. Where λ follows from a condition (the gate of an
+    adaptive norm) its rows are."""
+    QK_SIGN = "qk_sign"
+    """Normed queries and keys: signs of a head's dimensions, on both alike."""
+    QK_ORDER = "qk_order"
+    """Normed queries and keys: dimensions in another order, the same in all heads since they share the gains."""
+    QK_GAIN = "qk_gain"
+    """Normed queries and keys: the queries' gains times D, the keys' divided by D."""
+    QK_SCALE = "qk_scale"
+    """Normed queries and keys: a head's rows times a positive number, queries and keys apart (up to the norm's ε)."""
+    CHANNEL_ORDER = "channel_order"
+    """Channels between two convolutions, coordinates of the condition's embedding or of the stream of a transformer
+    inside a UNet in another order; groups of a group norm stay together."""
+    GROUP_SIGN = "group_sign"
+    """The sign of all channels of a group, and of their γ in the group norm."""
+    GROUP_SCALE = "group_scale"
+    """All channels of a group times a positive number, which its group norm takes away (up to the norm's ε)."""
+    TERM_SHIFT = "term_shift"
+    """A constant from one term of a sum to the others: biases of embeddings, tables of modulations."""
 
 
 NEEDS: Mapping[Kind, str] = {
@@ -221,38 +110,100 @@ NEEDS: Mapping[Kind, str] = {
     Kind.NORM_SHIFT: "norms with a bias that only maps with biases read",
     Kind.READER_MEAN: "norms that take the mean away (layer norms), read by maps with biases",
     Kind.WRITER_MEAN: "norms that take the mean away (layer norms) everywhere",
-    Kind.LAYER_SCALE: "layer scales",
+    Kind.LAYER_SCALE: "layer scales, or gates of adaptive norms",
+    Kind.QUERY_KEY: "an attention without norms on its queries and keys",
+    Kind.QK_SIGN: "norms on queries and keys",
+    Kind.QK_ORDER: "norms on queries and keys",
+    Kind.QK_GAIN: "norms on queries and keys",
+    Kind.QK_SCALE: "norms on queries and keys",
+    Kind.CHANNEL_ORDER: "convolutions with a norm between them, or an embedding of a condition",
+    Kind.GROUP_SIGN: "two convolutions with a group norm between them",
+    Kind.GROUP_SCALE: "two convolutions with a group norm between them",
+    Kind.TERM_SHIFT: "a sum of two terms that have a bias or a table each",
 }
 """What a network must have for a kind; the kinds that are not here every network has."""
+
+UP_TO_EPSILON = frozenset({Kind.QK_SCALE, Kind.GROUP_SCALE})
+"""Kinds that keep the function but for the ε inside a norm: a factor above 1 makes ε count for less, below 1 for more."""
 
 
 @dataclass(frozen=True)
 class Symmetry:
-    """One generator of the group: a kind, and the block and part (attention or MLP) that it acts on."""
+    """One generator of the group: a kind, the part that it acts on, and the block that this is in.
+
+    ``block`` is None outside of the blocks. ``kin`` are other parts that change with this one, since they share its
+    modulation.
+    """
 
     kind: Kind
-    block: Block
-    part: Part
+    block: Block | None
+    part: Part | Coordinates | Terms
+    kin: tuple[Part, ...] = ()
+
+    @property
+    def borders(self) -> tuple[Part, ...]:
+        """The parts that a change of a norm or of a layer scale goes through."""
+        return () if isinstance(self.part, Coordinates | Terms) else (self.part, *self.kin)
 
 
 def symmetries(anatomy: Anatomy) -> tuple[Symmetry, ...]:
-    """All generators of the group under which the function of these blocks does not change, block by block.
+    """All generators of the group under which the function of these blocks does not change: those outside of the
+    blocks, and those that blocks share; then block by block.
 
     Any element of the group is a product of elements of the generators, in any order. WRITER_MEAN presumes that
     the norm behind the last block is centred as the others are.
     """
     parts = [part for block in anatomy.blocks for part in block.parts]
-    centred = all(part.norm is not None and part.norm.centred for part in parts)
-    return tuple(
-        Symmetry(kind, block, part)
-        for block in anatomy.blocks
-        for part in block.parts
-        for kind in _kinds(part, centred)
+    centred = not anatomy.raw and all(part.norm is not None and part.norm.centred for part in parts)
+    return (
+        *_outside(anatomy),
+        *_shared(anatomy),
+        *(
+            Symmetry(kind, block, part)
+            for block in anatomy.blocks
+            for part in _with_sides(block)
+            for kind in _kinds(part, centred)
+        ),
     )
 
 
-def _kinds(part: Part, centred: bool) -> list[Kind]:
-    inner = _attention_kinds(part) if isinstance(part, Attention) else _mlp_kinds(part)
+def _outside(anatomy: Anatomy) -> Iterator[Symmetry]:
+    for part in anatomy.outside:
+        if isinstance(part, Coordinates):
+            kinds = [Kind.CHANNEL_ORDER] + [Kind.GROUP_SIGN, Kind.GROUP_SCALE] * part.signed
+        elif isinstance(part, Terms):
+            kinds = [Kind.TERM_SHIFT]
+        else:
+            kinds = _border_kinds(part, False)
+        yield from (Symmetry(kind, None, part) for kind in kinds)
+
+
+def _shared(anatomy: Anatomy) -> Iterator[Symmetry]:
+    """Scales of modulations whose map all blocks share."""
+    borders = [part for block in anatomy.blocks for part in _with_sides(block) if _shares(part)]
+    for kind in (Kind.NORM_SCALE, Kind.LAYER_SCALE):
+        families: dict[Linear, list[Part]] = {}
+        for part in borders:
+            assert part.adaptive is not None  # what _shares asks for
+            of = part.adaptive.scale if kind is Kind.NORM_SCALE else part.adaptive.gate
+            if of is not None:
+                families.setdefault(of.linear, []).append(part)
+        for first, *kin in families.values():
+            yield Symmetry(kind, None, first, tuple(kin))
+
+
+def _shares(part: Part) -> bool:
+    return part.adaptive is not None and part.adaptive.scale.table is not None
+
+
+def _with_sides(block: Block) -> Iterator[Attention | Mlp | Side]:
+    for part in block.parts:
+        yield from part.sides if isinstance(part, Attention) else (part,)
+
+
+def _kinds(part: Attention | Mlp | Side, centred: bool) -> list[Kind]:
+    inner = _attention_kinds(part) if isinstance(part, Attention) else []
+    inner += _mlp_kinds(part) if isinstance(part, Mlp) else []
     return inner + _border_kinds(part, centred)
 
 
@@ -261,17 +212,27 @@ def _mlp_kinds(mlp: Mlp) -> list[Kind]:
 
 
 def _attention_kinds(attention: Attention) -> list[Kind]:
-    kinds = [Kind.HEAD_ORDER, Kind.QUERY_KEY, Kind.VALUE_OUTPUT]
-    if attention.value.bias and attention.output.bias:
+    kinds = [Kind.HEAD_ORDER]
+    if attention.head_norm is None:
+        kinds.append(Kind.QUERY_KEY)
+    kinds.append(Kind.VALUE_OUTPUT)
+    sides = attention.sides
+    if all(side.value.bias and (side.output is None or side.output.bias) for side in sides):
         kinds.append(Kind.VALUE_SHIFT)
-    if attention.key.bias and not attention.rotary:
+    if all(side.key.bias for side in sides) and not attention.rotary and attention.head_norm is None:
         kinds.append(Kind.KEY_SHIFT)
+    if attention.head_norm is not None:
+        kinds += [Kind.QK_SIGN, Kind.QK_ORDER, Kind.QK_GAIN, Kind.QK_SCALE]
     return kinds
 
 
 def _border_kinds(part: Part, centred: bool) -> list[Kind]:
     """Kinds between the part and what is before and behind it."""
     kinds, biased = [], all(linear.bias for linear in part.readers)
+    if part.adaptive is not None:
+        kinds += [Kind.NORM_SCALE] * (not _shares(part)) + [Kind.NORM_SHIFT] * biased
+        gated = part.adaptive.gate is not None and part.writer is not None
+        return kinds + [Kind.LAYER_SCALE] * (gated and not _shares(part))
     if part.norm is not None and part.norm.own:
         kinds.append(Kind.NORM_SCALE)
         if part.norm.bias and biased:
