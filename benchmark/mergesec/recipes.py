@@ -48,6 +48,9 @@ class Recipe:
     """Optimizer steps; 0 = as many as ``epochs`` make."""
     augment: str = _later("none", "none", "crop", "flip", "crop+flip")
     """Random views of training images: ``none``, ``crop`` (padded by an eighth), ``flip`` or ``crop+flip``."""
+    half: str = _later("", "", "first", "second")
+    """Contributors see only this half of the training rows, drawn once per task; further experts that a defender
+    has (siblings) are trained on the other one. Empty: both see all rows."""
 
 
 _FIELDS = {f.name: f for f in fields(Recipe)}
@@ -77,6 +80,12 @@ def _check(where: str, name: str, value: Any) -> Any:
         if value < 0 or (value == 0 and facts.get("positive")):
             raise UsageError(spot, f"must be positive, got {value!r}")
     return kind(value)
+
+
+def other_half(recipe: tuple[tuple[str, Any], ...]) -> tuple[tuple[str, Any], ...]:
+    """The recipe of whoever shares no rows with those of ``recipe``; the same one if that takes all rows."""
+    other = {"first": "second", "second": "first"}
+    return tuple((name, other[value] if name == "half" and value else value) for name, value in recipe)
 
 
 def recipe_identity(bound: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:

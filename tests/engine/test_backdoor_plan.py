@@ -337,3 +337,32 @@ def test_a_cell_says_where_its_backdoor_is_meant_to_work() -> None:
     blank: Any = None
     assert Cell(merging=blank, attack=blank, defense=blank, **known).aim == BARS
     assert Cell(merging=blank, attack=blank, defense=blank, target_task=RINGS, **known).aim == RINGS
+
+
+def test_siblings_share_no_row_with_contributors_where_each_has_a_half(catalog: Catalog) -> None:
+    raw = {
+        "name": "g", "suite": {"backbone": "micro/vit", "tasks": list(TASKS)}, "threats": ["backdoor"],
+        "axes": {"merging": ["simple_average"], "attacks": ["badnets"], "defenses": ["wag"], "adversary": [BARS]},
+    }  # fmt: skip
+
+    def halves(**recipe: Any) -> Counter[tuple[str, str]]:
+        plan = make_plan(resolve(parse_grid(raw | {"recipe": recipe}, "grid g"), catalog), str)
+        siblings = {k for s in plan.steps.values() for role, k in s.inputs if role.startswith("sibling:")}
+        return Counter(
+            (
+                "sibling" if key in siblings else step.kind,
+                dict(json.loads(step.args)["recipe"]).get("half", ""),
+            )
+            for key, step in plan.steps.items()
+            if "recipe" in json.loads(step.args)
+        )
+
+    first, second, whole = halves(half="first"), halves(half="second"), halves()
+    assert set(first) == {
+        ("expert", "first"),
+        ("trigger", "first"),
+        ("poison", "first"),
+        ("sibling", "second"),
+    }
+    assert second[("sibling", "first")] == first[("sibling", "second")] == len(TASKS)
+    assert {half for _, half in whole} == {""}

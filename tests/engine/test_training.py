@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mergesec.contracts import Context, ContractError, DataContext, Model, Recipe, Split, load_network
+from mergesec.execution.contexts import half_of
 from mergesec.planning.catalog import load_catalog
 from mergesec.training import _schedule, fit
 
@@ -131,3 +132,12 @@ def test_the_schedule_warms_up_and_falls_to_nothing() -> None:
     assert factor(100) == pytest.approx(0.0, abs=1e-12)
     constant = _schedule(Recipe(warmup=0.1, schedule="constant"), 100)
     assert constant(99) == 1.0
+
+
+def test_halves_are_disjoint_whole_and_the_same_for_all() -> None:
+    split = Split(torch.arange(101), torch.arange(101) % 7)
+    first, second = (half_of(split, half).inputs.tolist() for half in ("first", "second"))
+    assert sorted(first + second) == list(range(101)) and len(first) == 51
+    assert first == sorted(first) and first != list(range(51))
+    assert half_of(split, "first").inputs.tolist() == first
+    assert half_of(split, "") is split

@@ -65,9 +65,9 @@ REFERENCE_ROWS = 10
 
 def train_context(work: Work) -> TrainContext:
     task: Task = work.component("task")
-    own = work.splits("data", task)["train"]
     base_weights, head_weights = work.tensors("base"), work.tensors("head")
     recipe = Recipe(**dict(work.args["recipe"]))
+    own = half_of(work.splits("data", task)["train"], recipe.half)
     calls = count()
 
     def run_recipe(split: Split | None = None, loss: LossFn | None = None) -> Weights:
@@ -110,6 +110,16 @@ def reference_rows(targets: Tensor, label: int, seed: int) -> Tensor:
     rows = torch.nonzero(targets == label).flatten()
     generator = torch.Generator().manual_seed(seed)
     return rows[torch.randperm(len(rows), generator=generator)[:REFERENCE_ROWS]].sort().values
+
+
+def half_of(split: Split, half: str) -> Split:
+    """The first or second half of a split's rows, in their order; the split itself where no half is asked for. Which
+    rows are whose is drawn once for all seeds, so that no expert of one half has seen a row of the other."""
+    if not half:
+        return split
+    rows = torch.randperm(len(split), generator=torch.Generator().manual_seed(len(split)))
+    middle = (len(split) + 1) // 2
+    return split.take((rows[:middle] if half == "first" else rows[middle:]).sort().values)
 
 
 def trial(work: Work, own: list[Expert]) -> Callable[[Weights], float]:

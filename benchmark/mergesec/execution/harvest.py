@@ -220,10 +220,12 @@ def _sides(planned: CellPlan, road: Road) -> dict[str, dict[str, float]]:
         ]
         trigger = [road.inputs(roles[Role.MERGE.triggered])["trigger"]]
         card = grid.catalog.entries["attack"][cell.attack.name].card
-        most = int(dict(grid.recipe).get("max_train", 0))
-        split = card.data if card.data in ("train", "tuning") else ""
-        rows = road.rows([cell.subject], split) if split else 0
-        side = {"rows": float(min(most, rows) if most and split == "train" else rows)}
+        rows = 0
+        if card.data == "train":
+            rows = _trained_on(road, trigger)
+        elif card.data == "tuning":
+            rows = road.rows([cell.subject], "tuning")
+        side = {"rows": float(rows)}
         side |= {"trigger_seconds": _summed(road, trigger), "poison_seconds": _summed(road, made)}
         side["seconds"] = side["trigger_seconds"] + side["poison_seconds"]
         sides["attack"] = side | {"peak_mb": _peak(road, trigger + made)}
@@ -246,12 +248,17 @@ def _sides(planned: CellPlan, road: Road) -> dict[str, dict[str, float]]:
     return sides
 
 
-def _trained_on(road: Road, experts: Iterable[str]) -> int:
-    """Rows that further experts were trained on: somebody labelled them, whoever they belong to."""
-    most = int(dict(road.plan.grid.recipe).get("max_train", 0))
-    tasks = (json.loads(road.plan.steps[key].args)["task"] for key in experts)
-    counts = [road.rows([task], "train") for task in tasks]
-    return sum(min(most, rows) if most else rows for rows in counts)
+def _trained_on(road: Road, steps: Iterable[str]) -> int:
+    """Training rows that these steps had: somebody labelled them, whoever they belong to."""
+    return sum(_train_rows(road, json.loads(road.plan.steps[key].args)) for key in steps)
+
+
+def _train_rows(road: Road, args: Mapping[str, Any]) -> int:
+    rows, recipe = road.rows([args["task"]], "train"), dict(args["recipe"])
+    if half := recipe.get("half"):
+        rows = (rows + 1) // 2 if half == "first" else rows // 2
+    most = int(recipe.get("max_train", 0))
+    return min(most, rows) if most else rows
 
 
 def _summed(road: Road, keys: Iterable[str]) -> float:

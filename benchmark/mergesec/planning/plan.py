@@ -21,6 +21,7 @@ from mergesec.planning.cells import Cell, cells
 from mergesec.planning.refs import NONE, Ref, trigger_ref
 from mergesec.planning.resolve import Grid
 from mergesec.planning.seeds import draw_seed
+from mergesec.recipes import other_half
 from mergesec.threats import TRIGGERED, Hook, Role, Threat
 
 KEY_VERSION = 1
@@ -180,7 +181,7 @@ class Planner:
         return self._add(
             kind, [("task", self.grid.task(task)), self._backbone, *components],
             [("data", self.data(task)), ("base", self.base()), ("head", self.head(task)), *extra],
-            task=task, recipe=self.grid.recipe, **args,
+            task=task, **{"recipe": self.grid.recipe, **args},
         )  # fmt: skip
 
     @once
@@ -189,7 +190,10 @@ class Planner:
         if published is not None and not replica:  # one for all seeds; siblings are trained here
             parts = [self._backbone, ("published", published)]
             return self._add("import", parts, [("base", self.base())], task=task)
-        return self._train("expert", task, [], [], seed=draw_seed("expert", task, seed, replica))
+        recipe = other_half(self.grid.recipe) if replica else self.grid.recipe
+        return self._train(
+            "expert", task, [], [], recipe=recipe, seed=draw_seed("expert", task, seed, replica)
+        )
 
     def trigger(self, attack: Ref, task: str, target: int, seed: int, aim: str = "") -> str:
         """``aim``: off-task, the task that ``target`` belongs to. Variants of one attack share triggers."""
