@@ -6,6 +6,9 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+SHOWN = 100
+"""Choices that a message lists: more than there are merge methods."""
+
 
 class UsageError(ValueError):
     """Bad input: names the field, the value, and what would have been valid."""
@@ -23,5 +26,7 @@ def nearest(value: Any, choices: Iterable[str]) -> str:
         close = [o for o in options if str(value).lower() in o.lower()][:1]
     if close:
         return f"; did you mean {close[0]!r}?"
-    shown = ", ".join(options[:12]) + (", ..." if len(options) > 12 else "")
+    shown = ", ".join(options[:SHOWN]) + (
+        f", and {len(options) - SHOWN} more" if len(options) > SHOWN else ""
+    )
     return f"; valid: {shown or 'none'}"

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from mergesec.execution import scheduler as scheduler_module
 from mergesec.execution.claims import Claims
 from mergesec.execution.engines.worker import Answer
-from mergesec.execution.scheduler import History, Scheduler
+from mergesec.execution.scheduler import History, Reached, Scheduler
 from mergesec.execution.store import Store
 from mergesec.planning.plan import Step
 
@@ -69,13 +69,13 @@ class _Here:
 
 
 class _Quiet:
-    def start(self, total: int, cached: int) -> None:
+    def start(self, total: int, cached: int, reached: Reached) -> None:
         return None
 
     def running(self, labels: Any) -> None:
         list(labels)
 
-    def finished(self, step: Step, answer: Answer, remaining_seconds: float) -> None:
+    def finished(self, step: Step, answer: Answer, reached: Reached) -> None:
         return None
 
     def stopping(self, done: int, running: list[str]) -> None:

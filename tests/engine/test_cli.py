@@ -21,9 +21,11 @@ from mergesec.cli import show
 from mergesec.cli.app import VERBS
 from mergesec.cli.main import main
 from mergesec.cli.options import asked_for, run_name
+from mergesec.cli.progress import Progress
 from mergesec.errors import UsageError
 from mergesec.execution.engines import worker
 from mergesec.execution.engines.worker import Answer, Slot, Workplace
+from mergesec.execution.scheduler import Reached
 from mergesec.planning.plan import Step
 
 
@@ -422,11 +424,11 @@ def test_brackets_are_shown_as_they_are_on_a_terminal(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     show.table("", ["why"], [["ValueError: [/refuse] [red]x"]])
-    progress = show.Progress()
-    progress.start(1, 0)
+    progress = Progress()
+    progress.start(1, 0, Reached(0, 1, None))
     progress.running(["merge x [/epoch] [bold]"])
     step = Step("k", "merge", (), (), '{"task": "[/t]"}')
-    progress.finished(step, Answer("error", "no [/such] [i]thing"), 0.0)
+    progress.finished(step, Answer("error", "no [/such] [i]thing"), Reached(0, 1, None))
     progress.stop()
     shown = capsys.readouterr()
     assert "ValueError: [/refuse] [red]x" in shown.out

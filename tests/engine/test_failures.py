@@ -19,7 +19,7 @@ import torch
 from mergesec.execution.engines import worker
 from mergesec.execution.engines.worker import Answer, Slot, Workplace
 from mergesec.execution.failures import Failure, Failures, explain, portable, shown_file
-from mergesec.execution.scheduler import History, Scheduler
+from mergesec.execution.scheduler import History, Reached, Scheduler
 from mergesec.execution.store import Store
 from mergesec.planning.plan import Step
 
@@ -157,13 +157,13 @@ class _Scripted:
 
 
 class _Quiet:
-    def start(self, total: int, cached: int) -> None:
+    def start(self, total: int, cached: int, reached: Reached) -> None:
         return None
 
     def running(self, labels: Any) -> None:
         list(labels)
 
-    def finished(self, step: Step, answer: Answer, remaining_seconds: float) -> None:
+    def finished(self, step: Step, answer: Answer, reached: Reached) -> None:
         return None
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from mergesec.cli.main import main
 from mergesec.execution.interrupts import EAR
-from mergesec.execution.scheduler import History, Scheduler
+from mergesec.execution.scheduler import History, Reached, Scheduler
 from mergesec.execution.store import Store
 from mergesec.planning.gridspec import load_grid
 from mergesec.planning.plan import Step
@@ -106,13 +106,13 @@ class _Told:
     def __init__(self) -> None:
         self.stopped: list[tuple[float, int, list[str]]] = []
 
-    def start(self, total: int, cached: int) -> None:
+    def start(self, total: int, cached: int, reached: Reached) -> None:
         return None
 
     def running(self, labels: Any) -> None:
         list(labels)
 
-    def finished(self, step: Step, answer: Any, remaining_seconds: float) -> None:
+    def finished(self, step: Step, answer: Any, reached: Reached) -> None:
         return None
 
     def stopping(self, done: int, running: list[str]) -> None:

@@ -296,11 +296,11 @@ def _leaderboards(grid: str, results: str | Path | None) -> list[Path]:
 class _Quiet:
     """Tells nothing."""
 
-    def start(self, total: int, cached: int) -> None: ...
+    def start(self, total: int, cached: int, reached: Any) -> None: ...
 
     def running(self, labels: Iterable[str]) -> None: ...
 
-    def finished(self, step: Any, answer: Any, remaining_seconds: float) -> None: ...
+    def finished(self, step: Any, answer: Any, reached: Any) -> None: ...
 
     def stopping(self, done: int, running: list[str]) -> None: ...
 
@@ -313,16 +313,17 @@ class _Line(_Quiet):
 
         self._now, self._spoken, self._done, self._total = time.monotonic, time.monotonic(), 0, 0
 
-    def start(self, total: int, cached: int) -> None:
+    def start(self, total: int, cached: int, reached: Any) -> None:
         self._total = total
         self._say(f"{total} steps to run, {cached} in the store")
 
-    def finished(self, step: Any, answer: Any, remaining_seconds: float) -> None:
+    def finished(self, step: Any, answer: Any, reached: Any) -> None:
         self._done += 1
         if answer.status != "ok":
             self._say(f"{step.label}: {answer.message}")
         elif self._now() - self._spoken > 60:
-            self._say(f"{self._done}/{self._total} steps, about {remaining_seconds:.0f} s left")
+            left = "" if reached.remaining is None else f", about {reached.remaining:.0f} s left"
+            self._say(f"{self._done}/{self._total} steps{left}")
 
     def _say(self, text: str) -> None:
         import sys

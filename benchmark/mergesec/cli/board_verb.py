@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
-from mergesec.cli.options import Results, RunName, RunOption, one_grid, results_folder, run_name
+from mergesec.cli.options import (
+    Columns,
+    Results,
+    RunName,
+    RunOption,
+    Wide,
+    one_grid,
+    results_folder,
+    run_name,
+)
 
 
-def main(name: RunName = None, grid: RunOption = None, results: Results = None) -> None:
+def main(
+    name: RunName = None,
+    grid: RunOption = None,
+    results: Results = None,
+    columns: Columns = None,
+    wide: Wide = False,
+) -> None:
     run = run_name(one_grid(name, grid))
     from mergesec.cli.run_verb import print_boards
     from mergesec.evidence.records import read_records
@@ -14,6 +29,6 @@ def main(name: RunName = None, grid: RunOption = None, results: Results = None) 
     folder = results_folder(results, run)
     records = read_records(folder / "records", run)
     boards, paths = publish(records, folder, run)
-    print_boards(boards)
+    print_boards(boards, columns, wide)
     for path in paths:
         print(path)

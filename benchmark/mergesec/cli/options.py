@@ -47,6 +47,16 @@ Results = Annotated[
     ),
 ]
 
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        "--columns", help="columns to show, a,b,c, beside those that name a row", show_default=False
+    ),
+]
+Wide = Annotated[
+    bool, typer.Option("--wide", help="all columns; one block a row where they do not fit the terminal")
+]
+
 
 class Asked(NamedTuple):
     """A grid and what to change of it."""

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mergesec.cli import show
-from mergesec.cli.options import DataRoot, GridOption, Plugins, Results, Words, asked_for, results_folder
+from mergesec.cli.options import (
+    Columns,
+    DataRoot,
+    GridOption,
+    Plugins,
+    Results,
+    Wide,
+    Words,
+    asked_for,
+    results_folder,
+)
+from mergesec.cli.progress import Progress
 
 if TYPE_CHECKING:
     from mergesec.evidence.estimates import Board
@@ -31,6 +42,8 @@ def main(
     results: Results = None,
     threads: Annotated[int, typer.Option(help="threads per worker")] = 1,
     step_timeout: Annotated[float, typer.Option(help="seconds one step may take; 0 = no limit")] = 7200.0,
+    columns: Columns = None,
+    wide: Wide = False,
     contained: Annotated[
         bool | None,
         typer.Option(
@@ -53,7 +66,7 @@ def main(
 
         reasons = "; ".join(f"{n}× {r}" for r, n in session.plan.left_out.most_common(3))
         raise UsageError("grid", f"no cell is left to run ({reasons})")
-    progress = show.Progress()
+    progress = Progress()
     try:
         finished = run_session(
             session,
@@ -68,17 +81,16 @@ def main(
     finally:
         progress.stop()
     if not finished.outcome.interrupted:  # half a grid is no board to look at; `bench board` shows it
-        print_boards(finished.boards)
+        print_boards(finished.boards, columns, wide)
     _summary(finished, time.monotonic() - started, session.grid.spec.name)
 
 
-def print_boards(boards: list[Board]) -> None:
-    from mergesec.evidence.tables import display
+def print_boards(boards: list[Board], columns: str | None, wide: bool) -> None:
+    from mergesec.evidence.fitting import check_columns
 
-    for board in boards:
-        show.table(board.title, *display(board))
-        if board.note:
-            print(board.note + "\n")
+    chosen = [name.strip() for name in (columns or "").split(",") if name.strip()]
+    check_columns(boards, chosen)
+    show.boards([b for b in boards if not chosen or any(c in b.frame for c in chosen)], chosen, wide)
 
 
 def _summary(finished: Finished, seconds: float, grid: str) -> None:

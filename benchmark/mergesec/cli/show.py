@@ -1,33 +1,30 @@
-"""How verbs print: tables that stay readable in a pipe, and progress."""
+"""How verbs print: tables and boards that fit a terminal and stay readable in a pipe, prose, a bar for bytes."""
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mergesec.files import plain
 
 if TYPE_CHECKING:
-    from mergesec.execution.engines.worker import Answer
-    from mergesec.planning.plan import Step
+    from mergesec.evidence.estimates import Board
+
+
+PROSE = 100
+"""Letters a line of prose has at most."""
 
 
 def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A rich table on a terminal, aligned plain text elsewhere."""
+    """Aligned text; on a terminal what does not fit is folded inside its column, elsewhere lines are as long as
+    they are."""
     rows = [[plain(str(cell)) for cell in r] for r in rows]
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        grid = Table(title=title or None, title_justify="left", header_style="bold")
-        for name in header:
-            grid.add_column(name)
-        for row in rows:
-            grid.add_row(*map(Text, row))  # what stands in brackets is no markup
-        Console().print(grid)
+    if (width := terminal_width()) is not None:
+        _table_on_terminal(title, header, rows, width)
         return
     widths = [max(len(str(r[i])) for r in [list(header), *rows]) for i in range(len(header))]
     if title:
@@ -35,6 +32,91 @@ def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> N
     for row in [list(header), ["-" * w for w in widths], *rows]:
         print("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
     print()
+
+
+def _table_on_terminal(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], width: int) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(
+        title=title or None, title_justify="left", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0), pad_edge=False, show_edge=False,
+    )  # fmt: skip
+    for name in header:
+        grid.add_column(Text(name), overflow="fold")
+    for row in rows:
+        grid.add_row(*map(Text, row))  # what stands in brackets is no markup
+    Console(width=width).print(grid)
+    print()
+
+
+def boards(boards: Sequence[Board], columns: Sequence[str] = (), wide: bool = False) -> None:
+    """Boards: on a terminal the columns that matter and fit, elsewhere all that reports show."""
+    from mergesec.evidence.fitting import short_names
+    from mergesec.evidence.labels import label_key
+    from mergesec.evidence.tables import display
+
+    width = terminal_width()
+    brief = short_names(boards)
+    for one in boards:
+        if width is None and not (columns or wide):
+            table(one.title, *display(one))
+            prose(one.note)
+        else:
+            _board(one, width, brief, columns, wide)
+        print()
+    if columns or width is not None:
+        for line in () if wide else label_key(brief):
+            prose(line, hang=2)
+
+
+def _board(
+    board: Board, width: int | None, brief: Mapping[str, str], columns: Sequence[str], wide: bool
+) -> None:
+    from mergesec.evidence.fitting import fitted, header_lines
+
+    found = fitted(board, width or sys.maxsize, brief, columns, wide)
+    if found.blocks:
+        _blocks(board.title, found.header, found.rows)
+    else:
+        widths = [max(map(len, texts), default=0) for texts in zip(*found.rows, strict=True)]
+        names = ["\n".join(header_lines(n, max(w, 8))) for n, w in zip(found.header, widths, strict=True)]
+        table(board.title, names if width else found.header, found.rows)
+    prose(board.note)
+    for line in found.told:
+        prose(line, hang=2)
+
+
+def _blocks(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """One block a row, one line a column."""
+    print(title)
+    room = max(map(len, header), default=0)
+    for row in rows:
+        print()
+        for name, text in zip(header, row, strict=True):
+            prose(f"{name.ljust(room)}  {text}", hang=room + 2)
+    print()
+
+
+def prose(text: str, hang: int = 0) -> None:
+    """Text in lines that break between words; ``hang``: how far further lines stand in."""
+    width = min(terminal_width() or PROSE, PROSE)
+    wrapped = textwrap.wrap(
+        plain(text),
+        width,
+        subsequent_indent=" " * min(hang, width // 2),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    for line in wrapped:
+        print(line)
+
+
+def terminal_width() -> int | None:
+    """Letters a line of the terminal has; None where the output goes elsewhere."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def duration(seconds: float) -> str:
@@ -49,72 +131,6 @@ def duration(seconds: float) -> str:
 def many(count: int, thing: str) -> str:
     """``1 cell``, ``2 cells``."""
     return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
-
-
-class Progress:
-    """A live bar on a terminal; elsewhere one plain line per step that took a while, or failed."""
-
-    def __init__(self) -> None:
-        self._total = self._done = 0
-        self._started = self._spoken = time.monotonic()
-        self._bar = None
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-            from rich.progress import Progress as Bar
-
-            self._bar = Bar(
-                BarColumn(30), MofNCompleteColumn(), TextColumn("{task.description}", markup=False),
-                console=Console(stderr=True), transient=True,
-            )  # fmt: skip
-
-    def start(self, total: int, cached: int) -> None:
-        self._total = total
-        print(f"{many(total, 'step')} to run, {cached} in the store", file=sys.stderr)
-        if self._bar is not None:
-            self._task = self._bar.add_task("", total=total)
-            self._bar.start()
-
-    def running(self, labels: Iterable[str]) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, description=" | ".join(labels)[:90])
-        elif time.monotonic() - self._spoken > 60:
-            self._spoken = time.monotonic()
-            elapsed = duration(self._spoken - self._started)
-            print(f"[{self._done}/{self._total} {elapsed}] {' | '.join(labels)}", file=sys.stderr, flush=True)
-
-    def finished(self, step: Step, answer: Answer, remaining_seconds: float) -> None:
-        self._done += 1
-        bad = answer.status != "ok"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, total=max(self._total, self._done))
-            if bad:
-                told = f"failed {step.label}: {answer.message}"
-                self._bar.console.print(told, markup=False, highlight=False, style="red")
-        elif bad or answer.seconds > 5 or time.monotonic() - self._spoken > 15:
-            self._spoken = time.monotonic()
-            what = f"failed: {answer.message}" if bad else duration(answer.seconds)
-            elapsed = duration(time.monotonic() - self._started)
-            left = f", about {duration(remaining_seconds)} left" if remaining_seconds > 1 else ""
-            print(
-                f"[{self._done}/{self._total} {elapsed}{left}] {step.label}: {what}",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def stopping(self, done: int, running: Sequence[str]) -> None:
-        waits = (
-            f"waiting for {', '.join(running)}; Ctrl-C again ends that" if running else "nothing is running"
-        )
-        told = f"stopping: {many(done, 'step')} done and kept, {waits}"
-        if self._bar is not None:
-            self._bar.console.print(told, markup=False, highlight=False)
-        else:
-            print(told, file=sys.stderr, flush=True)
-
-    def stop(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
 
 class ByteBar:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mergesec.evidence.records import Record
     from mergesec.execution.failures import Failure
     from mergesec.execution.session import Session
+    from mergesec.planning.plan import Step
 
     Told = tuple[Failure, list[str]]
     """A failed step and the cells that wait for it."""
@@ -83,11 +84,34 @@ def _from_plan(asked: Asked, plugins: Sequence[str], data_root: str | None, fold
     wanted = wanted_steps(session)
     ready = sum(all(k not in wanted for _, k in c.roles) for c in session.plan.cells)
     print(f"cells: {ready} of {len(session.plan.cells)} computed; steps still to run: {len(wanted)}")
+    if wanted:
+        _pace(session, wanted)
     try:
         _table(read_records(folder, session.grid.spec.name))
     except UsageError:
         print(f"no records in {folder.parent} yet")
     return _failed_steps(session)
+
+
+def _pace(session: Session, wanted: Mapping[str, Step]) -> None:
+    """What runs now, how fast, and how long it will take."""
+    from mergesec.execution.session import RECENT, pace_of
+
+    pace = pace_of(session, wanted)
+    left = (
+        f"about {show.duration(pace.left)} left"
+        if pace.left is not None
+        else "too little measured to say how long"
+    )
+    if not pace.running:
+        print(f"no run is at it now; {left} for one step at a time")
+        return
+    rate = f"{show.many(pace.recent, 'step')} in the last {RECENT / 60:.0f} minutes"
+    print(f"running: {show.many(len(pace.running), 'step')} at once; {rate}; {left}")
+    for label, seconds in pace.running[:SHOWN]:
+        print(f"  {label}, for {show.duration(seconds)}")
+    if len(pace.running) > SHOWN:
+        print(f"  ... and {len(pace.running) - SHOWN} more")
 
 
 def _failed_steps(session: Session) -> list[Told]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
@@ -260,7 +261,17 @@ def settled(row: Row, records: Sequence[Record]) -> list[Record]:
     done = [r for r in records if r.status == "done"]
     row["cells_done"], row["cells_expected"] = len(done), len(records)
     row["seeds"] = fewest_seeds(done)
+    if len(done) < len(records):
+        row["reason"] = _reasons(records)
     return done
+
+
+def _reasons(records: Iterable[Record]) -> str:
+    """Why cells are not done, the commonest first; what blocked a cell is told by what failed."""
+    counted = Counter(
+        f"{r.status}: {r.reason}" if r.reason else r.status for r in records if r.status != "done"
+    )
+    return "; ".join(f"{n} {told}" for told, n in counted.most_common(3))
 
 
 def fewest_seeds(records: Iterable[Record]) -> int:

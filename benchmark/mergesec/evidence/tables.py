@@ -13,7 +13,7 @@ import pandas as pd
 from mergesec.evidence.estimates import Board
 from mergesec.evidence.protection import STANDARD
 from mergesec.evidence.records import Record
-from mergesec.files import plain, write_atomic
+from mergesec.files import brief, plain, write_atomic
 
 _SHOWN: dict[str, tuple[str, ...]] = {
     "protection": ("defense", "stand_alone_loss", "MMP-", "MMP+", f"recovery_{STANDARD}", "worst_recovery",
@@ -55,7 +55,7 @@ def display(board: Board) -> tuple[list[str], list[list[str]]]:
     """Header and rows as text: percentages with half-widths of intervals, incomplete rows marked."""
     frame = board.frame
     hidden = {f"{m}{end}" for m in board.measures for end in ("_low", "_high", "_seeds")}
-    hidden |= {"cells_done", "cells_expected", "seeds", "tier"}
+    hidden |= {"cells_done", "cells_expected", "seeds", "tier", "reason"}
     columns = [
         c for c in _SHOWN.get(board.name, tuple(frame.columns)) if c in frame.columns and c not in hidden
     ]
@@ -68,9 +68,15 @@ def display(board: Board) -> tuple[list[str], list[list[str]]]:
                 texts.append("" if pd.isna(row["tier"]) or row["tier"] == 0 else str(int(row["tier"])))
             else:
                 done, expected = int(row["cells_done"]), int(row["cells_expected"])
-                texts.append(f"{done}/{expected}" + ("" if done == expected else " incomplete"))
+                texts.append(f"{done}/{expected}" + ("" if done == expected else _why(row)))
         rows.append(texts)
     return [*columns, *extra], rows
+
+
+def _why(row: Any) -> str:
+    """What stands beside the cells of a row that lacks some."""
+    reason = row.get("reason")
+    return f" incomplete ({brief(reason)})" if isinstance(reason, str) and reason else " incomplete"
 
 
 def cell_text(row: Any, column: str, measures: Sequence[str]) -> str:
@@ -85,17 +91,17 @@ def cell_text(row: Any, column: str, measures: Sequence[str]) -> str:
         return f"{value:.0f}"
     if column in measures:
         low, high = row[f"{column}_low"], row[f"{column}_high"]
-        left, right = "[]" if _seeds(row, column) > 1 else "()"
+        left, right = "()" if few_seeds(row, column) else "[]"
         return f"{100 * value:.1f} {left}{100 * low:.1f}, {100 * high:.1f}{right}"
     if isinstance(value, float):
         return f"{100 * value:.1f}"
     return str(value)
 
 
-def _seeds(row: Any, column: str) -> float:
-    """How many seeds a number rests on: its own, else the row's."""
+def few_seeds(row: Any, column: str) -> bool:
+    """Whether a number rests on one seed (its own, else the row's): its interval speaks of test samples alone."""
     own = row.get(f"{column}_seeds", math.nan)
-    return float(row.get("seeds", 2) if pd.isna(own) else own)
+    return float(row.get("seeds", 2) if pd.isna(own) else own) <= 1
 
 
 _MARKUP = re.compile(r"[\\|`<>*&]|\](?=[(\[])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|://")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,3 +59,16 @@ class Claims:
         for path in self._folder.glob("*.lock"):
             if _KEY.fullmatch(path.stem) and self.take(path.stem):
                 self.release(path.stem)
+
+    def elsewhere(self) -> dict[str, float]:
+        """Steps that other runs are at, and for how many seconds; claims of runs that were killed are removed."""
+        now, found = time.time(), {}
+        for path in self._folder.glob("*.lock"):
+            if not _KEY.fullmatch(path.stem) or path.stem in self._held:
+                continue
+            if self.take(path.stem):
+                self.release(path.stem)
+                continue
+            with contextlib.suppress(OSError):
+                found[path.stem] = max(0.0, now - path.stat().st_mtime)
+        return found

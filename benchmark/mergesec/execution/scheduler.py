@@ -10,11 +10,12 @@ import heapq
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from mergesec.execution.claims import Claims
 from mergesec.execution.engines.worker import Answer
@@ -24,6 +25,8 @@ from mergesec.execution.store import Store
 from mergesec.files import Full
 from mergesec.planning.plan import Step
 
+ENOUGH = 0.8
+"""Share of the work left that must be predicted from measured steps before a run says how long it will take."""
 POLL = 1.0
 """Seconds between two looks at a step that another run on this store is at."""
 ATTEMPTS = 3
@@ -56,14 +59,23 @@ class Executor(Protocol):
     def close(self, now: bool = False) -> None: ...
 
 
+class Reached(NamedTuple):
+    """How far a run is: cells whose evaluations are all there, of so many; seconds left, None while what was
+    measured so far does not tell."""
+
+    cells: int
+    of: int
+    remaining: float | None
+
+
 class Reporter(Protocol):
     """Told what happens; draws progress."""
 
-    def start(self, total: int, cached: int) -> None: ...
+    def start(self, total: int, cached: int, reached: Reached) -> None: ...
 
     def running(self, labels: Iterable[str]) -> None: ...
 
-    def finished(self, step: Step, answer: Answer, remaining_seconds: float) -> None: ...
+    def finished(self, step: Step, answer: Answer, reached: Reached) -> None: ...
 
     def stopping(self, done: int, running: list[str]) -> None:
         """After the first Ctrl-C: what is still waited for."""
@@ -103,7 +115,7 @@ class History:
             sums[2] += size
 
     @staticmethod
-    def _what(step: Step) -> str:
+    def what(step: Step) -> str:
         """``kind|backbone|methods``; data has no backbone and goes by its task."""
         refs = dict(step.components)
         place = refs.get("backbone") or refs.get("task")
@@ -111,7 +123,7 @@ class History:
         return "|".join([step.kind, place.name if place else "", *methods])
 
     def add(self, step: Step, answer: Answer) -> None:
-        what = self._what(step)
+        what = self.what(step)
         self._note(what, answer.seconds, answer.bytes)
         row = {"what": what, "seconds": round(answer.seconds, 4), "bytes": answer.bytes}
         with self._path.open("a") as file:
@@ -119,12 +131,27 @@ class History:
 
     def predict(self, step: Step) -> tuple[float, float]:
         """(seconds, bytes) expected: as the same step before, else its kind on this backbone, else a default."""
-        what = self._what(step)
-        for name in (what, "|".join(what.split("|")[:2])):
-            if name in self._sums:
-                count, seconds, size = self._sums[name]
-                return seconds / count, size / count
+        if (sums := self._closest(step)) is not None:
+            count, seconds, size = sums
+            return seconds / count, size / count
         return _DEFAULT_SECONDS.get(step.kind, 5.0), float(_DEFAULT_BYTES.get(step.kind, 4_000_000))
+
+    def knows(self, step: Step) -> bool:
+        """Whether a prediction rests on anything that was measured."""
+        return self._closest(step) is not None
+
+    def _closest(self, step: Step) -> list[float] | None:
+        what = self.what(step)
+        return self._sums.get(what) or self._sums.get("|".join(what.split("|")[:2]))
+
+    def left(self, groups: Iterable[tuple[Step, int]], pace: float = 1.0) -> float | None:
+        """Seconds of work in groups of like steps; None unless most of it is predicted from what was measured."""
+        seconds = known = 0.0
+        for step, number in groups:
+            expected = number * self.predict(step)[0]
+            seconds += expected
+            known += expected if self.knows(step) else 0.0
+        return pace * seconds if known >= ENOUGH * seconds else None
 
 
 @dataclass
@@ -136,6 +163,8 @@ class Scheduler:
     executor: Executor
     history: History
     reporter: Reporter
+    goals: Sequence[Collection[str]] = ()
+    """Of each cell the keys of its evaluations."""
     outcome: Outcome = field(default_factory=Outcome)
     claims: Claims = field(init=False)
     _missing: dict[str, set[str]] = field(default_factory=dict)
@@ -148,8 +177,17 @@ class Scheduler:
     _elsewhere: set[str] = field(default_factory=set)
     """Ready, but claimed by another run."""
     _looked: float = 0.0
-    _expected: dict[str, float] = field(default_factory=dict)
+    _remaining: set[str] = field(default_factory=set)
+    """Taken in and neither done, failed nor blocked."""
+    _left_of: Counter[str] = field(default_factory=Counter)
+    """How many of those there are, by what history calls alike."""
+    _likes: dict[str, Step] = field(default_factory=dict)
+    _open: list[set[str]] = field(default_factory=list)
+    """Of each cell the evaluations that are still to come."""
+    _cells_done: int = 0
+    _cells_of: dict[str, list[int]] = field(default_factory=dict)
     _spent: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    """Seconds predicted and seconds taken of steps that were predicted from measured ones."""
 
     def __post_init__(self) -> None:
         self.claims = Claims(self.store.root)
@@ -160,7 +198,12 @@ class Scheduler:
         self.claims.sweep()
         for key in wanted:
             self._add(key)
-        self.reporter.start(len(self._missing), cached)
+        self._open = [{key for key in goal if key in self._missing} for goal in self.goals]
+        self._cells_done = sum(not keys for keys in self._open)
+        for cell, keys in enumerate(self._open):
+            for key in keys:
+                self._cells_of.setdefault(key, []).append(cell)
+        self.reporter.start(len(self._missing), cached, self._reached())
         try:
             with EAR.listening(), EAR.held():
                 self._drive()
@@ -204,7 +247,9 @@ class Scheduler:
             self._missing[key] = needs
             for need in needs:
                 self._waiters.setdefault(need, set()).add(key)
-            self._expected[key] = self.history.predict(step)[0]
+            if key not in self._remaining:
+                self._remaining.add(key)
+                self._left_of[self._alike(step)] += 1
             stack += needs
             if not needs:
                 self._push(key)
@@ -261,10 +306,10 @@ class Scheduler:
     def _found(self, step: Step) -> None:
         """Another run on the same store did the step."""
         self._active.discard(step.key)
-        self._expected.pop(step.key, None)
+        self._strike(step.key)
         Failures(self.store.root).forget(step.key)
         self._release(step.key)
-        self.reporter.finished(step, Answer("ok"), self._left())
+        self.reporter.finished(step, Answer("ok"), self._reached())
 
     def _settle(self, step: Step, answer: Answer) -> None:
         self.claims.release(step.key)
@@ -280,8 +325,11 @@ class Scheduler:
                 self._missing.pop(answer.key, None)
             self._add(step.key)
             return
-        expected = self._expected.pop(step.key, 0.0)
-        self._spent = [self._spent[0] + expected, self._spent[1] + answer.seconds]
+        self._strike(step.key)
+        if self.history.knows(step):
+            self._spent = [
+                self._spent[0] + self.history.predict(step)[0], self._spent[1] + answer.seconds,
+            ]  # fmt: skip
         failures = Failures(self.store.root)
         if answer.status == "ok":
             failures.forget(step.key)
@@ -294,14 +342,30 @@ class Scheduler:
             failures.note(failure)
             self.outcome.failed[step.key] = failure.reason
             self._block(failure)
-        self.reporter.finished(step, answer, self._left())
+        self.reporter.finished(step, answer, self._reached())
 
-    def _left(self) -> float:
-        """Seconds left by prediction, corrected by how predictions fared so far."""
+    def _reached(self) -> Reached:
+        """Cells that are there, and seconds left by prediction, corrected by how predictions fared so far."""
         pace = self._spent[1] / self._spent[0] if self._spent[0] else 1.0
-        return pace * sum(self._expected.values()) / max(1, len(self.executor.slots))
+        work = self.history.left(((self._likes[what], n) for what, n in self._left_of.items() if n), pace)
+        remaining = None if work is None else work / max(1, len(self.executor.slots))
+        return Reached(self._cells_done, len(self._open), remaining)
+
+    def _alike(self, step: Step) -> str:
+        what = self.history.what(step)
+        self._likes.setdefault(what, step)
+        return what
+
+    def _strike(self, key: str) -> None:
+        """A step is no longer to come."""
+        if key in self._remaining:
+            self._remaining.discard(key)
+            self._left_of[self._alike(self.steps[key])] -= 1
 
     def _release(self, key: str) -> None:
+        for cell in self._cells_of.pop(key, ()):
+            self._open[cell].discard(key)
+            self._cells_done += not self._open[cell]
         for other in sorted(self._waiters.pop(key, ()), key=self._order.__getitem__):
             needs = self._missing[other]
             needs.discard(key)
@@ -314,6 +378,7 @@ class Scheduler:
         while stack:
             for other in self._waiters.get(stack.pop(), ()):
                 if other not in self.outcome.blocked:
+                    self._strike(other)
                     self.outcome.blocked[other] = failure.blocks
                     stack.append(other)
 

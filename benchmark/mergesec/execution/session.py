@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from mergesec.evidence.boards import make_boards
 from mergesec.evidence.estimates import Board
 from mergesec.evidence.records import Record
 from mergesec.evidence.tables import marks, write_boards
+from mergesec.execution.claims import Claims
 from mergesec.execution.engines.local import LocalExecutor, make_slots
 from mergesec.execution.engines.worker import Workplace
 from mergesec.execution.guests.containment import Walls, survey
@@ -120,6 +121,30 @@ def wanted_steps(session: Session) -> dict[str, Step]:
     return needed_steps(session.plan, completed(session.store, session.plan.steps))
 
 
+class Pace(NamedTuple):
+    """What runs on a store are at, of one grid."""
+
+    running: list[tuple[str, float]]
+    """Labels of steps under way, with seconds since they began."""
+    recent: int
+    """Steps committed within the last ``RECENT`` seconds."""
+    left: float | None
+    """Seconds left with as many steps at once as now; None while what was measured does not tell."""
+
+
+RECENT = 600.0
+
+
+def pace_of(session: Session, wanted: Mapping[str, Step]) -> Pace:
+    """How a run that goes on elsewhere fares, from claims, artifacts and history alone."""
+    steps, store = session.plan.steps, session.store
+    under_way = {key: s for key, s in Claims(store.root).elsewhere().items() if key in wanted}
+    recent = store.made_since(((s.kind, key) for key, s in steps.items() if key not in wanted), RECENT)
+    work = History(store.root).left((step, 1) for step in wanted.values())
+    running = sorted(((steps[k].label, s) for k, s in under_way.items()), key=lambda pair: -pair[1])
+    return Pace(running, recent, None if work is None else work / max(1, len(running)))
+
+
 @dataclass(frozen=True)
 class Finished:
     """What a run left: records, boards and the files they were written to."""
@@ -170,8 +195,9 @@ def run_session(
         executor = LocalExecutor(slots[: max(1, len(wanted))], place, timeout)
         cached = len(session.plan.steps) - len(wanted)
         scheduler = Scheduler(
-            session.plan.steps, session.store, executor, History(session.store.root), reporter
-        )
+            session.plan.steps, session.store, executor, History(session.store.root), reporter,
+            [{key for _, key in cell.roles} for cell in session.plan.cells],
+        )  # fmt: skip
         try:
             outcome = scheduler.run(wanted, cached)
         finally:

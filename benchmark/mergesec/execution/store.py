@@ -17,7 +17,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
@@ -136,6 +136,14 @@ class Store:
                 with os.scandir(kind) as entries:
                     plain = (e for e in entries if e.is_file(follow_symlinks=False))
                     found.update(e.name[:-5] for e in plain if e.name.endswith(".json"))
+        return found
+
+    def made_since(self, steps: Iterable[tuple[str, str]], seconds: float) -> int:
+        """How many of these (kind, key) were committed within the last ``seconds``."""
+        found = 0
+        for kind, key in steps:
+            with contextlib.suppress(OSError):
+                found += time.time() - self._paths(kind, key)[0].lstat().st_mtime < seconds
         return found
 
     def put(self, kind: str, key: str, blob: bytes, info: Mapping[str, Any]) -> None:
