@@ -227,14 +227,16 @@ class Projection:
 class Axis:
     """Entries ``start … start + size`` of a tensor along a dimension, one for each coordinate.
 
-    ``signed``: they change sign with their group (``Kind.GROUP_SIGN``). ``telling``: they are what a coordinate is
-    recognised by, since nothing else that may have been changed runs through them.
+    ``signed``: they change sign with their group (``Kind.GROUP_SIGN``), ``scaled``: they are scaled with it
+    (``Kind.GROUP_SCALE``). ``telling``: they are what a coordinate is recognised by, since nothing else that may have
+    been changed runs through them.
     """
 
     tensor: str
     dim: int = 0
     start: int = 0
     signed: bool = False
+    scaled: bool = False
     telling: bool = False
 
 

@@ -18,12 +18,12 @@ CATALOGUES = {
     "mergesec_methods": ROOT / "methods" / "mergesec_methods",
 }
 PUBLIC = (
-    "errors", "threats", "recipes", "files", "compat", "anatomy", "contracts", "weights", "kernels", "tensorwise",
-    "inference", "classification", "images", "text", "training", "surgery",
+    "errors", "threats", "recipes", "files", "compat", "parts", "anatomy", "denoisers", "contracts", "weights", "kernels", "tensorwise",
+    "inference", "classification", "images", "text", "judging", "generation", "training", "surgery",
 )  # fmt: skip
 """Modules directly under ``mergesec``: what a plugin may import, from the ground up."""
 PACKAGES = (
-    "evidence", "planning", "streaming", "execution", "figures", "conformance", "scanning", "api", "cli",
+    "evidence", "planning", "streaming", "execution", "figures", "conformance", "scanning", "submissions", "api", "cli",
 )  # fmt: skip
 """The engine's own, from the ground up; each stands above all public modules."""
 ORDER = (*PUBLIC, *PACKAGES)
