@@ -19,6 +19,8 @@ VERBS = {
     "board": "Boards from records already there.",
     "figures": "Pictures from records already there, as SVG and PNG.",
     "merge": "Merge safetensors files, tensor by tensor, in little memory.",
+    "scan": "May this expert be merged? What its weights tell, and how often that is wrong.",
+    "submit": "An entry to the benchmark: write, run, pack, check, accept.",
     "plugin": "Check a plugin file against the contracts.",
     "cache": "Show, verify or clear the artifact store.",
     "doctor": "Is this machine fit to run?",

@@ -1,0 +1,1 @@
+"""Entries to the benchmark from outside: made, packed, checked, accepted."""

@@ -1,0 +1,1 @@
+"""The smallest entry of its kind."""
