@@ -91,7 +91,7 @@ def _board(
 
 def _blocks(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """One block a row, one line a column."""
-    print(title)
+    prose(title)
     room = max(map(len, header), default=0)
     for row in rows:
         print()
@@ -107,7 +107,6 @@ def prose(text: str, hang: int = 0) -> None:
         plain(text),
         width,
         subsequent_indent=" " * min(hang, width // 2),
-        break_long_words=False,
         break_on_hyphens=False,
     )
     for line in wrapped:

@@ -133,7 +133,7 @@ def _settings(records: Sequence[Record], reader: Reader) -> list[Setting]:
             row["target_task"] = target_task
         done = settled(row, group)
         found = Setting(attack, method, defense, experts, adversaries, target_task, row, done)
-        found.part = _rates(done, reader)
+        found.part = backdoor_rates(done, reader)
         settings.append(found)
     for setting, plain in _beside_undefended(settings):
         setting.part |= _price(plain.done if plain else [], setting.done, reader)
@@ -141,7 +141,8 @@ def _settings(records: Sequence[Record], reader: Reader) -> list[Setting]:
     return settings
 
 
-def _rates(records: Sequence[Record], reader: Reader) -> Rates:
+def backdoor_rates(records: Sequence[Record], reader: Reader) -> Rates:
+    """The rates of one row of the board of every cell, but for what needs other rows."""
     part = {name: reader.rate(records, m, role, which) for name, m, role, which in _RATES}
     control = control_of(records)
     part["succession_control"] = reader.rate(records, "asr", control, "target")
@@ -204,7 +205,7 @@ def _level(settings: Sequence[Setting], reader: Reader) -> None:
         for setting in group:
             if setting.pair in common.rows:
                 setting.shared = only(setting.done, common.cells, *pairs)
-                setting.level = _rates(setting.shared, reader)
+                setting.level = backdoor_rates(setting.shared, reader)
 
 
 def _beside_undefended(settings: Sequence[Setting]) -> list[tuple[Setting, Setting | None]]:
@@ -418,7 +419,7 @@ def _worst(
     for setting, mine in tried:
         twin = plain.get((setting.contest, setting.method))
         before = twin.done if twin and setting.defense != "none" else []
-        parts.append(_rates(mine, reader) | _price(before, mine, reader))
+        parts.append(backdoor_rates(mine, reader) | _price(before, mine, reader))
     left = [p["backdoor"] for p in parts]
     worst, at = largest(left)
     put(row, "worst_backdoor", worst)
@@ -557,7 +558,7 @@ def _league(settings: Sequence[Setting], reader: Reader) -> tuple[list[Row], lis
         row |= _completeness(group)
         mine = only(plain[attack], common.cells, "attack") if attack in common.rows else []
         row["cells_compared"], row["seeds"] = len(mine), fewest_seeds(mine)
-        part = _rates(mine, reader)
+        part = backdoor_rates(mine, reader)
         for name in _BEFORE:
             put(row, name, part[name])
         _put_best(row, group)

@@ -78,8 +78,7 @@ def _detail(records: Sequence[Record], reader: Reader) -> Board:
     for setting, group in grouped(records, _setting).items():
         row = _opening(setting, several)
         done = settled(row, group)
-        part = {name: reader.rate(done, "acc", role, which) for name, role, which in _RATES}
-        part["recovery"] = _recovery(done, reader)
+        part = protection_rates(done, reader)
         for name, estimate in part.items():
             put(row, name, estimate)
         row["max_abs_dlogit"] = _greatest(done, "max_abs_dlogit")
@@ -87,6 +86,12 @@ def _detail(records: Sequence[Record], reader: Reader) -> Board:
         measures = tuple(part)
     frame = pd.DataFrame(rows)
     return Board("protection_cells", "Protection: every defense × attack × method", frame, measures)
+
+
+def protection_rates(records: Sequence[Record], reader: Reader) -> dict[str, Estimate]:
+    """The rates of one row of the board of every cell."""
+    part = {name: reader.rate(records, "acc", role, which) for name, role, which in _RATES}
+    return part | {"recovery": _recovery(records, reader)}
 
 
 def _recovery(records: Sequence[Record], reader: Reader) -> Estimate:
