@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,14 @@ LossFn = Callable[["Model", "Split"], Tensor]
 
 class ContractError(ValueError):
     """A component returned something its contract does not allow (the message names what)."""
+
+
+@runtime_checkable
+class Takes(Protocol):
+    """Raw inputs of several tensors a row, which pick their own rows."""
+
+    def take(self, index: Tensor) -> Any:
+        """The rows named by ``index``, in that order."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,8 @@ class Split:
             # index_select copies whole rows: ten times faster than indexing on bytes
             place = index.to(self.inputs.device)
             return Split(self.inputs.index_select(0, place), self.targets[index])
+        if isinstance(self.inputs, Takes):
+            return Split(self.inputs.take(index), self.targets[index])
         return Split([self.inputs[i] for i in index.tolist()], self.targets[index])
 
     def with_inputs(self, inputs: Any) -> Split:
@@ -152,6 +162,19 @@ class Model:
         return self.backbone.features(self.network, inputs)
 
 
+class Measured(NamedTuple):
+    """What a task that measures for itself found on its test split."""
+
+    predictions: Tensor
+    """One integer per test row, as ``Task.predictions`` gives them."""
+    values: Mapping[str, tuple[float, float, float]]
+    """Further measures: the value and the ends of its 95 % interval."""
+    kept: Mapping[str, Tensor]
+    """Tensors worth storing, e.g. generated images of some rows."""
+    copies: Tensor | None = None
+    """Per row, where an attack aims at one output: whether the row came out as that."""
+
+
 class Task(Component, ABC):
     """Owns its modality: data, splits, frozen head, loss, outcome of a sample."""
 
@@ -176,6 +199,31 @@ class Task(Component, ABC):
     @abstractmethod
     def predictions(self, outputs: Tensor) -> Tensor:
         """One integer per sample ``[N]``; correct where it equals the target."""
+
+    def noised(self, batch: Split, generator: torch.Generator) -> Split:
+        """A training batch with the chance that the task's loss needs (times and noise of a diffusion); by
+        default none. The runner calls it before every training step."""
+        return batch
+
+    def served(self, model: Model, head: Weights, inputs: Any) -> Tensor:
+        """What a user of the model gets, a row per input; two networks are the same function if it is equal."""
+        return self.outputs(model, head, inputs)
+
+    def measure(
+        self,
+        model: Model,
+        head: Weights,
+        splits: Mapping[str, Split],
+        device: torch.device,
+        change: Callable[[Any], Any] | None = None,
+        aim: Tensor | None = None,
+    ) -> Measured | None:
+        """Measures the test split by the task's own rules; None if predictions of its rows are all there is.
+
+        ``change`` puts a trigger on a batch of raw inputs; ``aim`` is the output that the attack wants, if its
+        trigger names one (``target``).
+        """
+        return None
 
     def prompts(self, templates: Sequence[str]) -> list[list[str]]:
         """Sentences per class for a zero-shot head: each template with the class's name in its ``{}``."""

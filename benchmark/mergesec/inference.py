@@ -38,3 +38,12 @@ def task_outputs(
             outputs = task.outputs(model, head, change(inputs) if change else inputs)
             found.append((read(outputs) if read else outputs).cpu())
     return torch.cat(found)
+
+
+def task_served(task: Task, model: Model, head: Weights, split: Split, device: torch.device) -> Tensor:
+    """What a user gets for every row of a split, on the CPU."""
+    found = []
+    with torch.inference_mode():
+        for index in torch.split(torch.arange(len(split)), EVALUATION_BATCH):
+            found.append(task.served(model, head, task.batch(split, index, device).inputs).cpu())
+    return torch.cat(found)

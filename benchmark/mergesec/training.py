@@ -118,9 +118,10 @@ class _Training:
 
     def step(self, batch: Split, objective: LossFn) -> float:
         """One optimizer step; the loss before it."""
+        generator = torch.Generator().manual_seed((self.seed + 0x9E3779B1 * (self.done + 1)) % 2**63)
         if self.recipe.augment != "none":
-            generator = torch.Generator().manual_seed((self.seed + 0x9E3779B1 * (self.done + 1)) % 2**63)
             batch = batch.with_inputs(self.task.views(batch.inputs, self.recipe.augment, generator))
+        batch = self.task.noised(batch, generator)
         with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not None):
             value = objective(self.model, batch)
         loss = value.item()

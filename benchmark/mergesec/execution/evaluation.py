@@ -21,7 +21,7 @@ from mergesec.contracts import (
 )
 from mergesec.execution.contexts import PlainMerge
 from mergesec.execution.work import Result, Work
-from mergesec.inference import predict, task_outputs
+from mergesec.inference import predict, task_served
 
 VISIBILITY_ROWS = 256
 
@@ -108,8 +108,9 @@ def trigger_of(work: Work) -> Iterator[Callable[[Task, Any], Any]]:
 
 
 def evaluate(work: Work) -> Result:
-    """Test predictions (and targets) of every task, optionally under a trigger."""
+    """Test predictions (and targets) of every task, optionally under a trigger, and what else the task measures."""
     found: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
     with model_maker(work) as maker, contextlib.ExitStack() as stack:
         mark = stack.enter_context(trigger_of(work)) if "attack" in work.refs else None
         for role in work.refs:
@@ -117,12 +118,22 @@ def evaluate(work: Work) -> Result:
                 continue
             name = role.removeprefix("task:")
             task: Task = work.component(role)
-            split = work.splits(f"data:{name}", task)["test"]
+            splits, frozen = work.splits(f"data:{name}", task), work.tensors(f"head:{name}")
+            split = splits["test"]
             model, change = maker("model", name), partial(mark, task) if mark else None
-            predicted = predict(task, model, work.tensors(f"head:{name}"), split, work.device, change)
+            aim = work.tensors("trigger").get("target") if mark else None
+            measured = task.measure(model, frozen, splits, work.device, change, aim)
+            if measured is None:
+                predicted = predict(task, model, frozen, split, work.device, change)
+            else:
+                predicted = measured.predictions
+                values[name] = {n: list(v) for n, v in measured.values.items()}
+                found |= {f"kept|{name}|{n}": t for n, t in measured.kept.items()}
+                if measured.copies is not None:
+                    found[f"copies|{name}"] = measured.copies.int()
             found[f"predictions|{name}"] = predicted.int()
             found[f"targets|{name}"] = split.targets.int()
-    return Result(found)
+    return Result(found, {"measures": values} if values else {})
 
 
 def visibility(work: Work) -> Result:
@@ -143,7 +154,7 @@ def compare(work: Work) -> Result:
     split = work.splits(f"data:{name}", task)["test"]
     with model_maker(work) as maker:
         models = (Model(work.backbone, network_of(work, "first", name, None)), maker("second", name))
-        outputs = [task_outputs(task, m, work.tensors(f"head:{name}"), split, work.device) for m in models]
+        outputs = [task_served(task, m, work.tensors(f"head:{name}"), split, work.device) for m in models]
     gap = (outputs[0] - outputs[1]).abs().max()
     first, second, origin = work.tensors("first"), work.tensors("second"), work.tensors("base")
     facts: dict[str, Any] = {

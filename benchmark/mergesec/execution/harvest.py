@@ -42,9 +42,10 @@ Evaluation = dict[str, NDArray[np.int32]]
 
 
 def read_evaluation(store: Store, kind: str, key: str) -> tuple[Evaluation, dict[str, Any]]:
-    """Predictions and targets of an evaluate step, as numpy, verified; no torch."""
+    """Predictions, targets and copies of an evaluate step, as numpy, verified; no torch."""
     blob, meta = store.read(kind, key)
-    arrays = {n: np.frombuffer(r.data, np.int32) for n, r in parse_safetensors(blob).items()}
+    raw = parse_safetensors(blob)
+    arrays = {n: np.frombuffer(r.data, np.int32) for n, r in raw.items() if not n.startswith("kept|")}
     return arrays, meta["info"]
 
 
@@ -90,7 +91,9 @@ def _counts(cell: Cell, role: str, found: Evaluation) -> dict[str, Count]:
             counts[f"{metric}/{name}/{task}"] = count(predicted == target)
         else:
             outside = target != cell.target_class
-            counts[f"asr/{name}/{task}"] = count(predicted == cell.target_class, outside)
+            copied = found.get(f"copies|{task}")
+            won = predicted == cell.target_class if copied is None else copied == 1
+            counts[f"asr/{name}/{task}"] = count(won, outside)
             counts[f"ra/{name}/{task}"] = count(predicted == target, outside)
     return counts
 
@@ -130,7 +133,11 @@ def make_records(plan: Plan, store: Store, outcome: Outcome) -> list[Record]:
 
 
 def _note(role: str, info: Mapping[str, Any], values: dict[str, float], facts: dict[str, Any]) -> None:
-    """Numbers and facts of comparisons and verifications."""
+    """Numbers and facts of comparisons and verifications, and what tasks measure beside predictions."""
+    for task, measures in info.get("measures", {}).items():
+        for name, (value, low, high) in measures.items():
+            where = f"{role}/{task}"
+            values |= {f"{name}/{where}": value, f"{name}_low/{where}": low, f"{name}_high/{where}": high}
     if role in (Role.LOGITS, Role.GAP):
         suffix = "" if role == Role.LOGITS else "_recovered"
         values[f"max_abs_dlogit{suffix}"] = float(info["max_abs_dlogit"])

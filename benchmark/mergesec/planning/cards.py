@@ -146,6 +146,12 @@ class Card:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
 
+    def takes(self, modality: str) -> bool:
+        """Whether it works on tasks of ``modality``. A method of images and text that looks at no data is one of
+        weights alone, and works on all."""
+        anything = self.data == "none" and {"image", "text"} <= set(self.modalities)
+        return modality in self.modalities or (anything and self.kind != "backbone")
+
     def bind(self, where: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """All parameters with defaults filled in; UsageError for unknown names and bad values."""
         for name in given:

@@ -64,10 +64,10 @@ def why_not(grid: Grid, threat: str, merging: Ref, attack: Ref, defense: Ref, co
             return f"clean grids take no {ref.kind}"
         if card.threat != threat:
             return f"{ref.kind} {ref.name} belongs to {card.threat}, not {threat}"
-        if modality not in card.modalities:
+        if not card.takes(modality):
             return f"{ref.kind} {ref.name} does not work on {modality}"
     card = catalog.get("merging", merging.name).card
-    if modality not in card.modalities:
+    if not card.takes(modality):
         return f"merging {merging.name} does not work on {modality}"
     fewest, most = card.experts
     if count and (count < fewest or (most and count > most)):
