@@ -30,7 +30,7 @@ ORDER = (*PUBLIC, *PACKAGES)
 """A room imports only rooms named before it."""
 FAMILIES = ("merging", "fusionbench", "backdoor", "protection")
 """Each family of methods imports itself and helpers of ``merging``; what all may use lies beside them."""
-LIGHT = ("errors", "threats", "recipes", "files", "planning", "evidence", "site", "execution/store", "execution/scheduler",
+LIGHT = ("errors", "threats", "recipes", "files", "planning", "evidence", "execution/store", "execution/scheduler",
          "execution/harvest", "execution/session", "execution/engines", "api", "cli/main", "cli/app")  # fmt: skip
 """Rooms that list, plan and read boards: they load no torch."""
 

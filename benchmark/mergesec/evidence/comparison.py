@@ -62,7 +62,12 @@ class Comparison:
 
     def beyond(self, tolerance: float) -> list[Row]:
         """Rows and cells that differ by more than ``tolerance`` (a share), rows first."""
-        return [r for kind in ("row", "cell") for r in self.of(kind) if abs(r["difference"]) > tolerance + ROUNDING]
+        return [
+            r
+            for kind in ("row", "cell")
+            for r in self.of(kind)
+            if abs(r["difference"]) > tolerance + ROUNDING
+        ]
 
 
 ROUNDING = 1e-12
@@ -98,7 +103,9 @@ def _grids(a: Side, b: Side, result: Comparison) -> list[tuple[str, str]]:
         return [(next(iter(a.homes)), next(iter(b.homes)))]
     for side, grids, others in (("B", a.homes, b.homes), ("A", b.homes, a.homes)):
         result.lines += [
-            {"kind": "missing", "grid": grid, "why": f"the grid is not in {side}"} for grid in grids if grid not in others
+            {"kind": "missing", "grid": grid, "why": f"the grid is not in {side}"}
+            for grid in grids
+            if grid not in others
         ]
     both = [(grid, grid) for grid in a.homes if grid in b.homes]
     if not both:
@@ -163,7 +170,14 @@ def _labels(record: Record) -> Row:
 
 
 def _about(record: Record, grid: str, kind: str, why: str) -> Row:
-    return {"kind": kind, "grid": grid, "cell": record.cell, "seed": record.seed, **_labels(record), "why": why}
+    return {
+        "kind": kind,
+        "grid": grid,
+        "cell": record.cell,
+        "seed": record.seed,
+        **_labels(record),
+        "why": why,
+    }
 
 
 # --------------------------------------------------------------------------- differences
@@ -210,7 +224,9 @@ def _lines(kind: str, grid: str, pairs: Sequence[Pair], reader: Reader) -> list[
             )  # fmt: skip
         elif math.isnan(mine.value) != math.isnan(after[measure].value):
             side = "A" if math.isnan(mine.value) else "B"
-            found.append({**opening, "kind": "incomparable", "measure": measure, "why": f"undefined in {side}"})
+            found.append(
+                {**opening, "kind": "incomparable", "measure": measure, "why": f"undefined in {side}"}
+            )
     return found
 
 

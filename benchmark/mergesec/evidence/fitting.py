@@ -38,7 +38,8 @@ _FIRST: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """What each board says first, in order of weight."""
 _MARKS = ("verified", "contained", "external")
-"""Where a number comes from: shown whenever not all rows agree."""
+"""Where a number comes from: shown unless every row was run here, inside walls, and is the worst known."""
+_EXPECTED = {"re-run", "yes", "nan", ""}
 
 
 class Fitted(NamedTuple):
@@ -115,7 +116,7 @@ def _hidden(board: Board) -> set[str]:
 
 
 def _marks(frame: pd.DataFrame) -> list[str]:
-    return [c for c in _MARKS if c in frame and frame[c].astype(str).nunique() > 1]
+    return [c for c in _MARKS if c in frame and not set(frame[c].astype(str)) <= _EXPECTED]
 
 
 def _split(frame: pd.DataFrame, names: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

@@ -36,7 +36,9 @@ def read_side(place: str, grid: str = "") -> Side:
         found = sorted({*folder.glob(f"records/*/{MANIFEST}"), *folder.glob(f"*/{MANIFEST}")})
         homes = {path.parent.name: path.parent for path in found}
     if not homes:
-        raise UsageError(brief(place), f"holds no records: neither records/GRID/{MANIFEST} nor {MANIFEST} is there")
+        raise UsageError(
+            brief(place), f"holds no records: neither records/GRID/{MANIFEST} nor {MANIFEST} is there"
+        )
     if grid and grid not in homes:
         raise UsageError("--grid", f"no records of {grid!r} in {brief(place)}{nearest(grid, homes)}")
     return Side(place, {grid: homes[grid]} if grid else homes)

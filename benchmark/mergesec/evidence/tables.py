@@ -122,6 +122,11 @@ def _no_formula(value: Any) -> Any:
     return f"'{value}" if value.startswith(("=", "+", "-", "@")) else value
 
 
+def csv_bytes(frame: pd.DataFrame) -> bytes:
+    """A frame as CSV with all digits, safe to open in a spreadsheet."""
+    return frame.map(_no_formula).to_csv(index=False).encode()
+
+
 def markdown(board: Board) -> str:
     """A board as a section of Markdown, rounded."""
     header, rows = display(board)
@@ -164,7 +169,7 @@ def write_boards(folder: Path, boards: Sequence[Board], title: str, notes: Seque
             old.unlink()
     for board in boards:
         path = folder / f"{board.name}.csv"
-        write_atomic(path, board.frame.map(_no_formula).to_csv(index=False).encode())
+        write_atomic(path, csv_bytes(board.frame))
         paths.append(path)
     head = "\n".join([f"# {title}", "", _EXPLAINED, *(f"\n* {n}" for n in notes), "", ""])
     path = folder / "boards.md"
