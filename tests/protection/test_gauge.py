@@ -8,7 +8,7 @@ import torch
 from mergesec.anatomy import NEEDS, Kind, symmetries
 from mergesec.contracts import ContractError
 from mergesec_methods.protection.attacks.coupled import Coupled
-from mergesec_methods.protection.defenses._gauges import MOVES, Draw, move
+from mergesec_methods.protection.defenses._gauges import MOVES, SHARED, Draw, move
 from mergesec_methods.protection.defenses.gauge import (
     FullGauge,
     KeyShift,
@@ -66,7 +66,7 @@ def test_the_group_of_every_architecture(any_architecture) -> None:
     for block in anatomy.blocks:
         assert {s.kind for s in listed if s.block is block} == expected
     assert set(Kind) - expected <= set(NEEDS)
-    assert MOVES.keys() == set(Kind)
+    assert MOVES.keys() | SHARED.keys() == set(Kind)
 
 
 @pytest.mark.parametrize("kind", list(Kind))

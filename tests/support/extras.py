@@ -11,7 +11,7 @@ from mergesec.compat import ensure_torchvision
 EXTRAS = {
     "open_clip": "clip", "timm": "timm", "transformers": "real", "tokenizers": "real", "pyarrow": "real",
     "fusion_bench": "fusionbench", "peft": "fusionbench", "numba": "fast", "matplotlib": "plots",
-    "datasets": "hub", "huggingface_hub": "hub",
+    "datasets": "hub", "huggingface_hub": "hub", "diffusers": "diffusion",
 }  # fmt: skip
 """The extra of ``mergesec`` that brings a package, by the package's import name."""
 WITHOUT_TORCHVISION = {"pyarrow", "numba", "matplotlib", "datasets", "huggingface_hub", "tokenizers"}

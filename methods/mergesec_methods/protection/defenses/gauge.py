@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from mergesec.anatomy import Kind, symmetries
+from mergesec.anatomy import UP_TO_EPSILON, Kind, symmetries
 from mergesec.contracts import Defense, ProtectContext, Protected, Weights
 from mergesec_methods.protection.defenses._gauges import Draw, move
 from mergesec_methods.protection.defenses.params import Params
@@ -208,7 +208,9 @@ class NormRescale(_Gauge):
 class FullGauge(_Gauge):
     """The defense of the card ``full_gauge``: what PaRaMS leaves out of the group."""
 
-    kinds = tuple(k for k in Kind if k not in (Kind.HIDDEN_ORDER, Kind.QUERY_KEY, Kind.VALUE_OUTPUT))
+    kinds = tuple(
+        k for k in Kind if k not in (Kind.HIDDEN_ORDER, Kind.QUERY_KEY, Kind.VALUE_OUTPUT, *UP_TO_EPSILON)
+    )
 
     def __init__(self, size: float = 3.0, span: float = 20.0, params: str = "nonsymmetric") -> None:
         super().__init__(size, span, params, signs=True)
