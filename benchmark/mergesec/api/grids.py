@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from mergesec.evidence.records import Record
     from mergesec.execution.session import Session
+    from mergesec.site.building import Built
 
 GridLike = str | Path | Mapping[str, Any]
 """A preset's name, a YAML file, or the fields of a grid (see docs/grids.md)."""
@@ -139,6 +140,22 @@ def records(grid: str, results: str | Path | None = None) -> list[Record]:
     from mergesec.evidence.records import read_records
 
     return read_records(_results(grid, results) / "records", grid)
+
+
+def write_site(
+    results: str | Path | None = None,
+    out: str | Path | None = None,
+    plugins: str | Path | Iterable[str | Path] = (),
+) -> Built:
+    """Write all grids under ``results`` as a static site to ``out`` (by default ``site`` below them): boards,
+    pictures, a page per method and per cell; ``index.html`` opens from the disk. Records alone are read, and the
+    cards of what is installed or in ``plugins``. A broken record is left out and named in ``broken``. The same
+    records give the same bytes. UsageError if there are no records, or if ``out`` holds something else."""
+    from mergesec.planning.catalog import load_catalog
+    from mergesec.site.building import build
+
+    home = Path(results) if results is not None else default_results()
+    return build(home, Path(out) if out is not None else home / "site", load_catalog(plugin_files(plugins)))
 
 
 def catalogue(kind: str | None = None, plugins: str | Path | Iterable[str | Path] = ()) -> pd.DataFrame:

@@ -20,6 +20,7 @@ VERBS = {
     "compare": "Two folders of records beside each other, cell by cell.",
     "combine": "Records of several machines joined into one folder.",
     "figures": "Pictures from records already there, as SVG and PNG, or PDF.",
+    "site": "Records as a static site: boards, pictures, a page per method and per cell.",
     "merge": "Merge safetensors files, tensor by tensor, in little memory.",
     "scan": "May this expert be merged? What its weights tell, and how often that is wrong.",
     "submit": "An entry to the benchmark: write, run, pack, check, accept.",

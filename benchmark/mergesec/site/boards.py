@@ -13,6 +13,7 @@ from mergesec.evidence.records import Record
 from mergesec.evidence.tables import cell_text, display
 from mergesec.figures.sweeps import axis_title, find_sweeps, methods_of
 from mergesec.planning.cards import Card
+from mergesec.site.names import slug
 from mergesec.threats import Threat
 
 Cards = Mapping[tuple[str, str], Card]
@@ -49,7 +50,7 @@ class Sheet:
     @property
     def slug(self) -> str:
         """The name of its pages."""
-        return f"{self.grid}-{self.threat}"
+        return f"{slug(self.grid)}-{self.threat}"
 
 
 def sheets(grid: str, boards: Sequence[Board], records: Sequence[Record]) -> list[Sheet]:
@@ -66,7 +67,12 @@ def sheets(grid: str, boards: Sequence[Board], records: Sequence[Record]) -> lis
 def payload(sheet: Sheet, cards: Cards) -> dict[str, Any]:
     """What the pages of a sheet show."""
     sweeps = [
-        {"title": s.title, "parameter": s.parameter, "axis": axis_title(s.parameter), "values": dict(s.values)}
+        {
+            "title": s.title,
+            "parameter": s.parameter,
+            "axis": axis_title(s.parameter),
+            "values": dict(s.values),
+        }
         for s in find_sweeps(methods_of(sheet.records))
     ]
     boards = [_board(board, sheet, cards) for board in sheet.boards]

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mergesec.evidence.records import Component, Record
+from mergesec.site.names import slug
 from mergesec.site.scripts import packed, spread
 from mergesec.threats import Role, Threat
 
 PER_SCRIPT = 64
 """Cells that one script holds, about."""
-_FIELDS = ("cell", "threat", "merging", "attack", "defense", "subject", "seed", "protected", "secrets", "adversaries",
+_FIELDS = ("cell", "threat", "method", "attack", "defense", "subject", "seed", "protected", "secrets", "adversaries",
            "target_task", "protocol", "contained", "status", "reason")  # fmt: skip
 _AXES = {"merging": "merging", "attack": "attacks", "defense": "defenses"}
 """What a grid calls the axis of each component."""
@@ -24,7 +25,9 @@ def buckets(records: Sequence[Record]) -> int:
 
 def index(grid: str, records: Sequence[Record]) -> dict[str, Any]:
     """The list of a grid's cells, by column."""
-    columns: dict[str, list[Any]] = {name: [getattr(r, name) for r in records] for name in _FIELDS}
+    columns: dict[str, list[Any]] = {
+        name: [getattr(r, "merging" if name == "method" else name) for r in records] for name in _FIELDS
+    }
     columns["experts"] = [len(r.experts) for r in records]
     columns["accuracy"] = [accuracy_of(r) for r in records]
     columns["ASR"] = [asr_of(r) for r in records]
@@ -51,13 +54,15 @@ def scripts(grid: str, spec: Mapping[str, Any], records: Iterable[Record], numbe
     parts: list[dict[str, Any]] = [{} for _ in range(number)]
     for record in records:
         parts[spread(record.cell, number)][record.cell] = told(record, spec)
-    names = [f"cells/{grid}-{at}" for at in range(number)]
+    names = [f"cells/{slug(grid)}-{at}" for at in range(number)]
     return {name: packed(name, part) for name, part in zip(names, parts, strict=True)}
 
 
 def told(record: Record, spec: Mapping[str, Any]) -> dict[str, Any]:
     """A record without the outcome of every sample, and the grid that makes this cell alone."""
-    fields = {name: getattr(record, name) for name in Record.model_fields if name not in ("counts", "components")}
+    fields = {
+        name: getattr(record, name) for name in Record.model_fields if name not in ("counts", "components")
+    }
     return {
         **fields,
         "components": {kind: c.model_dump() for kind, c in record.components.items()},
