@@ -23,14 +23,15 @@ PUBLIC = (
 )  # fmt: skip
 """Modules directly under ``mergesec``: what a plugin may import, from the ground up."""
 PACKAGES = (
-    "evidence", "planning", "streaming", "execution", "figures", "conformance", "scanning", "submissions", "api", "cli",
+    "evidence", "planning", "streaming", "execution", "figures", "site", "conformance", "scanning", "submissions",
+    "api", "cli",
 )  # fmt: skip
 """The engine's own, from the ground up; each stands above all public modules."""
 ORDER = (*PUBLIC, *PACKAGES)
 """A room imports only rooms named before it."""
 FAMILIES = ("merging", "fusionbench", "backdoor", "protection")
 """Each family of methods imports itself and helpers of ``merging``; what all may use lies beside them."""
-LIGHT = ("errors", "threats", "recipes", "files", "planning", "evidence", "execution/store", "execution/scheduler",
+LIGHT = ("errors", "threats", "recipes", "files", "planning", "evidence", "site", "execution/store", "execution/scheduler",
          "execution/harvest", "execution/session", "execution/engines", "api", "cli/main", "cli/app")  # fmt: skip
 """Rooms that list, plan and read boards: they load no torch."""
 
