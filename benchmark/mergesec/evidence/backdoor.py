@@ -27,6 +27,7 @@ from mergesec.evidence.estimates import (
     ordered,
     put,
     put_nothing,
+    put_origin,
     put_tiers,
     settled,
     value,
@@ -328,7 +329,7 @@ def _pareto(settings: Sequence[Setting]) -> Board | None:
 def _identity(setting: Setting) -> Row:
     keys = (
         "attack", "method", "defense", "experts", "adversaries", "target_task", "cells_done", "cells_expected",
-        "seeds",
+        "seeds", "verified", "contained",
     )  # fmt: skip
     return {k: setting.row[k] for k in keys if k in setting.row}
 
@@ -449,11 +450,14 @@ def _by(settings: Iterable[Setting], key: Any) -> dict[tuple[Any, ...], list[Set
 
 
 def _completeness(group: Sequence[Setting]) -> Row:
-    return {
+    done = [r for s in group for r in s.done]
+    row: Row = {
         "cells_done": sum(s.row["cells_done"] for s in group),
         "cells_expected": sum(s.row["cells_expected"] for s in group),
-        "seeds": fewest_seeds(r for s in group for r in s.done),
+        "seeds": fewest_seeds(done),
     }
+    put_origin(row, done)
+    return row
 
 
 # --------------------------------------------------------------------------- per attack

@@ -8,13 +8,14 @@ from mergesec.evidence.backdoor import backdoor_boards
 from mergesec.evidence.clean import clean_board
 from mergesec.evidence.cost import cost_board
 from mergesec.evidence.estimates import Board, Reader, canonical
+from mergesec.evidence.external import External, beside
 from mergesec.evidence.protection import protection_boards
 from mergesec.evidence.records import Record
 
 
-def make_boards(records: Sequence[Record]) -> list[Board]:
+def make_boards(records: Sequence[Record], external: Sequence[External] = ()) -> list[Board]:
     """All boards these records support, whatever order they come in. The two threat models never share one.
-    UsageError if two records are of the same cell."""
+    ``external``: what others found, to stand beside. UsageError if two records are of the same cell."""
     records = canonical(records)
     reader = Reader()
     boards = [
@@ -22,4 +23,4 @@ def make_boards(records: Sequence[Record]) -> list[Board]:
         *protection_boards(records, reader),
         *backdoor_boards(records, reader),
     ]
-    return [b for b in [*boards, cost_board(records)] if b is not None]
+    return beside([b for b in [*boards, cost_board(records)] if b is not None], external)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import pandas as pd
 
 from mergesec.errors import UsageError
-from mergesec.evidence.records import Count, Record, count
+from mergesec.evidence.records import Count, Record, count, is_claimed
 from mergesec.evidence.statistics import FEWEST_SEEDS, Bootstrap, Estimate, mean, nothing
 from mergesec.threats import accomplices
 
@@ -261,9 +261,19 @@ def settled(row: Row, records: Sequence[Record]) -> list[Record]:
     done = [r for r in records if r.status == "done"]
     row["cells_done"], row["cells_expected"] = len(done), len(records)
     row["seeds"] = fewest_seeds(done)
+    put_origin(row, done)
     if len(done) < len(records):
         row["reason"] = _reasons(records)
     return done
+
+
+def put_origin(row: Row, done: Sequence[Record]) -> None:
+    """Whose numbers a row's are: ``verified`` is ``re-run``, ``claimed`` (cells of an accepted entry that were not
+    run again), or how many were; ``contained`` is ``no`` if in any cell a plugin could have seen test data."""
+    claimed = sum(is_claimed(r) for r in done)
+    parts = f"re-run {len(done) - claimed}/{len(done)}" if claimed < len(done) else "claimed"
+    row["verified"] = (parts if claimed else "re-run") if done else ""
+    row["contained"] = ("no" if any(r.contained == "no" for r in done) else "yes") if done else ""
 
 
 def _reasons(records: Iterable[Record]) -> str:

@@ -119,6 +119,17 @@ class Record(BaseModel):
         return fields
 
 
+SUBMISSION = "submission"
+"""The field of ``provenance`` that records of an accepted entry have: whose they are, and whether the cell was
+run again."""
+
+
+def is_claimed(record: Record) -> bool:
+    """Whether a record is an entry's that nobody ran again."""
+    mark = record.provenance.get(SUBMISSION)
+    return mark is not None and not (isinstance(mark, dict) and mark.get("rerun") is True)
+
+
 def disagreement(record: Record) -> str:
     """What in a record contradicts the rest of it, empty if nothing does: its cell's name, numbers that are not
     finite, cost by halves, evaluations of a done cell without counts."""

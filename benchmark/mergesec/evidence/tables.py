@@ -12,7 +12,7 @@ import pandas as pd
 
 from mergesec.evidence.estimates import Board
 from mergesec.evidence.protection import STANDARD
-from mergesec.evidence.records import Record
+from mergesec.evidence.records import Record, is_claimed
 from mergesec.files import brief, plain, write_atomic
 
 _SHOWN: dict[str, tuple[str, ...]] = {
@@ -51,14 +51,24 @@ _PLAIN = (
 )
 
 
+ORIGIN = ("verified", "contained", "external", "external_by")
+"""Where numbers come from: in every CSV, and shown where some row is not as it should be."""
+_EXPECTED = {"re-run", "yes", "nan", ""}
+
+
+def _is_told(column: pd.Series) -> bool:
+    return not {str(value) for value in column} <= _EXPECTED
+
+
 def display(board: Board) -> tuple[list[str], list[list[str]]]:
     """Header and rows as text: percentages with half-widths of intervals, incomplete rows marked."""
     frame = board.frame
     hidden = {f"{m}{end}" for m in board.measures for end in ("_low", "_high", "_seeds")}
-    hidden |= {"cells_done", "cells_expected", "seeds", "tier", "reason"}
+    hidden |= {"cells_done", "cells_expected", "seeds", "tier", "reason", *ORIGIN}
     columns = [
         c for c in _SHOWN.get(board.name, tuple(frame.columns)) if c in frame.columns and c not in hidden
     ]
+    columns += [c for c in ORIGIN if c in frame.columns and _is_told(frame[c])]
     extra = [c for c in ("tier", "cells") if (c == "cells" and "cells_done" in frame) or c in frame.columns]
     rows = []
     for _, row in frame.iterrows():
@@ -152,12 +162,17 @@ def marks(records: Sequence[Record]) -> list[str]:
         notes.append(
             f"not contained: in {open_cells} cells a plugin could have seen test labels (docs/trust.md)"
         )
+    if claimed := sum(map(is_claimed, records)):
+        notes.append(
+            f"claimed: {claimed} cells are a submission's that was not run again (docs/submitting.md)"
+        )
     return notes
 
 
 _EXPLAINED = (
     "Percent with 95 % intervals: [over seeds and test samples]; (some cell has one seed, whose spread over seeds is "
-    "unknown and left out). Equal tiers are not separable."
+    "unknown and left out). Equal tiers are not separable. verified, contained and external are shown where not every "
+    "row was run here, inside walls, and is the worst that is known; the CSV always tells."
 )
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from mergesec.errors import UsageError, nearest
 from mergesec.evidence.boards import make_boards
 from mergesec.evidence.estimates import Board
+from mergesec.evidence.external import read_external
 from mergesec.evidence.records import Record
 from mergesec.evidence.tables import marks, write_boards
 from mergesec.execution.claims import Claims
@@ -254,7 +255,7 @@ def publish(
 ) -> tuple[list[Board], list[Path]]:
     """Boards of these records, written under ``results/leaderboards/<grid>/``; ``older`` names cells of an
     earlier run."""
-    boards = make_boards(records)
+    boards = make_boards(records, read_external(results, name))
     notes = marks(records)
     if older:
         notes.append(f"{len(older)} cells are as an earlier run left them: {', '.join(older)}")

@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 
 from mergesec.errors import UsageError
-from mergesec.evidence.records import Record, grid_folder, read_records
+from mergesec.evidence.records import SUBMISSION, Record, grid_folder, read_records
 from mergesec.execution.session import publish
 from mergesec.files import write_atomic
 from mergesec.submissions.check import Checked
-from mergesec.submissions.claims import SUBMISSION
 from mergesec.submissions.entry import RECORDS
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from mergesec.errors import UsageError, nearest
 from mergesec.evidence.boards import make_boards
 from mergesec.evidence.estimates import Board
-from mergesec.evidence.records import Count, Record, read_record
+from mergesec.evidence.records import SUBMISSION, Count, Record, read_record
 from mergesec.evidence.tables import display
 from mergesec.execution.harvest import cell_name
 from mergesec.files import brief
@@ -26,8 +26,6 @@ SHOWN = 5
 """Cells that a reason names."""
 CLOSE = 0.001
 """How far a claimed share may lie from the records': a tenth of a point, what a table rounds to."""
-SUBMISSION = "submission"
-"""The field of ``provenance`` that only an accepted entry's records have."""
 _METHODS = {"defense": "defenses", "attack": "attacks", "merging": "merging"}
 
 
