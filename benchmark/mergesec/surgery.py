@@ -203,14 +203,25 @@ def change_heads(
     mixed_query, mixed_output = (per_query_head(m, attention) for m in (query, output))
     for side in attention.sides:
         for linear, matrix in ((side.query, mixed_query), (side.key, key), (side.value, value)):
-            weight, bias = head_rows(weights, linear, attention)
-            mixed = None if bias is None else (matrix @ bias[..., None]).flatten()
-            changed = write(changed, linear, (matrix @ weight).flatten(0, 1), mixed)
+            changed = mix_rows(changed, attention, linear, matrix)
         if side.output is not None:
-            mixed_columns = head_columns(weights, attention, side.output) @ mixed_output
-            columns = mixed_columns.transpose(0, 1).flatten(1)
-            changed = write(changed, side.output, columns, read(weights, side.output)[1])
+            changed = mix_columns(changed, attention, side.output, mixed_output)
     return changed
+
+
+def mix_rows(weights: Weights, attention: Attention, linear: Linear, matrices: Tensor) -> dict[str, Tensor]:
+    """One query, key or value map with ``matrices`` (one per head of it) on its heads' rows and biases."""
+    weight, bias = head_rows(weights, linear, attention)
+    mixed = None if bias is None else (matrices @ bias[..., None]).flatten()
+    return write(weights, linear, (matrices @ weight).flatten(0, 1), mixed)
+
+
+def mix_columns(
+    weights: Weights, attention: Attention, output: Linear, matrices: Tensor
+) -> dict[str, Tensor]:
+    """One output map with ``matrices`` (one per head) on the right of its heads' columns."""
+    mixed = head_columns(weights, attention, output) @ matrices
+    return write(weights, output, mixed.transpose(0, 1).flatten(1), read(weights, output)[1])
 
 
 def reorder_heads(

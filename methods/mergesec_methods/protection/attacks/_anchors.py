@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergesec.anatomy import Attention
+from mergesec.anatomy import Attention, Side
 from mergesec.contracts import ContractError, Expert, Weights
 from mergesec.surgery import head_columns, head_rows
 from mergesec.weights import mergeable
@@ -34,10 +34,19 @@ def anchor_weights(anchor: str, base: Weights, own: Sequence[Expert]) -> Weights
 def heads_as_rows(weights: Weights, attention: Attention) -> dict[str, Tensor]:
     """Each map of ``MAPS`` by head, float64 ``[heads, head_dim, n]``: one row per head dimension.
 
-    The bias is one more column of query, key and value; of the output map a row is a column of its weight.
+    The bias is one more column of query, key and value; of the output map a row is a column of its weight. What
+    belongs to the other stream of a joint attention stands beside it, since heads change in both alike.
     """
+    sides = [side_as_rows(weights, attention, side) for side in attention.sides]
+    return {name: torch.cat([rows[name] for rows in sides if name in rows], dim=-1) for name in MAPS}
+
+
+def side_as_rows(weights: Weights, attention: Attention, side: Attention | Side) -> dict[str, Tensor]:
+    """The same of one stream; without ``output`` where it has none."""
     rows = {}
     for name in MAPS[:3]:
-        weight, bias = head_rows(weights, getattr(attention, name), attention)
+        weight, bias = head_rows(weights, getattr(side, name), attention)
         rows[name] = weight if bias is None else torch.cat([weight, bias[..., None]], dim=-1)
-    return {**rows, "output": head_columns(weights, attention).mT}
+    if side.output is not None:
+        rows["output"] = head_columns(weights, attention, side.output).mT
+    return rows

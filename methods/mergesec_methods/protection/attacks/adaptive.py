@@ -30,7 +30,7 @@ CARD = {
     "data": "tuning",
     "tries": True,
     "wraps": "attacks",
-    "modalities": ["image", "text"],
+    "modalities": ["image", "text", "generation"],
     "seeded": False,
     "trial": {"attacks": ["realign", "coupled", "quantise"]},
     "parameters": {

@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 
 from mergesec.anatomy import Attention
 from mergesec.contracts import Attack, RecoverContext, Weights
-from mergesec.surgery import assign, change_heads, head_columns, head_rows, read, reorder_hidden
+from mergesec.surgery import assign, head_columns, head_rows, mix_columns, mix_rows, read, reorder_hidden
 from mergesec_methods.protection.attacks._anchors import anchor_weights
 
 CARDS = [
@@ -40,7 +40,7 @@ CARDS = [
         "hooks": ["recover"],
         "knowledge": "the published expert and the public base",
         "data": "none",
-        "modalities": ["image", "text"],
+        "modalities": ["image", "text", "generation"],
         "seeded": False,
         "parameters": {
             "ridge": {
@@ -65,7 +65,7 @@ CARDS = [
         "hooks": ["recover"],
         "knowledge": "the published expert and the free-rider's own experts; the base is not used",
         "data": "tuning",
-        "modalities": ["image", "text"],
+        "modalities": ["image", "text", "generation"],
         "seeded": False,
         "parameters": {
             "ridge": {
@@ -97,24 +97,25 @@ class Aga(Attack):
         reference = anchor_weights(self.anchor, ctx.base, ctx.own)
         recovered = dict(published)
         blocks = ctx.backbone.anatomy().blocks
-        for block in blocks:
-            recovered = self._align_heads(recovered, reference, block.attention)
-        for block in blocks:
-            rows = normalize(read(recovered, block.mlp.up)[0], dim=1)
-            anchors = normalize(read(reference, block.mlp.up)[0], dim=1)
-            order = assign(rows @ anchors.T, maximize=True)
-            recovered = reorder_hidden(recovered, block.mlp, order)
+        for attention in (attention for block in blocks for attention in block.attentions):
+            recovered = self._align_heads(recovered, reference, attention)
+        for mlp in (mlp for block in blocks for mlp in block.mlps):
+            rows = normalize(read(recovered, mlp.up)[0], dim=1)
+            anchors = normalize(read(reference, mlp.up)[0], dim=1)
+            recovered = reorder_hidden(recovered, mlp, assign(rows @ anchors.T, maximize=True))
         return recovered
 
     def _align_heads(self, weights: Weights, base: Weights, attention: Attention) -> dict[str, Tensor]:
-        fits: dict[str, Tensor] = {}
-        for name in ("query", "key", "value"):
-            linear = getattr(attention, name)
-            own, anchor = head_rows(weights, linear, attention)[0], head_rows(base, linear, attention)[0]
-            # Rows of Q, K, V are columns of X, so T acts on them from the left as its transpose.
-            fits[name] = self._fit(own.mT, anchor.mT).mT
-        fits["output"] = self._fit(head_columns(weights, attention), head_columns(base, attention))
-        return change_heads(weights, attention, **fits)
+        changed = dict(weights)
+        for side in attention.sides:
+            for linear in (side.query, side.key, side.value):
+                own, anchor = (head_rows(w, linear, attention)[0] for w in (weights, base))
+                # Rows of Q, K, V are columns of X, so T acts on them from the left as its transpose.
+                changed = mix_rows(changed, attention, linear, self._fit(own.mT, anchor.mT).mT)
+            if side.output is not None:
+                own, anchor = (head_columns(w, attention, side.output) for w in (weights, base))
+                changed = mix_columns(changed, attention, side.output, self._fit(own, anchor))
+        return changed
 
     def _fit(self, own: Tensor, anchor: Tensor) -> Tensor:
         """Ridge solution T of ``own · T ≈ anchor``, both ``[heads, d_model, head_dim]``."""

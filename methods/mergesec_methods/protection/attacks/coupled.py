@@ -39,17 +39,30 @@ from mergesec.anatomy import Attention, Block, Kind, Mlp, Symmetry, symmetries
 from mergesec.contracts import Attack, RecoverContext, Weights
 from mergesec.surgery import (
     assign,
+    change_gains,
     change_heads,
+    gains_of,
     hidden_units,
     per_group,
     per_query_head,
+    read_vector,
+    reorder_dimensions,
     reorder_heads,
     reorder_hidden,
     rescale_units,
     rotary_matrix,
+    scale_queries_and_keys,
 )
-from mergesec_methods.protection.attacks._anchors import anchor_weights, heads_as_rows
-from mergesec_methods.protection.attacks._fixing import bare, dressed, rescaled, unit_factors, unit_likeness
+from mergesec_methods.protection.attacks._anchors import MAPS, anchor_weights, heads_as_rows, side_as_rows
+from mergesec_methods.protection.attacks._fixing import (
+    bare,
+    dressed,
+    outer,
+    ratio,
+    rescaled,
+    unit_factors,
+    unit_likeness,
+)
 
 CARDS = [
     {
@@ -63,7 +76,7 @@ CARDS = [
         "hooks": ["recover"],
         "knowledge": "the published expert and the public base",
         "data": "none",
-        "modalities": ["image", "text"],
+        "modalities": ["image", "text", "generation"],
         "seeded": False,
         "parameters": {
             "passes": {
@@ -96,7 +109,7 @@ CARDS = [
         "hooks": ["recover"],
         "knowledge": "the published expert and the free-rider's own experts; the base is not used",
         "data": "tuning",
-        "modalities": ["image", "text"],
+        "modalities": ["image", "text", "generation"],
         "seeded": False,
         "parameters": {
             "passes": {
@@ -143,6 +156,8 @@ class Coupled(Attack):
         reference = anchor_weights(self.anchor, ctx.base, ctx.own)
         anatomy = ctx.backbone.anatomy()
         recovered, known = dict(published), symmetries(anatomy)
+        if self.gauges:
+            recovered = outer(recovered, reference, [s for s in known if s.block is None])
         for block in anatomy.blocks:
             found = [s for s in known if s.block is block] if self.gauges else []
             # float64 until the block is done, so that every tensor is rounded once
@@ -156,20 +171,28 @@ class Coupled(Attack):
     ) -> dict[str, Tensor]:
         aligned = bare(rescaled(weights, reference, found), found)
         anchor = bare(reference, found)
-        if self.match_heads:
-            groups, members = head_order(aligned, anchor, block.attention)
-            aligned = reorder_heads(aligned, block.attention, groups, members)
-        aligned = align_heads(aligned, anchor, block.attention, self.passes)
-        scaled = any(s.kind is Kind.UNIT_SCALE for s in found)
-        aligned = align_units(aligned, anchor, block.mlp, scaled)
+        for attention in block.attentions:
+            if self.match_heads:
+                aligned = reorder_heads(aligned, attention, *head_order(aligned, anchor, attention))
+            aligned = align_heads(aligned, anchor, attention, self.passes)
+            if self.gauges and attention.head_norm is not None:
+                aligned = align_normed(aligned, anchor, attention)
+        for mlp in block.mlps:
+            scaled = any(s.kind is Kind.UNIT_SCALE and s.part is mlp for s in found)
+            aligned = align_units(aligned, anchor, mlp, scaled)
         return dressed(aligned, reference, found)
 
 
 def _doubled(weights: Weights, block: Block) -> dict[str, Tensor]:
-    """The block's tensors, and the norms that it reads, in float64 on the CPU."""
+    """The block's tensors, and all that says what its norms and gates are, in float64 on the CPU."""
     names = [name for linear in block.maps for name in (linear.weight, linear.bias)]
-    for part in block.parts:
+    for part in (side for p in block.parts for side in (p.sides if isinstance(p, Attention) else (p,))):
         names += [part.scale] if part.norm is None else [part.scale, part.norm.weight, part.norm.bias]
+        for vector in (
+            () if part.adaptive is None else (part.adaptive.shift, part.adaptive.scale, part.adaptive.gate)
+        ):
+            names += [] if vector is None else [vector.linear.weight, vector.linear.bias, vector.table]
+        names += [] if isinstance(part, Mlp) else gains_of(part)
     return {n: weights[n].to("cpu", torch.float64) for n in names if n is not None}
 
 
@@ -205,7 +228,7 @@ def head_order(weights: Weights, reference: Weights, attention: Attention) -> tu
 def head_likeness(weights: Weights, reference: Weights, attention: Attention) -> Tensor:
     """Cosine of QᵀK plus cosine of VᵀOᵀ of every published query head with every one of the anchor,
     float64 ``[heads, heads]``; both products are what no T or S changes."""
-    own, anchor = (heads_as_rows(w, attention) for w in (weights, reference))
+    own, anchor = (_telling_rows(w, attention) for w in (weights, reference))
     total = torch.zeros(attention.heads, attention.heads, dtype=torch.float64)
     for one, other in (("query", "key"), ("value", "output")):
         a, b, a0, b0 = (per_query_head(x[n], attention) for x in (own, anchor) for n in (one, other))
@@ -220,17 +243,36 @@ def head_likeness(weights: Weights, reference: Weights, attention: Attention) ->
     return total
 
 
+def _telling_rows(weights: Weights, attention: Attention) -> dict[str, Tensor]:
+    """``heads_as_rows``; of normed queries and keys each stream's rows of length 1 and times their gains, which is
+    what a score is made of."""
+    if attention.head_norm is None:
+        return heads_as_rows(weights, attention)
+    sides = []
+    for side in attention.sides:
+        rows = side_as_rows(weights, attention, side)
+        for name, gain in zip(("query", "key"), gains_of(side), strict=False):
+            size = rows[name].square().sum((1, 2), keepdim=True).sqrt().clamp_min(TINY)
+            rows[name] = rows[name] / size * read_vector(weights, gain)[:, None]
+        sides.append(rows)
+    return {name: torch.cat([rows[name] for rows in sides if name in rows], dim=-1) for name in MAPS}
+
+
 def align_heads(weights: Weights, reference: Weights, attention: Attention, passes: int) -> dict[str, Tensor]:
     """Every head of ``weights`` in the coordinates of ``reference``, by a T and an S per head (per key and value
-    head where several query heads share one; under rotary positions T is one complex factor per pair)."""
+    head where several query heads share one; under rotary positions T is one complex factor per pair, and the
+    identity where queries and keys are normed)."""
     heads, anchors = (_shared(heads_as_rows(w, attention), attention) for w in (weights, reference))
 
     def solved(first: str, second: str, solve: Solver) -> Tensor:
         pairs = zip(heads[first], anchors[first], heads[second], anchors[second], strict=True)
         return torch.stack([repeated_map(*pair, passes, solve) for pair in pairs])
 
-    mix_qk = solved("query", "key", rotary_map if attention.rotary else coupled_map)
     mix_vo = solved("value", "output", coupled_map)
+    if attention.head_norm is not None:
+        mix_qk = torch.eye(attention.head_dim, dtype=torch.float64).expand_as(mix_vo)
+    else:
+        mix_qk = solved("query", "key", rotary_map if attention.rotary else coupled_map)
     return change_heads(
         weights,
         attention,
@@ -239,6 +281,34 @@ def align_heads(weights: Weights, reference: Weights, attention: Attention, pass
         value=mix_vo,
         output=torch.linalg.inv(mix_vo),
     )
+
+
+def align_normed(weights: Weights, reference: Weights, attention: Attention) -> dict[str, Tensor]:
+    """Normed queries and keys in the coordinates of ``reference``: lengths per head, then one order of the dimensions
+    for all heads and signs per head, then the gains' ratio."""
+    aligned = dict(weights)
+    alike = torch.zeros(attention.kv_heads, attention.head_dim, attention.head_dim, dtype=torch.float64)
+    for side in attention.sides:
+        own, anchor = (side_as_rows(w, attention, side) for w in (aligned, reference))
+        factors = [_lengths(anchor[name]) / _lengths(own[name]) for name in ("query", "key")]
+        aligned = scale_queries_and_keys(aligned, side, attention, *factors)
+        for name in ("query", "key"):
+            ones, others = (normalize(rows[name], dim=-1) for rows in (own, anchor))
+            alike += (ones @ others.mT).view(attention.kv_heads, -1, *alike.shape[1:]).sum(1)
+    order = assign(alike.abs().sum(0), maximize=True)
+    aligned = reorder_dimensions(aligned, attention, order)
+    places = torch.arange(attention.head_dim)
+    signs = torch.where(alike[:, order, places] < 0, -1.0, 1.0).double()
+    for side in attention.sides:
+        queries = signs.repeat_interleave(attention.group, 0)
+        aligned = scale_queries_and_keys(aligned, side, attention, queries, signs)
+    gain = gains_of(attention)[0]
+    return change_gains(aligned, attention, ratio(read_vector(reference, gain), read_vector(aligned, gain)))
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    """The size of every head's rows, ``[heads, 1]``."""
+    return rows.square().sum((1, 2)).sqrt().clamp_min(TINY)[:, None]
 
 
 def _shared(rows: dict[str, Tensor], attention: Attention) -> dict[str, Tensor]:

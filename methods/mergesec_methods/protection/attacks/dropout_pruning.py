@@ -25,7 +25,7 @@ CARD = {
     "hooks": ["recover"],
     "knowledge": "the published expert and the public base",
     "data": "none",
-    "modalities": ["image", "text"],
+    "modalities": ["image", "text", "generation"],
     "seeded": True,
     "parameters": {
         "drop": {

@@ -26,7 +26,7 @@ CARD = {
     "hooks": ["recover"],
     "knowledge": "the published expert and the public base",
     "data": "none",
-    "modalities": ["image", "text"],
+    "modalities": ["image", "text", "generation"],
     "seeded": False,
     "parameters": {
         "keep": {

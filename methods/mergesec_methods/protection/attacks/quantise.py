@@ -25,7 +25,7 @@ CARD = {
     "hooks": ["recover"],
     "knowledge": "the published expert only",
     "data": "none",
-    "modalities": ["image", "text"],
+    "modalities": ["image", "text", "generation"],
     "seeded": False,
     "parameters": {
         "bits": {

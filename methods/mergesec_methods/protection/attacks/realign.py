@@ -29,7 +29,7 @@ CARD = {
     "hooks": ["recover"],
     "knowledge": "the published expert and the public base",
     "data": "none",
-    "modalities": ["image", "text"],
+    "modalities": ["image", "text", "generation"],
     "seeded": False,
     "parameters": {
         "similarity": {
@@ -51,9 +51,9 @@ class Realign(Attack):
     def recover(self, published: Weights, ctx: RecoverContext) -> dict[str, Tensor]:
         """``published`` with every MLP's hidden units in the base's order."""
         recovered = dict(published)
-        for block in ctx.backbone.anatomy().blocks:
-            units, anchors = hidden_units(published, block.mlp), hidden_units(ctx.base, block.mlp)
+        for mlp in (mlp for block in ctx.backbone.anatomy().blocks for mlp in block.mlps):
+            units, anchors = hidden_units(published, mlp), hidden_units(ctx.base, mlp)
             if self.similarity == "cosine":
                 units, anchors = normalize(units, dim=1), normalize(anchors, dim=1)
-            recovered = reorder_hidden(recovered, block.mlp, Anchors(anchors).order(units))
+            recovered = reorder_hidden(recovered, mlp, Anchors(anchors).order(units))
         return recovered

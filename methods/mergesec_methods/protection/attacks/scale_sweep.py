@@ -31,7 +31,7 @@ CARD = {
     "budget: one merge and one pass over the tuning rows per scale",
     "data": "tuning",
     "tries": True,
-    "modalities": ["image", "text"],
+    "modalities": ["image", "text", "generation"],
     "seeded": False,
     "trial": {"scales": [0.5, 1.0]},
     "parameters": {

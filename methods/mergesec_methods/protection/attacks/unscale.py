@@ -43,7 +43,7 @@ CARD = {
     "hooks": ["recover"],
     "knowledge": "the published expert and the public base",
     "data": "none",
-    "modalities": ["image", "text"],
+    "modalities": ["image", "text", "generation"],
     "seeded": False,
     "parameters": {
         "mode": {
@@ -108,10 +108,10 @@ class Unscale(Attack):
     def recover(self, published: Weights, ctx: RecoverContext) -> dict[str, Tensor]:
         """``published`` with every head scaled like the base's."""
         recovered = dict(Realign().recover(published, ctx) if self.realign else published)
-        for block in ctx.backbone.anatomy().blocks:
-            own, anchor = (heads_as_rows(w, block.attention) for w in (recovered, ctx.base))
+        for attention in (a for block in ctx.backbone.anatomy().blocks for a in block.attentions):
+            own, anchor = (heads_as_rows(w, attention) for w in (recovered, ctx.base))
             scales = {name: MODES[self.mode](own[name], anchor[name]) for name in MAPS}
             # rows of the output map are columns of its weight, on which T acts from the right
             scales["output"] = scales["output"].mT
-            recovered = change_heads(recovered, block.attention, **scales)
+            recovered = change_heads(recovered, attention, **scales)
         return recovered

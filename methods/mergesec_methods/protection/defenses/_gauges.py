@@ -202,6 +202,7 @@ def _reader_mean(weights: Weights, part: Any, draw: Draw) -> Moved:
 
 
 def _writer_mean(weights: Weights, part: Part, draw: Draw) -> Moved:
+    assert part.writer is not None  # the symmetry exists only where there is one
     columns, bias = read(weights, part.writer)
     size = columns.norm(dim=0) / len(columns) ** 0.5
     constant = 0.0 if bias is None else float(draw.normal(1) * bias.norm()) / len(bias) ** 0.5

@@ -50,7 +50,8 @@ class HeadMatrices:
 
         Grouped heads share the matrices of the group's first. Under rotary positions query matrices are
         reduced to what commutes with the rotations, one complex factor per pair, and the key's follow; from
-        orthogonal matrices the factors get modulus 1, and are 1 where nothing of the matrix is left.
+        orthogonal matrices the factors get modulus 1, and are 1 where nothing of the matrix is left. Of normed
+        queries and keys signs are kept, and nothing of any other matrix.
         """
         shared = [
             m if len(m) == attention.kv_heads else m[:: attention.group]
@@ -62,7 +63,16 @@ class HeadMatrices:
                 factors = torch.where(factors.abs() > 1e-9, factors / factors.abs(), 1.0)
             shared[0] = rotary_matrix(factors)
             shared[1] = torch.linalg.inv(shared[0]).mT
+        if attention.head_norm is not None:
+            shared[:2] = [_signs(matrices) for matrices in shared[:2]]
         return HeadMatrices(*shared)
+
+
+def _signs(matrices: Tensor) -> Tensor:
+    """``matrices`` where they are signs alone, else the identity."""
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype)
+    alone = (matrices.abs() == eye).flatten(1).all(1)
+    return torch.where(alone[:, None, None], matrices, eye)
 
 
 def apply(
@@ -92,6 +102,8 @@ def restrictions(attention: Attention) -> list[str]:
         said.append(f"{attention.group} query heads share each matrix: they have one key and value head")
     if attention.rotary:
         said.append("rotary positions: query and key get one complex factor per pair, no general matrix")
+    if attention.head_norm is not None:
+        said.append("queries and keys are normed: no matrix but signs commutes with that")
     return said
 
 

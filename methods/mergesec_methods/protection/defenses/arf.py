@@ -45,7 +45,7 @@ CARD = {
     "hooks": ["train", "protect"],
     "knowledge": "the owner's training data and the public base; retrains the expert",
     "data": "none",
-    "modalities": ["image", "text"],
+    "modalities": ["image", "text", "generation"],
     "seeded": True,
     "parameters": {
         "strength": {"type": "float", "default": 1.0, "min": 0.0, "max": 1e4, "doc": "λ of the hinge"},
@@ -118,7 +118,7 @@ class Arf(Defense):
 
 def attention_linears(anatomy: Anatomy) -> list[Linear]:
     """Query, key, value and output map of every block, in order."""
-    return [linear for block in anatomy.blocks for linear in block.attention.maps]
+    return [linear for block in anatomy.blocks for part in block.attentions for linear in part.maps]
 
 
 def hinge(network: nn.Module, base: Weights, anatomy: Anatomy, margin: float) -> Tensor:

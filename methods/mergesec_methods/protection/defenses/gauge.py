@@ -45,7 +45,7 @@ CARDS = [
         "hooks": ["protect"],
         "knowledge": "the expert (with params: and the public base); no data, no training",
         "data": "none",
-        "modalities": ["image", "text"],
+        "modalities": ["image", "text", "generation"],
         "seeded": True,
         "parameters": {
             "size": {
@@ -97,7 +97,7 @@ CARDS = [
         "hooks": ["protect"],
         "knowledge": "the expert (with params: and the public base); no data, no training",
         "data": "none",
-        "modalities": ["image", "text"],
+        "modalities": ["image", "text", "generation"],
         "seeded": True,
         "parameters": {
             "span": {

@@ -62,7 +62,7 @@ CARD = {
     "hooks": ["train", "protect"],
     "knowledge": "the owner's training and tuning data and the public base; retrains the expert",
     "data": "tuning",
-    "modalities": ["image", "text"],
+    "modalities": ["image", "text", "generation"],
     "seeded": False,
     "trial": {"rows": 32},
     "parameters": {

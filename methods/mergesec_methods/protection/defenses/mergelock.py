@@ -58,7 +58,7 @@ CARD = {
     "hooks": ["protect"],
     "knowledge": "the expert (with permute: and the public base); no data, no training",
     "data": "none",
-    "modalities": ["image", "text"],
+    "modalities": ["image", "text", "generation"],
     "seeded": True,
     "parameters": {
         "distribution": {
@@ -111,13 +111,14 @@ class MergeLock(Defense):
         published, blocks = dict(weights), []
         for block in ctx.backbone.anatomy().blocks:
             facts: dict[str, Any] = {"block": block.index}
-            if self.permute:
-                published, moved = rearrange(published, ctx.base, block.mlp)
+            for mlp in block.mlps if self.permute else ():
+                published, moved = rearrange(published, ctx.base, mlp)
                 facts.update(moved)
-            if self.heads:
-                published = reorder_heads(published, block.attention, *order_of_heads(block.attention, order))
-            published, locked = apply(published, block.attention, self.draw(block.attention, generator))
-            blocks.append({**facts, **locked})
+            for attention in block.attentions:
+                if self.heads:
+                    published = reorder_heads(published, attention, *order_of_heads(attention, order))
+                published, locked = apply(published, attention, self.draw(attention, generator))
+                blocks.append({**facts, **locked})
         return Protected(published, {**summary(blocks, amplifies=True), "blocks": blocks})
 
     def draw(self, attention: Attention, generator: torch.Generator) -> HeadMatrices:

@@ -53,7 +53,7 @@ CARD = {
     "hooks": ["protect"],
     "knowledge": "the expert and the public base; no data, no training",
     "data": "none",
-    "modalities": ["image", "text"],
+    "modalities": ["image", "text", "generation"],
     "seeded": True,
     "parameters": {
         "permute": {"type": "bool", "default": True, "doc": "rearrange the MLP's hidden units"},
@@ -145,14 +145,16 @@ class Params(Defense):
         if self.dropout:
             published = drop_task_vector(published, ctx.base, self.dropout, drop)
         for block in ctx.backbone.anatomy().blocks:
-            facts: dict[str, Any] = {"block": block.index}
+            facts: list[dict[str, Any]] = [{"block": block.index} for _ in block.attentions]
             if self.permute:
-                published, moved = rearrange(published, ctx.base, block.mlp)
-                facts.update(moved)
+                for mlp in block.mlps:
+                    published, moved = rearrange(published, ctx.base, mlp)
+                    facts[0].update(moved)
             if self.scaling != "none":
-                published, scaled = apply(published, block.attention, self.draw(block.attention, scale))
-                facts.update(scaled)
-            blocks.append(facts)
+                for told, attention in zip(facts, block.attentions, strict=True):
+                    published, scaled = apply(published, attention, self.draw(attention, scale))
+                    told.update(scaled)
+            blocks += facts
         mixed = self.scaling in ("symmetric", "nonsymmetric")
         return Protected(published, {**summary(blocks, amplifies=mixed), "blocks": blocks})
 

@@ -30,7 +30,7 @@ CARD = {
     "hooks": ["protect"],
     "knowledge": "the expert; no base, no data, no training",
     "data": "none",
-    "modalities": ["image", "text"],
+    "modalities": ["image", "text", "generation"],
     "seeded": True,
     "parameters": {
         "hidden": {"type": "bool", "default": True, "doc": "reorder the hidden units of every MLP"},
@@ -59,18 +59,20 @@ class RandomPermutation(Defense):
         published = dict(weights)
         moved: dict[str, list[float]] = {"hidden_moved": [], "heads_moved": []}
         for block in ctx.backbone.anatomy().blocks:
-            if self.hidden:
-                order = torch.randperm(block.mlp.hidden, generator=units)
-                published = reorder_hidden(published, block.mlp, order)
+            for mlp in block.mlps if self.hidden else ():
+                order = torch.randperm(mlp.hidden, generator=units)
+                published = reorder_hidden(published, mlp, order)
                 moved["hidden_moved"].append(_moved(order))
-            if self.heads:
-                groups, members = order_of_heads(block.attention, heads)
-                published = reorder_heads(published, block.attention, groups, members)
-                moved["heads_moved"].append(_moved(members))
-            if self.dimensions:
-                first, second = (_orders(block.attention, inner) for _ in range(2))
-                matrices = HeadMatrices(first, first, second, second.mT)
-                published = scale_heads(published, block.attention, matrices)
+            for attention in block.attentions:
+                if self.heads:
+                    groups, members = order_of_heads(attention, heads)
+                    published = reorder_heads(published, attention, groups, members)
+                    moved["heads_moved"].append(_moved(members))
+                if self.dimensions:
+                    first, second = (_orders(attention, inner) for _ in range(2))
+                    published = scale_heads(
+                        published, attention, HeadMatrices(first, first, second, second.mT)
+                    )
         facts: dict[str, Any] = {name: sum(s) / len(s) for name, s in moved.items() if s}
         return Protected(published, {**facts, "condition": 1.0})
 

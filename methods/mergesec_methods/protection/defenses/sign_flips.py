@@ -30,7 +30,7 @@ CARD = {
     "hooks": ["protect"],
     "knowledge": "the expert; no base, no data, no training",
     "data": "none",
-    "modalities": ["image", "text"],
+    "modalities": ["image", "text", "generation"],
     "seeded": True,
     "parameters": {
         "query_key": {"type": "bool", "default": True, "doc": "flip dimensions of queries and keys"},
@@ -52,13 +52,13 @@ class SignFlips(Defense):
         # a stream per pair, so that switching one off leaves the other's draws as they were
         streams = ctx.generator(0), ctx.generator(1)
         published, flipped = dict(weights), 0.0
-        blocks = ctx.backbone.anatomy().blocks
-        for block in blocks:
-            first = self._signs(block.attention, self.query_key, streams[0])
-            second = self._signs(block.attention, self.value_output, streams[1])
-            flipped += float((torch.cat([first, second]) < 0).double().mean()) / len(blocks)
+        attentions = [a for block in ctx.backbone.anatomy().blocks for a in block.attentions]
+        for attention in attentions:
+            first = self._signs(attention, self.query_key, streams[0])
+            second = self._signs(attention, self.value_output, streams[1])
+            flipped += float((torch.cat([first, second]) < 0).double().mean()) / len(attentions)
             left, right = torch.diag_embed(first), torch.diag_embed(second)
-            published = scale_heads(published, block.attention, HeadMatrices(left, left, right, right))
+            published = scale_heads(published, attention, HeadMatrices(left, left, right, right))
         facts: dict[str, Any] = {"flipped": flipped, "condition": 1.0}
         return Protected(published, facts)
 
