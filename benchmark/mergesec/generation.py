@@ -39,6 +39,10 @@ class Rows:
     def __len__(self) -> int:
         return len(self.seeds)
 
+    def __getitem__(self, row: int) -> Tensor:
+        """One row's image."""
+        return self.images[row]
+
     def take(self, index: Tensor) -> Rows:
         """The rows named by ``index``, in that order."""
         return Rows(self.images[index], self.conditions[index], self.seeds[index])

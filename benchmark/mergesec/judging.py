@@ -53,7 +53,7 @@ def built(head: Weights) -> Judge:
 
 
 def train_judge(
-    images: Tensor, labels: Tensor, classes: int, seed: int, steps: int = 1800, batch: int = 128
+    images: Tensor, labels: Tensor, classes: int, seed: int, steps: int = 1500, batch: int = 64
 ) -> Judge:
     """A judge of ``classes`` classes from bytes ``[N, 3, H, W]``: AdamW, one cycle, images shifted by a pixel and
     made a little noisy. Deterministic for a seed, a thread count and a processor."""

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mergesec.contracts import Backbone
+from mergesec.generation import Request
 
-SIDES = (32, 16)
+SIDES = (32, 16, 8)
 """Image sizes that are tried, the first that the network takes."""
 ALONE = 1e-3
 """How far the features of a text may move by what else is in its batch."""
@@ -63,6 +64,33 @@ def texts_have_features(backbone: Backbone) -> str | None:
         return wrong
     gap = float((features[:1] - alone).abs().max())
     return f"features of a text change by {gap:.1e} beside a longer one" if gap > ALONE else None
+
+
+def requests_are_repeatable(backbone: Backbone) -> str | None:
+    """Images ``[N, 3 · S · S]`` of a request that depend on its condition and noise alone."""
+    network = _network(backbone)
+    for side in SIDES:
+        request = _request(2, side)
+        try:
+            with torch.no_grad():
+                images, alone = (
+                    backbone.features(network, request),
+                    backbone.features(network, _request(1, side)),
+                )
+            break
+        except RuntimeError:
+            if side == SIDES[-1]:
+                raise
+    if wrong := _misshapen(images):
+        return wrong
+    gap = float((images[:1] - alone).abs().max())
+    return f"an image changes by {gap:.1e} beside another one" if gap > ALONE else None
+
+
+def _request(count: int, side: int) -> Request:
+    """The first ``count`` of the same rows, with the first two tokens."""
+    noise = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))[:count]
+    return Request(torch.tensor([[1, -1], [2, -1]])[:count], noise, torch.zeros_like(noise))
 
 
 def _network(backbone: Backbone) -> nn.Module:

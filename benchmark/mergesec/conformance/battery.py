@@ -21,12 +21,14 @@ from torch import Tensor
 from mergesec.conformance.backbones import (
     anatomy_is_real,
     images_have_features,
+    requests_are_repeatable,
     texts_have_features,
     weights_fit,
 )
 from mergesec.conformance.knowledge import blind_to_rows, blind_to_the_cell, says_its_secrets
 from mergesec.conformance.triggers import (
     applies_to_images,
+    applies_to_requests,
     applies_to_text,
     is_malicious,
     lets_gradients_through,
@@ -46,6 +48,7 @@ from mergesec.planning.resolve import resolve
 
 MICRO = Path(__file__).parent / "micro.py"
 MICRO_TEXT = Path(__file__).parent / "micro_text.py"
+MICRO_GENERATION = Path(__file__).parent / "micro_generation.py"
 
 
 class World(NamedTuple):
@@ -73,6 +76,11 @@ WORLDS = {
         MICRO_TEXT, "micro/text", ("micro/animals", "micro/colours", "micro/tools"), "phrase",
         "features of strings are [N, d], whatever they are batched with", texts_have_features,
         {"the trigger applies in raw input space": applies_to_text},
+    ),
+    "generation": World(
+        MICRO_GENERATION, "micro/painter", ("micro/corners", "micro/tints", "micro/halves"), "baddiffusion",
+        "the same request gives the same image, whatever it is batched with", requests_are_repeatable,
+        {"the trigger applies to requests": applies_to_requests},
     ),
 }  # fmt: skip
 """One per modality, in the order in which a component of several is tried: a new modality is a new entry."""

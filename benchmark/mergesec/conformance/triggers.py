@@ -16,6 +16,7 @@ from torch import Tensor
 from mergesec.contracts import Attack, ContractError
 from mergesec.execution.steps import run
 from mergesec.execution.work import Bench
+from mergesec.generation import Request
 from mergesec.planning.cards import Parameter
 from mergesec.planning.catalog import Catalog, Entry
 from mergesec.planning.plan import Plan, Step
@@ -73,6 +74,25 @@ def applies_to_text(attack: Attack, arrays: Mapping[str, Tensor], like: str) -> 
     if out != [attack.apply(arrays, [text])[0] for text in texts]:
         return "apply() depends on the other texts of the batch"
     return "apply() changes nothing" if out == before else None
+
+
+def applies_to_requests(attack: Attack, arrays: Mapping[str, Tensor], like: Tensor) -> str | None:
+    """Requests of the same shapes, no writing, the same again, each row by itself."""
+    noise = torch.randn(4, *like.shape, generator=torch.Generator().manual_seed(0))
+    request = Request(torch.tensor([[1, -1]]).repeat(4, 1), noise, torch.zeros_like(noise))
+    before = noise.clone()
+    out = attack.apply(arrays, request)
+    if not isinstance(out, Request) or out.noise.shape != noise.shape:
+        return "apply() must give a request of the shape that it gets"
+    if not torch.equal(noise, before) or bool((request.conditions != torch.tensor([1, -1])).any()):
+        return "apply() changed its inputs in place"
+    if not torch.isfinite(out.noise).all():
+        return "apply() gives noise that is not finite"
+    again = attack.apply(arrays, Request(request.conditions[:1], noise[:1], request.images[:1]))
+    if not torch.equal(again.noise, out.noise[:1]) or not torch.equal(again.conditions, out.conditions[:1]):
+        return "apply() depends on the other rows of the batch"
+    same = torch.equal(out.noise, noise) and torch.equal(out.conditions, request.conditions)
+    return "apply() changes nothing" if same else None
 
 
 def _other(parameter: Parameter, value: Any) -> Any:
