@@ -36,7 +36,7 @@ def main(
         bool,
         typer.Option(
             "--samples",
-            help="also draw test inputs under each attack's trigger, from stored triggers and data; give the "
+            help="also draw test inputs under each attack's trigger, and generated images, from the store; give the "
             "grid, key=value, --plugin and --data-root as to bench run",
         ),
     ] = False,
@@ -47,6 +47,7 @@ def main(
     from mergesec.evidence.records import read_records
     from mergesec.figures.canvas import require_matplotlib
     from mergesec.figures.gallery import make_figures, write_figures
+    from mergesec.figures.generated import STEM as GENERATED
     from mergesec.figures.sample_sheets import STEM
     from mergesec.files import check_writable
 
@@ -65,7 +66,7 @@ def main(
         pictures += _samples(session, records, asked.grid)
     if not pictures:
         raise UsageError("--grid", f"no cell of {name!r} is done: nothing to draw")
-    for path in write_figures(folder, pictures, tidy=out is None, spare="" if samples else STEM):
+    for path in write_figures(folder, pictures, tidy=out is None, spare=() if samples else (STEM, GENERATED)):
         print(path)
 
 
@@ -84,12 +85,14 @@ def _samples(session: Session, records: Sequence[Record], source: str) -> list[P
     from mergesec.execution.session import Desk
     from mergesec.execution.work import Bench
     from mergesec.figures.canvas import style
+    from mergesec.figures.generated import generated_pictures, generated_sheets
     from mergesec.figures.sample_sheets import sample_pictures
     from mergesec.figures.samples import collect_samples
 
     hosts = plugin_hosts(Desk(session.catalog, session.store, session.plugins, session.data_root))
     bench = Bench(session.store, session.catalog, torch.device("cpu"), session.data_root, guests=hosts)
     places, missing = collect_samples(session.plan, bench, records)
+    made = generated_sheets(session.plan, session.store, records)
     if missing:
         shown = ", ".join([*missing][:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         # a run makes what is needed; what is measured of a trigger needs it
@@ -98,7 +101,7 @@ def _samples(session: Session, records: Sequence[Record], source: str) -> list[P
         if not places:
             raise UsageError("--samples", told)
         print(f"left out of the samples: {told}", file=sys.stderr)
-    elif not places:
+    elif not places and not made:
         raise UsageError("--samples", f"{session.grid.spec.name!r} has no records of cells with a backdoor")
     with style():
-        return list(sample_pictures(places))
+        return [*sample_pictures(places), *generated_pictures(made)]

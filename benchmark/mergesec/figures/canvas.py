@@ -385,6 +385,30 @@ def curve_sheets(
 # --------------------------------------------------------------------------- files
 
 
+def gap(width: int) -> int:
+    """Pixels between two images of this width."""
+    return max(1, width // 16)
+
+
+def strip(ax: Axes, images: NDArray[Any]) -> None:
+    """Images ``[n, 3, H, W]`` in [0, 1] side by side with white gaps."""
+    count, _, height, width = images.shape
+    step = width + gap(width)
+    pixels = np.ones((height, count * step - gap(width), 3))
+    for i, image in enumerate(images):
+        pixels[:, i * step : i * step + width] = image.transpose(1, 2, 0)
+    ax.imshow(pixels, interpolation="nearest", vmin=0.0, vmax=1.0)
+    bare(ax)
+
+
+def bare(ax: Axes) -> None:
+    """No ticks, no grid, no frame."""
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+
+
 def file_stem(text: str) -> str:
     """``text`` as part of a file name."""
     return re.sub(r"[^A-Za-z0-9.]+", "_", text).strip("_")

@@ -27,12 +27,12 @@ def make_figures(records: Sequence[Record]) -> list[Picture]:
 
 
 def write_figures(
-    folder: Path, pictures: Sequence[Picture], tidy: bool = False, spare: str = ""
+    folder: Path, pictures: Sequence[Picture], tidy: bool = False, spare: str | tuple[str, ...] = ()
 ) -> list[Path]:
     """SVG and PNG of every picture; the same bytes for the same records.
 
     ``tidy``: the folder holds pictures of one grid only, so others in it are old ones and removed, but for
-    those whose names begin with ``spare``.
+    those whose names begin with (one of) ``spare``.
     """
     with style():
         paths = [path for picture in pictures for path in write_picture(folder, picture)]

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mergesec.figures.canvas import GREY, Caption, Picture, file_stem, numbered, part, sheet, wrapped
+from mergesec.figures.canvas import (
+    GREY,
+    Caption,
+    Picture,
+    bare,
+    file_stem,
+    gap,
+    numbered,
+    part,
+    sheet,
+    strip,
+    wrapped,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,7 +69,7 @@ def told(visibility: Mapping[str, float]) -> str:
 def _images(name: str, what: str, samples: Samples) -> Iterator[Picture]:
     count, _, height, width = samples.inputs.shape
     wide = count * _SIDE
-    tall = wide * height / (count * (width + _gap(width)) - _gap(width))
+    tall = wide * height / (count * (width + gap(width)) - gap(width))
     lines = {id(row): max(tall, _LINE * len(_label(row))) + _SPACE for row in samples.rows}
     pages = part(samples.rows, lambda row: lines[id(row)])
     note = (
@@ -69,14 +81,14 @@ def _images(name: str, what: str, samples: Samples) -> Iterator[Picture]:
     for page, rows in enumerate(pages):
         heights = [tall + _SPACE, *(lines[id(row)] for row in rows)]
         figure, panels = _laid_out(heights, [wide, wide], what, samples.records, note)
-        _strip(panels[0, 0], clean)
+        strip(panels[0, 0], clean)
         _name_row(panels[0, 0], ["test images"])
         _name_columns(panels[0, 0], samples.classes, width)
         panels[0, 1].set_axis_off()
         for row, axes in zip(rows, panels[1:], strict=True):
             after = row.inputs.numpy()
-            _strip(axes[0], after)
-            _strip(axes[1], np.clip(0.5 + AMPLIFIED * (after - clean), 0.0, 1.0))
+            strip(axes[0], after)
+            strip(axes[1], np.clip(0.5 + AMPLIFIED * (after - clean), 0.0, 1.0))
             _name_row(axes[0], _label(row))
         yield Picture(numbered(name, page, len(pages)), figure)
 
@@ -108,28 +120,6 @@ def _label(row: Triggered) -> list[str]:
     return [*wrapped(row.attack, 34), *wrapped(measures, 34)] if measures else wrapped(row.attack, 34)
 
 
-def _gap(width: int) -> int:
-    return max(1, width // 16)
-
-
-def _strip(ax: Axes, images: NDArray[Any]) -> None:
-    """Images ``[n, 3, H, W]`` in [0, 1] side by side with white gaps."""
-    count, _, height, width = images.shape
-    step = width + _gap(width)
-    strip = np.ones((height, count * step - _gap(width), 3))
-    for i, image in enumerate(images):
-        strip[:, i * step : i * step + width] = image.transpose(1, 2, 0)
-    ax.imshow(strip, interpolation="nearest", vmin=0.0, vmax=1.0)
-    _bare(ax)
-
-
-def _bare(ax: Axes) -> None:
-    ax.set_xticks([])
-    ax.set_yticks([])
-    ax.grid(False)
-    ax.spines[:].set_visible(False)
-
-
 def _name_row(ax: Axes, lines: Sequence[str]) -> None:
     ax.set_ylabel(
         "\n".join(lines), rotation=0, ha="right", va="center", fontsize=6.5, linespacing=1.25, labelpad=6
@@ -138,7 +128,7 @@ def _name_row(ax: Axes, lines: Sequence[str]) -> None:
 
 def _name_columns(ax: Axes, classes: Sequence[str], width: int) -> None:
     """Classes above their images."""
-    step = width + _gap(width)
+    step = width + gap(width)
     names = ["\n".join(wrapped(name, 13)) for name in classes]
     ax.set_xticks([i * step + width / 2 - 0.5 for i in range(len(names))], names, fontsize=5.5)
     ax.tick_params(length=0, pad=2, labeltop=True, labelbottom=False)
@@ -184,7 +174,7 @@ def _write(ax: Axes, texts: Sequence[Sequence[str]], ink: str) -> None:
             "\n".join(lines), (i / len(texts), 1.0), (0, -5), xycoords="axes fraction", textcoords="offset points",
             ha="left", va="top", fontsize=6.5, linespacing=1.25, color=ink, annotation_clip=False,
         )  # fmt: skip
-    _bare(ax)
+    bare(ax)
     ax.spines["top"].set_visible(True)
 
 

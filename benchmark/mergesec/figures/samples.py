@@ -84,6 +84,8 @@ def collect_samples(
         if key is None or record is None:
             continue
         step, cell = plan.steps[key], planned.cell
+        if bench.catalog.get("task", cell.aim).card.modality not in SHOWN:
+            continue  # start noise is no picture; what is generated from it is, see ``generated``
         where = Aim(cell.aim, cell.subject, cell.target_class), dict(step.components)["attack"].label
         if where in drawn:
             continue

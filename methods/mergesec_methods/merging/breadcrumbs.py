@@ -27,7 +27,7 @@ CARD = {
     "summary": "per layer, drop the largest and the small entries of each task vector, then add",
     "output": "static",
     "data": "tuning",
-    "modalities": ["image", "text"],
+    "modalities": ["image", "text", "generation"],
     "seeded": False,
     "parameters": {
         "keep": {

@@ -27,7 +27,7 @@ CARD = {
     "summary": "drop entries of each row by rank of magnitude, rescale, elect a sign per weight, average what agrees",
     "output": "static",
     "data": "tuning",
-    "modalities": ["image", "text"],
+    "modalities": ["image", "text", "generation"],
     "seeded": True,
     "parameters": {
         "drop": {

@@ -20,7 +20,7 @@ CARD = {
     "summary": "sum the task matrices and set all singular values of the sum to their mean",
     "output": "static",
     "data": "tuning",
-    "modalities": ["image", "text"],
+    "modalities": ["image", "text", "generation"],
     "seeded": False,
     "parameters": {
         "scaling": {

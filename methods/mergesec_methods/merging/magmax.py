@@ -21,7 +21,7 @@ CARD = {
     "summary": "per weight, keep the entry of largest magnitude among the task vectors",
     "output": "static",
     "data": "tuning",
-    "modalities": ["image", "text"],
+    "modalities": ["image", "text", "generation"],
     "seeded": False,
     "parameters": {
         "scaling": {

@@ -26,7 +26,7 @@ CARD = {
     "summary": "score entries within and between task vectors, keep the best, average them by score",
     "output": "static",
     "data": "tuning",
-    "modalities": ["image", "text"],
+    "modalities": ["image", "text", "generation"],
     "seeded": False,
     "parameters": {
         "formula": {

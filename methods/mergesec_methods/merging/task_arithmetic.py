@@ -20,7 +20,7 @@ CARD = {
     "summary": "the base plus the scaled sum of the task vectors",
     "output": "static",
     "data": "tuning",
-    "modalities": ["image", "text"],
+    "modalities": ["image", "text", "generation"],
     "seeded": False,
     "parameters": {
         "scaling": {

@@ -20,7 +20,7 @@ CARD = {
     "summary": "keep 1/T of each task matrix's singular triplets and orthogonalise them across tasks",
     "output": "static",
     "data": "tuning",
-    "modalities": ["image", "text"],
+    "modalities": ["image", "text", "generation"],
     "seeded": False,
     "parameters": {
         "scaling": {
