@@ -110,7 +110,8 @@ class _Network(nn.Module):
         for block in self.blocks:
             x = block(x)
         made = self.out(self.norm(x)).view(-1, 2, 2, 3, PATCH, PATCH)
-        return made.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, SIDE, SIDE)
+        images: Tensor = made.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, SIDE, SIDE)
+        return images
 
 
 class Painter(Backbone):
