@@ -32,8 +32,8 @@ def main(
         grid_folder(home, name)  # a plain name, or an error
     joined = combine([read_side(folder, grid) for folder in folders], name)
     check_writable(home, "--out")
+    write_joined(home / "records", joined)
     for one in joined:
-        write_joined(home / "records", one)
         _, paths = publish(one.records, home, one.name)
         done = sum(record.status == "done" for record in one.records)
         twice = f", {show.many(one.shared, 'cell')} the same on several sides" if one.shared else ""

@@ -84,11 +84,11 @@ def _tell(found: Comparison, most: int) -> None:
         show.table("Tiers that changed", ["board", "row", "A", "B"], lines[:most])
         _more(len(tiers), most)
     for kind, title in (("missing", "Missing on a side"), ("incomparable", "Cannot be compared")):
-        if lines := found.of(kind):
+        if noted := found.of(kind):
             print(f"{title}: {_counted(found, kind)}")
-            for line in lines[:most]:
+            for line in noted[:most]:
                 show.prose(f"  {line.get('cell') or line['grid']}: {line['why']}", hang=4)
-            _more(len(lines), most)
+            _more(len(noted), most)
 
 
 def _difference(row: Row) -> list[str]:

@@ -71,11 +71,17 @@ def join(grid: str, parts: Sequence[Part]) -> Joined:
     return Joined(grid, records, manifest, shared)
 
 
-def write_joined(folder: Path, joined: Joined) -> None:
-    """The records and their manifest under ``folder/<grid>/``; UsageError if records of that grid lie there."""
-    home = grid_folder(folder, joined.name)
-    if (home / MANIFEST).exists():
-        raise UsageError("--out", f"{brief(str(home))} holds records already; give a new folder")
+def write_joined(folder: Path, grids: Sequence[Joined]) -> None:
+    """The records of each grid and its manifest under ``folder/<grid>/``; UsageError, before anything is written, if
+    records of one of them lie there."""
+    for one in grids:
+        if (home := grid_folder(folder, one.name)).exists():
+            raise UsageError("--out", f"{brief(str(home))} is there already; give a new folder")
+    for one in grids:
+        _write(grid_folder(folder, one.name), one)
+
+
+def _write(home: Path, joined: Joined) -> None:
     for record in joined.records:
         data = json.dumps(record.model_dump(mode="json"), sort_keys=True) + "\n"
         write_atomic(home / f"{record.cell}.json", data.encode())

@@ -153,9 +153,9 @@ class Bootstrap:
         if key not in self._samples:
             rng = _generator("samples", task, total)
             drawn = rng.integers(0, total, (DRAWS, total))
-            weights = np.zeros((DRAWS, total), np.float32)
-            np.add.at(weights, (np.arange(DRAWS)[:, None], drawn), 1.0)
-            self._samples[key] = weights
+            places = (drawn + total * np.arange(DRAWS)[:, None]).ravel()
+            weights = np.bincount(places, minlength=DRAWS * total).reshape(DRAWS, total)
+            self._samples[key] = weights.astype(np.float32)
         return self._samples[key]
 
     def rate(self, task: str, counts: Mapping[int, Count]) -> Estimate:
