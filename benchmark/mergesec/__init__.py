@@ -1,8 +1,8 @@
 """MergeSec: a benchmark for the security of model merging.
 
-Grids: ``run``, ``plan``. Boards and records: ``boards``, ``load_board``, ``records``. What is installed:
-``catalogue``. Single models: ``merge``, ``base``, ``expert``, ``attack``, ``protect``, ``recover``, ``evaluate``. Importing
-this loads none of them, and no torch until one needs it. See docs/python.md.
+Grids: ``run``, ``plan``. Boards and records: ``boards``, ``load_board``, ``records``, ``write_site``. What is installed:
+``catalogue``. Single models: ``merge``, ``base``, ``expert``, ``attack``, ``protect``, ``recover``, ``evaluate``,
+``scan``. Importing this loads none of them, and no torch until one needs it. See docs/python.md.
 """
 
 from __future__ import annotations
@@ -15,22 +15,29 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mergesec.api.grids import Planned, Run, boards, catalogue, load_board, plan, records, run
+    from mergesec.api.grids import Planned, Run, boards, catalogue, load_board, plan, records, run, write_site
     from mergesec.api.models import Evaluated, Model, attack, base, evaluate, expert, merge, protect, recover
+    from mergesec.api.scans import Scan, calibrate, scan
 
 __version__ = "0.1.0"
 __all__ = [
-    "Evaluated", "Model", "Planned", "Run", "attack", "base", "boards", "catalogue", "evaluate", "expert", "load_board",
-    "merge", "plan", "protect", "records", "recover", "run",
+    "Evaluated", "Model", "Planned", "Run", "Scan", "attack", "base", "boards", "calibrate", "catalogue", "evaluate",
+    "expert", "load_board", "merge", "plan", "protect", "records", "recover", "run", "scan",
+    "write_site",
 ]  # fmt: skip
 
-_GRIDS = ("Planned", "Run", "boards", "catalogue", "load_board", "plan", "records", "run")
+_HOMES = {
+    "grids": ("Planned", "Run", "boards", "catalogue", "load_board", "plan", "records", "run", "write_site"),
+    "scans": ("Scan", "calibrate", "scan"),
+}
+"""Modules of ``mergesec.api`` by what they hold; the rest is in ``models``."""
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"mergesec.api.{'grids' if name in _GRIDS else 'models'}"), name)
+    home = next((module for module, names in _HOMES.items() if name in names), "models")
+    return getattr(import_module(f"mergesec.api.{home}"), name)
 
 
 def __dir__() -> list[str]:

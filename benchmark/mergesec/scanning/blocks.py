@@ -160,7 +160,7 @@ def _moved(own: Weights, aligned: Weights, up: Linear) -> float:
     if not len(rest):
         return 0.0
     places = torch.arange(len(after))[~stayed]
-    found = torch.cat([(part @ before.T).abs().argmax(dim=1) for part in rest.split(1024)])
+    found = torch.cat([(part @ before.T).abs().argmax(dim=1) for part in torch.split(rest, 1024)])
     return float((found != places).double().sum()) / len(after)
 
 

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from mergesec.anatomy import Anatomy
 from mergesec.contracts import Weights
-from mergesec.scanning.blocks import BlockMeasures, Realign, block_tensors, measure_block
+from mergesec.scanning.blocks import (
+    BlockMeasures,
+    Realign,
+    block_tensors,
+    distance,
+    energy,
+    measure_block,
+)
 from mergesec.weights import mergeable
 
 TINY = 1e-300
@@ -124,19 +131,14 @@ def measure(
         held |= start.keys()
     outside, integers = {}, False
     loose = torch.zeros(len(rest) + 1, len(rest) + 1, dtype=torch.float64)
-    for name in base:
-        if name in held:
+    for name in (n for n in base if n not in held):
+        before, after = base[name], expert[name]
+        if not mergeable(before):
+            integers |= not torch.equal(before, after)
             continue
-        start, own = base[name], expert[name]
-        if not mergeable(start):
-            integers |= not torch.equal(start, own)
-            continue
-        outside[name] = (
-            float((own.double() - start.double()).square().sum()),
-            float(start.double().square().sum()),
-        )
+        outside[name] = (distance({name: before}, {name: after}), energy({name: before}))
         if rest:
-            loose += _gram({name: start}, [{name: own}, *({name: w[name]} for w in rest.values())])
+            loose += _gram({name: before}, [{name: after}, *({name: w[name]} for w in rest.values())])
     cosines = _cosines([sum(grams, loose), *grams], list(rest)) if rest else {}
     return Measured(tuple(found), outside, integers, cosines)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,8 +13,12 @@ from torch import Tensor, nn
 
 from mergesec.anatomy import Anatomy, AnatomyError, Block, describe
 from mergesec.contracts import Attack, Backbone, ContractError, RecoverContext, Weights
+from mergesec.errors import UsageError
 from mergesec.planning.catalog import Catalog
-from mergesec.scanning.blocks import Realign
+from mergesec.scanning.blocks import Realign, block_tensors
+from mergesec.streaming.mapped import LazyWeights
+from mergesec.streaming.merging import fitted
+from mergesec.weights import check_finite, check_same_layout, digest_weights, fit_names
 
 ATTACK = "coupled"
 
@@ -91,3 +97,60 @@ def _heads(config: Mapping[str, Any], shapes: Mapping[str, Any]) -> list[int | d
     }
     found = {prefix: count for prefix, count in towers.items() if type(count) is int}
     return [found] if found else []
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A base that experts are held against."""
+
+    weights: Weights
+    anatomy: Anatomy | None
+    why_no_blocks: str
+    backbone: str
+    """Name in the catalogue, if it is known."""
+
+    @cached_property
+    def parameters(self) -> int:
+        """Numbers in the floating tensors."""
+        return sum(math.prod(shape) for shape in _shapes(self.weights).values())
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the base's tensors."""
+        return digest_weights(self.weights)
+
+    def fit(self, expert: Weights, who: str) -> tuple[Weights, str]:
+        """``expert`` under the base's names, and what was left out, in words. UsageError if it does not fit."""
+        if isinstance(self.weights, LazyWeights) and isinstance(expert, LazyWeights):
+            return fitted(self.weights, expert, who)
+        fit = fit_names(_shapes(self.weights), _shapes(expert))
+        told, found = "", dict(expert)
+        if fit is not None:
+            found = {n: expert[fit.names[n]] if n in fit.names else w for n, w in self.weights.items()}
+            told = (
+                f"{len(fit.left)} left out, {len(fit.kept)} stay as in the base"
+                if fit.left or fit.kept
+                else ""
+            )
+        try:
+            check_same_layout(self.weights, found, who)
+            check_finite(found, who)
+        except ContractError as error:
+            raise UsageError(who.split()[0], str(error)) from None
+        return found, told
+
+    def aligned(self, expert: Weights, realign: Realign | None) -> Weights:
+        """All of ``expert``'s tensors after re-alignment, in memory."""
+        found = dict(expert)
+        if self.anatomy is None or realign is None:
+            return found
+        for block in self.anatomy.blocks:
+            found.update(realign(block_tensors(block, expert), block_tensors(block, self.weights), block))
+        return found
+
+
+def laid(weights: Weights, anatomy: Anatomy | str, backbone: str) -> Laid:
+    """``anatomy``: the blocks, or why they are not known."""
+    if isinstance(anatomy, str):
+        return Laid(weights, None, anatomy, backbone)
+    return Laid(weights, anatomy, "", backbone)
