@@ -110,8 +110,8 @@ class _Network(nn.Module):
         for block in self.blocks:
             x = block(x)
         made = self.out(self.norm(x)).view(-1, 2, 2, 3, PATCH, PATCH)
-        images: Tensor = made.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, SIDE, SIDE)
-        return images
+        pasted: Tensor = made.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, SIDE, SIDE)
+        return pasted
 
 
 class Painter(Backbone):
