@@ -10,11 +10,11 @@ from mergesec.compat import ensure_torchvision
 
 EXTRAS = {
     "open_clip": "clip", "timm": "timm", "transformers": "real", "tokenizers": "real", "pyarrow": "real",
-    "fusion_bench": "fusionbench", "peft": "fusionbench", "numba": "fast", "matplotlib": "plots",
+    "fusion_bench": "fusionbench", "peft": "fusionbench", "numba": "fast", "matplotlib": "plots", "jinja2": "site",
     "datasets": "hub", "huggingface_hub": "hub", "diffusers": "diffusion",
 }  # fmt: skip
 """The extra of ``mergesec`` that brings a package, by the package's import name."""
-WITHOUT_TORCHVISION = {"pyarrow", "numba", "matplotlib", "datasets", "huggingface_hub", "tokenizers"}
+WITHOUT_TORCHVISION = {"pyarrow", "numba", "matplotlib", "jinja2", "datasets", "huggingface_hub", "tokenizers"}
 """Those whose import cannot meet a torchvision that was built for another torch."""
 
 

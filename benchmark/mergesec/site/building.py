@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 from mergesec.errors import UsageError
 from mergesec.evidence.boards import make_boards
+from mergesec.evidence.estimates import Board
+from mergesec.evidence.external import read_external
 from mergesec.evidence.records import Record
 from mergesec.evidence.tables import marks, write_boards
 from mergesec.files import check_writable, write_atomic
@@ -150,7 +152,7 @@ def _assets(writer: Writer) -> None:
 
 def _grid(grid: Grid, results: Path, writer: Writer, pages: Pages, gathered: Gathered) -> None:
     """Everything that is of one grid."""
-    boards = make_boards(grid.records)
+    boards = _boards(grid, results, gathered.broken)
     mine = sheets(grid.name, boards, grid.records)
     notes = marks(grid.records)
     samples = _samples(grid.name, results, writer)
@@ -179,6 +181,15 @@ def _grid(grid: Grid, results: Path, writer: Writer, pages: Pages, gathered: Gat
     archive = f"downloads/{home}-records.tar.xz"
     writer.write(archive, packed_records(results / "records" / grid.name, grid.records))
     gathered.downloads[grid.name] = [*(p.relative_to(writer.folder).as_posix() for p in written), archive]
+
+
+def _boards(grid: Grid, results: Path, broken: list[Broken]) -> list[Board]:
+    """The boards of a grid, with what others found where that can be read."""
+    try:
+        return make_boards(grid.records, read_external(results, grid.name))
+    except UsageError as error:
+        broken.append(Broken(grid.name, error.field, error.message))
+        return make_boards(grid.records)
 
 
 def _about(sheet: Sheet, data: Mapping[str, Any]) -> About:

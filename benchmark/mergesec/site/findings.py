@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -27,9 +28,9 @@ class Finding(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """A finding and how much it rests on: seeds first, then rows."""
+    """A finding and how much it rests on: first whether it is more than a trial, then how many cells or rows."""
 
-    weight: tuple[int, int]
+    weight: tuple[int, ...]
     finding: Finding
 
 
@@ -81,9 +82,9 @@ def _links(sheet: Sheet, board: str, **chosen: str) -> tuple[tuple[str, str], ..
     )
 
 
-def _label_of(told: str) -> str:
-    """The first component of ``attack + method``."""
-    return told.partition(" + ")[0]
+def _bare(label: str) -> str:
+    """Names without their parameters, of a method or of an attack on a merge: the link tells the rest."""
+    return re.sub(r"\([^()]*(?:\([^()]*\)[^()]*)*\)", "", label)
 
 
 def _protections(rows: Sequence[Row], sheet: Sheet) -> Candidate | None:
@@ -104,10 +105,14 @@ def _protections(rows: Sequence[Row], sheet: Sheet) -> Candidate | None:
     text = (
         f"{len(mine)} protections cost the merge at least {100 * RUINED:.0f} points on the protected task. The "
         f"strongest attack brings back at least {100 * UNDONE:.0f} % of that loss for {len(undone)} of them. The one "
-        f"that holds best is {best['defense']}: {best['recovered_by']} brings back {_text(best, 'worst_recovery')} %."
+        f"that holds best is {_bare(best['defense'])}: {_bare(best['recovered_by'])} brings back {_text(best, 'worst_recovery')} %."
     )
     links = _links(sheet, "protection", defense=best["defense"])
-    return Candidate((_seeds(mine), len(mine)), Finding(title, text, _rests(best, sheet), links))
+    return Candidate(_weight(sheet), Finding(title, text, _rests(best, sheet), links))
+
+
+def _weight(sheet: Sheet) -> tuple[int, int]:
+    return int(len({r.seed for r in sheet.records}) > 1), len(sheet.records)
 
 
 def _seeds(rows: Sequence[Row]) -> int:
@@ -131,13 +136,13 @@ def _attacks(rows: Sequence[Row], sheet: Sheet) -> Candidate | None:
         else "Little of any backdoor survives merging"
     )
     text = (
-        f"Of one contributor's {worst['attack']}, {_text(worst, 'succession')} % of the non-target samples with its "
+        f"Of one contributor's {_bare(worst['attack'])}, {_text(worst, 'succession')} % of the non-target samples with its "
         f"trigger go to the target class after merging, mean over merge methods; on the merge of clean experts the "
         f"same trigger reaches {_text(worst, 'succession_clean_merge')} %, which is no backdoor. Accuracy is "
         f"{_text(worst, 'BA')} %, and {_text(worst, 'CA')} % without the attack."
     )
     links = _links(sheet, "backdoor_attacks", attack=worst["attack"])
-    return Candidate((most, len(mine)), Finding(title, text, _rests(worst, sheet), links))
+    return Candidate(_weight(sheet), Finding(title, text, _rests(worst, sheet), links))
 
 
 def _defenses(rows: Sequence[Row], sheet: Sheet) -> Candidate | None:
@@ -158,12 +163,12 @@ def _defenses(rows: Sequence[Row], sheet: Sheet) -> Candidate | None:
     )
     text = (
         f"Under {kept} of the {len(mine)} defenses compared, the attack they do worst against still succeeds on at least "
-        f"half of its samples. Least is left by {best['defense']}: {_text(best, 'worst_backdoor')} points beyond the "
-        f"control ({best['worst_by']}), for {_text(best, 'accuracy_cost')} points of accuracy."
+        f"half of its samples. Least is left by {_bare(best['defense'])}: {_text(best, 'worst_backdoor')} points beyond the "
+        f"control ({_bare(best['worst_by'])}), for {_text(best, 'accuracy_cost')} points of accuracy."
     )
     links = _links(sheet, "backdoor_defenses", defense=best["defense"])
     # more defenses make the better comparison, whatever its seeds
-    return Candidate((len(mine), _seeds(mine)), Finding(title, text, _rests(best, sheet), links))
+    return Candidate((len(mine), *_weight(sheet)), Finding(title, text, _rests(best, sheet), links))
 
 
 def _merges(rows: Sequence[Row], sheet: Sheet) -> Candidate | None:
@@ -176,8 +181,8 @@ def _merges(rows: Sequence[Row], sheet: Sheet) -> Candidate | None:
         f"The best merge of {best['experts']} keeps {100 * best['normalised']:.0f} % of its experts' accuracy"
     )
     text = (
-        f"{best['method']} reaches {_text(best, 'accuracy')} % on average over the tasks, "
+        f"{_bare(best['method'])} reaches {_text(best, 'accuracy')} % on average over the tasks, "
         f"{_text(best, 'normalised')} % of what the experts reach alone."
     )
     links = _links(sheet, "clean", method=best["method"])
-    return Candidate((_seeds(mine), len(mine)), Finding(title, text, _rests(best, sheet), links))
+    return Candidate(_weight(sheet), Finding(title, text, _rests(best, sheet), links))

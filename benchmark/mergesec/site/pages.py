@@ -63,4 +63,4 @@ def percent(value: float) -> str:
 
 def number(value: Any) -> str:
     """A number in three digits."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{float(f'{value:.3g}'):g}" if isinstance(value, float) else str(value)
