@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from mergesec.errors import UsageError, nearest
 from mergesec.files import brief
-from mergesec_tasks._modelfiles import CONFIG, Stored, read_json, shown
+from mergesec.modelfiles import CONFIG, Stored, read_json, shown
 
 Values = dict[str, Any]
 

@@ -10,16 +10,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mergesec.adapterconfig import CONFIG as ADAPTER
+from mergesec.adapterconfig import FACTORS, is_adapter, read_lora
 from mergesec.errors import UsageError
-from mergesec.files import brief, is_file, is_folder
-from mergesec_tasks._adapterconfig import CONFIG as ADAPTER
-from mergesec_tasks._adapterconfig import read_lora
+from mergesec.files import brief
+from mergesec.modelfiles import CONFIG, header, stored_tensors
 from mergesec_tasks._configs import Values, check_same_function, check_tensors, read_config
-from mergesec_tasks._modelfiles import CONFIG, INDEX, SINGLE, header, stored_tensors
 from mergesec_tasks._preprocessing import check_same_pixels, read_pixels
 from mergesec_tasks._words import check_same_words, check_words
 
-FACTORS = "adapter_model.safetensors"
 IMAGES = ("vit", "deit", "dinov2", "clip_vision_model")
 ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert")
 DECODERS = ("gpt2", "llama", "qwen2", "mistral")
@@ -39,18 +38,6 @@ KINDS = {
     "hf-causal": Kinds(DECODERS, False),
 }
 """By the backbone's name."""
-
-
-def is_adapter(place: Path, who: str) -> bool:
-    """Whether a folder holds an adapter instead of a network; UsageError if it holds both."""
-    if not is_folder(place) or not ((place / ADAPTER).exists() or (place / ADAPTER).is_symlink()):
-        return False
-    if is_file(place / SINGLE) or is_file(place / INDEX):
-        raise UsageError(
-            who,
-            f"{brief(str(place))!r} holds a network and an adapter ({ADAPTER}); remove the one that is not meant",
-        )
-    return True
 
 
 def check_base(folder: Path, who: str, kinds: Kinds) -> Values:

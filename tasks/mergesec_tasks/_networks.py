@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mergesec.errors import UsageError
 from mergesec.files import brief
-from mergesec_tasks._modelfiles import Stored
+from mergesec.modelfiles import Stored
 from mergesec_tasks._transformers import complaining
 
 

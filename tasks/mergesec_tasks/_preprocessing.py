@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from mergesec.errors import UsageError, nearest
 from mergesec.files import brief
-from mergesec_tasks._modelfiles import read_json, shown
+from mergesec.modelfiles import read_json, shown
 
 FILES = ("preprocessor_config.json", "processor_config.json")
 Three = tuple[float, float, float]

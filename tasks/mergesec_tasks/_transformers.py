@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from mergesec.compat import ensure_torchvision
 from mergesec.errors import UsageError
 from mergesec.files import brief
+from mergesec.modelfiles import COMPUTED, shown
 from mergesec.weights import OUTPUTS
 from mergesec_tasks._configs import settings
-from mergesec_tasks._modelfiles import COMPUTED, shown
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 from mergesec.errors import UsageError
 from mergesec.files import brief, is_file
-from mergesec_tasks._modelfiles import LONGEST, read_json, shown
+from mergesec.modelfiles import LONGEST, read_json, shown
 
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _STAGES = ("normalizer", "pre_tokenizer", "post_processor")

@@ -18,7 +18,8 @@ CATALOGUES = {
     "mergesec_methods": ROOT / "methods" / "mergesec_methods",
 }
 PUBLIC = (
-    "errors", "threats", "recipes", "files", "compat", "parts", "anatomy", "denoisers", "contracts", "weights", "kernels", "tensorwise",
+    "errors", "threats", "recipes", "files", "modelfiles", "adapterconfig", "compat", "parts", "denoisers", "anatomy",
+    "contracts", "adapters", "weights", "kernels", "tensorwise",
     "inference", "classification", "images", "text", "judging", "generation", "training", "surgery",
 )  # fmt: skip
 """Modules directly under ``mergesec``: what a plugin may import, from the ground up."""

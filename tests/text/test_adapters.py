@@ -11,8 +11,9 @@ import torch
 from extras import needs
 from safetensors.torch import load_file, save_file
 
+from mergesec.adapters import with_adapter
 from mergesec.errors import UsageError
-from mergesec_tasks._adapters import expert_weights, with_adapter
+from mergesec_tasks._adapters import expert_weights
 from mergesec_tasks.text.hf_causal import HfCausal
 from mergesec_tasks.text.hf_text import HfText
 from mergesec_tasks.vision.hf_vit import HfVit

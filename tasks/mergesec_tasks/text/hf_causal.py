@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mergesec.contracts import ContractError
 from mergesec.errors import UsageError
-from mergesec_tasks._modelfiles import file_of
+from mergesec.modelfiles import file_of
 from mergesec_tasks._transformers import numbers_of
 from mergesec_tasks.text._hf import HfFolder, padded
 

@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from mergesec.contracts import Weights
 from mergesec.errors import UsageError
+from mergesec.modelfiles import CONFIG, file_of, read_json, stored_tensors
 from mergesec_tasks._configs import check_tensors, checked, tower
 from mergesec_tasks._hub import model_folder
-from mergesec_tasks._modelfiles import CONFIG, file_of, read_json, stored_tensors
 from mergesec_tasks._transformers import clip_tokenizer, config_of, text_tower
 from mergesec_tasks._words import TOKENIZER, check_words
 from mergesec_tasks.vision.hf_vit import HfVit

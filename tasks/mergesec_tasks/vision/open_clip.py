@@ -16,6 +16,7 @@ from mergesec.compat import ensure_torchvision
 from mergesec.contracts import Backbone, Weights
 from mergesec.errors import UsageError
 from mergesec.files import brief, is_file
+from mergesec.modelfiles import Stored, header, read_json, shown
 from mergesec_tasks._configs import (
     HEADS,
     LAYERS,
@@ -30,7 +31,6 @@ from mergesec_tasks._configs import (
     size,
 )  # fmt: skip
 from mergesec_tasks._hub import model_folder
-from mergesec_tasks._modelfiles import Stored, header, read_json, shown
 from mergesec_tasks._networks import check_held, read_tensors
 from mergesec_tasks._preprocessing import CLIP, check_three
 from mergesec_tasks._transformers import complaining

@@ -15,6 +15,7 @@ from mergesec.compat import ensure_torchvision
 from mergesec.contracts import Backbone, Weights
 from mergesec.errors import UsageError
 from mergesec.files import brief, is_file
+from mergesec.modelfiles import header, read_json, shown
 from mergesec_tasks._adapters import expert_weights
 from mergesec_tasks._configs import (
     HEADS,
@@ -29,7 +30,6 @@ from mergesec_tasks._configs import (
     size,
 )  # fmt: skip
 from mergesec_tasks._hub import model_folder
-from mergesec_tasks._modelfiles import header, read_json, shown
 from mergesec_tasks._networks import check_held, read_tensors
 from mergesec_tasks._preprocessing import IMAGENET, check_three
 from mergesec_tasks._transformers import complaining

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mergesec.errors import UsageError, nearest
-from mergesec.files import brief
-from mergesec_tasks._modelfiles import read_json, shown
+from mergesec.files import brief, is_file, is_folder
+from mergesec.modelfiles import INDEX, SINGLE, read_json, shown
 
-CONFIG = "adapter_config.json"
+CONFIG, FACTORS = "adapter_config.json", "adapter_model.safetensors"
 UNTOUCHED = (True, False, "gaussian", "eva", "orthogonal")
 """Ways to begin that leave the base as it is: the factors' product is zero, or is overwritten when they are loaded."""
 RESIDUAL = ("pissa", "olora")
@@ -83,6 +83,18 @@ def _named(which: str | tuple[str, ...], module: str) -> bool:
     if isinstance(which, str):
         return re.fullmatch(which, module) is not None
     return any(module == name or module.endswith("." + name) for name in which)
+
+
+def is_adapter(place: Path, who: str) -> bool:
+    """Whether a folder holds an adapter instead of a network; UsageError if it holds both."""
+    if not is_folder(place) or not ((place / CONFIG).exists() or (place / CONFIG).is_symlink()):
+        return False
+    if is_file(place / SINGLE) or is_file(place / INDEX):
+        raise UsageError(
+            who,
+            f"{brief(str(place))!r} holds a network and an adapter ({CONFIG}); remove the one that is not meant",
+        )
+    return True
 
 
 def read_lora(folder: Path, who: str) -> Lora:
