@@ -8,7 +8,7 @@ reordered, and each attention head's query/key and value/output pairs can be cha
 invertible matrix. Tensors inside an attention or MLP module that the row does not name (query/key
 norms, relative positions, head scales) break a symmetry and are refused.
 
-Denoisers (UNets, diffusion transformers) are described in ``mergesec.denoisers``; their kinds of symmetries are here.
+Denoisers (UNets, diffusion transformers) are described by ``describe_denoiser``; their kinds of symmetries are here.
 
 Three kinds of attention allow less. Where several query heads share one key and value head (grouped
 heads), they share its matrices. Where queries and keys are rotated by their positions, only what
@@ -30,6 +30,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from mergesec.denoisers import describe_denoiser as describe_denoiser
+from mergesec.denoisers import with_single_modulation
 from mergesec.parts import Adaptive as Adaptive
 from mergesec.parts import Anatomy as Anatomy
 from mergesec.parts import AnatomyError as AnatomyError
@@ -468,7 +470,7 @@ def describe(shapes: Shapes, heads: int | Mapping[str, int], rotary: bool = Fals
                 before = f"{layer}{layout.norms[0]}"
     if not blocks:
         raise AnatomyError(_nothing_found(shapes, heads, rotary))
-    return Anatomy(tuple(blocks), " + ".join(dict.fromkeys(used)))
+    return with_single_modulation(shapes, Anatomy(tuple(blocks), " + ".join(dict.fromkeys(used))))
 
 
 def _towers(shapes: Shapes, layout: Layout) -> dict[str, list[str]]:

@@ -13,6 +13,9 @@ Torch-free: only names and sizes, as in ``mergesec.anatomy``. Three families are
   follow from time and text; queries and keys may be normed (Stable Diffusion 3.5), and blocks may have a
   second attention of the image's own.
 
+A fourth, ``with_single_modulation``, is the mini suite's: blocks as ``mergesec.anatomy`` knows them, whose norms and gates
+follow from one map that all blocks share and a table of their own (adaLN-single).
+
 Everything inside of the blocks that is not named here would break a symmetry and is refused. The order of the channels of
 the stream between blocks, which conv_in or the patch embedding begins and the last map ends, is a symmetry that is not
 listed.
@@ -22,6 +25,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from mergesec.parts import (
@@ -381,3 +385,34 @@ def _known_of_mmdit(twice: bool, last: bool) -> list[str]:
     known += [f"attn2.{name}" for name in (*_STREAM, "norm_q", "norm_k")] * twice
     known += ["norm1.linear", "norm1_context.linear", "ff.net.0.proj", "ff.net.2"]
     return known + ["ff_context.net.0.proj", "ff_context.net.2"] * (not last)
+
+
+# --------------------------------------------------------------------------- adaLN-single
+
+
+def with_single_modulation(shapes: Shapes, anatomy: Anatomy) -> Anatomy:
+    """``anatomy`` with adaptive norms, where ``modulate`` makes shift, scale and gate of attention and MLP for all
+    blocks, and each block's ``modulation`` ``[6, d]`` is added; as it is where there are none.
+
+    The embedding of the time is ``time.0``, SiLU, ``time.2``. Its sum with the condition's words has no order of
+    its own: the words are added to every token, too.
+    """
+    tables = [f"{block.name}.modulation" for block in anatomy.blocks]
+    if "modulate.weight" not in shapes or not set(tables) <= shapes.keys():
+        return anatomy
+    names = _Names(shapes, 1, 1)
+    vectors = names.stacked("modulate", 6)
+    blocks = []
+    for block, table in zip(anatomy.blocks, tables, strict=True):
+        width = shapes[block.attention.query.weight][1]
+        if shapes[table] != (6, width) or shapes["modulate.weight"][0] != 6 * width:
+            raise AnatomyError(f"{table} has shape {shapes[table]}, expected {(6, width)}")
+        first, second = _two_norms([replace(v, table=table, row=i) for i, v in enumerate(vectors)])
+        attention, mlp = replace(block.attention, adaptive=first), replace(block.mlp, adaptive=second)
+        blocks.append(replace(block, attention=attention, mlp=mlp))
+    outside: list[Coordinates | Terms | Projection] = []
+    if "time.0.weight" in shapes and "time.2.weight" in shapes:
+        axes = [*names.axes("time.0", telling=True), *names.axes("time.2", 1)]
+        outside.append(Coordinates("time.0", names.rows("time.0"), tuple(axes)))
+    outside.append(Terms("modulate.bias", tuple(tables)))
+    return replace(anatomy, blocks=tuple(blocks), outside=tuple(outside))

@@ -9,8 +9,17 @@ import pytest
 import torch
 from denoising import GROUPS, HEADS, NAMES, Denoiser, ExactRms, make
 
-from mergesec.anatomy import UP_TO_EPSILON, AnatomyError, Attention, Coordinates, Kind, Mlp, symmetries
-from mergesec.denoisers import describe_denoiser
+from mergesec.anatomy import (
+    UP_TO_EPSILON,
+    AnatomyError,
+    Attention,
+    Coordinates,
+    Kind,
+    Mlp,
+    describe,
+    describe_denoiser,
+    symmetries,
+)
 from mergesec_methods.protection.defenses._gauges import Draw, move
 
 HEAD = {
@@ -30,6 +39,7 @@ GROUP = {
     "dit": HEAD | ADAPTIVE | {Kind.QUERY_KEY, Kind.KEY_SHIFT},
     "mmdit": HEAD | ADAPTIVE | {Kind.QUERY_KEY, Kind.KEY_SHIFT},
     "mmdit_normed": HEAD | ADAPTIVE | NORMED,
+    "single": HEAD | ADAPTIVE | {Kind.QUERY_KEY, Kind.KEY_SHIFT},
 }
 PAIRS = [(name, kind) for name in NAMES for kind in Kind if kind in GROUP[name]]
 DEAD = ("transformer_blocks.1.attn.add_q_proj", "transformer_blocks.1.attn.norm_added_q")
@@ -76,7 +86,7 @@ def test_every_kind_of_part_is_found(name: str) -> None:
     anatomy = network.anatomy()
     assert {s.kind for s in symmetries(anatomy)} == GROUP[name]
     for block in anatomy.blocks:
-        assert all(a.heads == HEADS for a in block.attentions)
+        assert all(a.heads == (4 if name == "single" else HEADS) for a in block.attentions)
         if name.startswith("unet"):
             assert [a.cross for a in block.attentions] == [False, True]
             keys = block.attentions[1].key.weight
@@ -116,6 +126,12 @@ def test_what_breaks_a_symmetry_is_refused_by_name(name: str, tensor: str, shape
     shapes = {n: tuple(t.shape) for n, t in make(name).base.items()} | {tensor: shape}
     with pytest.raises(AnatomyError, match=told):
         describe_denoiser(shapes, HEADS, GROUPS)
+
+
+def test_a_table_that_does_not_fit_the_shared_map_is_refused_by_name() -> None:
+    shapes = {n: tuple(t.shape) for n, t in make("single").base.items()} | {"blocks.2.modulation": (6, 64)}
+    with pytest.raises(AnatomyError, match=r"blocks\.2\.modulation has shape \(6, 64\), expected \(6, 128\)"):
+        describe(shapes, 4)
 
 
 def test_heads_are_asked_for_by_attention() -> None:

@@ -10,10 +10,10 @@ import torch
 from extras import needs
 from torch import Tensor, nn
 
-from mergesec.anatomy import Anatomy
+from mergesec.anatomy import Anatomy, describe, describe_denoiser
 from mergesec.compat import ensure_torchvision
 from mergesec.contracts import ProtectContext, RecoverContext
-from mergesec.denoisers import describe_denoiser
+from mergesec_tasks.diffusion._network import Generator
 
 CPU = torch.device("cpu")
 HEADS, GROUPS, TEXT, POOLED = 2, 4, 12, 10
@@ -29,7 +29,8 @@ FLAT = {
 JOINT = {
     "joint_attention_dim": TEXT, "caption_projection_dim": 16, "pooled_projection_dim": POOLED, "pos_embed_max_size": 8,
 }  # fmt: skip
-NAMES = ("unet", "unet_linear", "dit", "mmdit", "mmdit_normed")
+NAMES = ("unet", "unet_linear", "dit", "mmdit", "mmdit_normed", "single")
+"""``single`` is the mini suite's own: adaptive norms from one map that all blocks share."""
 
 
 class ExactRms(nn.Module):
@@ -65,6 +66,13 @@ class Denoiser:
         times = torch.tensor([10, 700])
         nn.Module.to(self.network, dtype)  # diffusers' own method warns
         self.network.load_state_dict(weights, strict=True)
+        if self.name == "single":
+            asked, moments = torch.tensor([[1, -1], [4, 7]]), torch.tensor([0.1, 0.8]).to(dtype)
+            with torch.no_grad():
+                found: Tensor = self.network.eval()(
+                    x.view(2, -1)[:, :256].repeat(1, 3).view(2, 3, 16, 16), moments, asked
+                )
+            return found.double().flatten(1)
         inputs: dict[str, Any] = {
             "hidden_states": x,
             "timestep": times,
@@ -86,7 +94,9 @@ class Denoiser:
 
 
 def build(name: str) -> nn.Module:
-    """A fresh network of diffusers."""
+    """A fresh network of diffusers, or the mini suite's."""
+    if name == "single":
+        return Generator()
     needs("diffusers")
     ensure_torchvision()
     import diffusers
@@ -132,5 +142,6 @@ def make(name: str) -> Denoiser:
     generator = torch.Generator().manual_seed(11)
     base = random_weights(network, generator)
     expert = {n: w + 0.02 * w.std() * torch.randn(w.shape, generator=generator) for n, w in base.items()}
-    anatomy = describe_denoiser({n: tuple(w.shape) for n, w in base.items()}, HEADS, GROUPS)
+    shapes = {n: tuple(w.shape) for n, w in base.items()}
+    anatomy = describe(shapes, 4) if name == "single" else describe_denoiser(shapes, HEADS, GROUPS)
     return Denoiser(name, network, anatomy, base, expert)

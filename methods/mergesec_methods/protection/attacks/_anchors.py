@@ -38,6 +38,8 @@ def heads_as_rows(weights: Weights, attention: Attention) -> dict[str, Tensor]:
     belongs to the other stream of a joint attention stands beside it, since heads change in both alike.
     """
     sides = [side_as_rows(weights, attention, side) for side in attention.sides]
+    if len(sides) == 1:
+        return sides[0]
     return {name: torch.cat([rows[name] for rows in sides if name in rows], dim=-1) for name in MAPS}
 
 

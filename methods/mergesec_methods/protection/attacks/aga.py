@@ -98,27 +98,30 @@ class Aga(Attack):
         recovered = dict(published)
         blocks = ctx.backbone.anatomy().blocks
         for attention in (attention for block in blocks for attention in block.attentions):
-            recovered = self._align_heads(recovered, reference, attention)
+            recovered = fitted_heads(recovered, reference, attention, self.ridge)
         for mlp in (mlp for block in blocks for mlp in block.mlps):
             rows = normalize(read(recovered, mlp.up)[0], dim=1)
             anchors = normalize(read(reference, mlp.up)[0], dim=1)
             recovered = reorder_hidden(recovered, mlp, assign(rows @ anchors.T, maximize=True))
         return recovered
 
-    def _align_heads(self, weights: Weights, base: Weights, attention: Attention) -> dict[str, Tensor]:
-        changed = dict(weights)
-        for side in attention.sides:
-            for linear in (side.query, side.key, side.value):
-                own, anchor = (head_rows(w, linear, attention)[0] for w in (weights, base))
-                # Rows of Q, K, V are columns of X, so T acts on them from the left as its transpose.
-                changed = mix_rows(changed, attention, linear, self._fit(own.mT, anchor.mT).mT)
-            if side.output is not None:
-                own, anchor = (head_columns(w, attention, side.output) for w in (weights, base))
-                changed = mix_columns(changed, attention, side.output, self._fit(own, anchor))
-        return changed
 
-    def _fit(self, own: Tensor, anchor: Tensor) -> Tensor:
-        """Ridge solution T of ``own · T ≈ anchor``, both ``[heads, d_model, head_dim]``."""
-        gram = own.mT @ own + self.ridge * torch.eye(own.shape[-1], dtype=own.dtype)
-        solution: Tensor = torch.linalg.solve(gram, own.mT @ anchor)
-        return solution
+def fitted_heads(weights: Weights, base: Weights, attention: Attention, ridge: float) -> dict[str, Tensor]:
+    """Every map of an attention fitted to the base's, head by head, each by itself."""
+    changed = dict(weights)
+    for side in attention.sides:
+        for linear in (side.query, side.key, side.value):
+            own, anchor = (head_rows(w, linear, attention)[0] for w in (weights, base))
+            # Rows of Q, K, V are columns of X, so T acts on them from the left as its transpose.
+            changed = mix_rows(changed, attention, linear, fit(own.mT, anchor.mT, ridge).mT)
+        if side.output is not None:
+            own, anchor = (head_columns(w, attention, side.output) for w in (weights, base))
+            changed = mix_columns(changed, attention, side.output, fit(own, anchor, ridge))
+    return changed
+
+
+def fit(own: Tensor, anchor: Tensor, ridge: float) -> Tensor:
+    """Ridge solution T of ``own · T ≈ anchor``, both ``[heads, d_model, head_dim]``."""
+    gram = own.mT @ own + ridge * torch.eye(own.shape[-1], dtype=own.dtype)
+    solution: Tensor = torch.linalg.solve(gram, own.mT @ anchor)
+    return solution

@@ -20,7 +20,10 @@ come out, the recovered network computes what the published one does, up to roun
 Heads themselves may have been moved. QᵀK and VᵀOᵀ of a head do not change under T and S, so before anything is
 solved the published heads are matched to the anchor's by the cosines of these two products (Hungarian).
 
-Biases, norms and layer scales have numbers that the function does not depend on (``mergesec.anatomy.Kind``).
+Of normed queries and keys only signs, one order of the dimensions for all heads and a factor per head are free; they
+are found by cosines (Hungarian) instead of an equation.
+
+Biases, norms, layer scales, modulations, convolutions and embeddings have numbers that the function does not depend on (``mergesec.anatomy.Kind``).
 ``gauges`` puts them to 0 or to the anchor's before anything is matched (see ``_fixing``); without it a shift of
 the value biases alone misleads the fit of S.
 
@@ -174,13 +177,17 @@ class Coupled(Attack):
         for attention in block.attentions:
             if self.match_heads:
                 aligned = reorder_heads(aligned, attention, *head_order(aligned, anchor, attention))
-            aligned = align_heads(aligned, anchor, attention, self.passes)
+            aligned = self._align(aligned, anchor, attention)
             if self.gauges and attention.head_norm is not None:
                 aligned = align_normed(aligned, anchor, attention)
         for mlp in block.mlps:
             scaled = any(s.kind is Kind.UNIT_SCALE and s.part is mlp for s in found)
             aligned = align_units(aligned, anchor, mlp, scaled)
         return dressed(aligned, reference, found)
+
+    def _align(self, weights: Weights, reference: Weights, attention: Attention) -> dict[str, Tensor]:
+        """The heads of one attention, in their places, in the coordinates of ``reference``."""
+        return align_heads(weights, reference, attention, self.passes)
 
 
 def _doubled(weights: Weights, block: Block) -> dict[str, Tensor]:

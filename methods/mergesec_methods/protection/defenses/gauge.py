@@ -9,6 +9,10 @@ PaRaMS, MergeLock and ARF change coordinates inside heads and among hidden units
   layer scale and the map before it, and the up rows and down columns of a gated MLP.
 * ``mean_shift``: a layer norm takes the mean away, so whatever is written in the direction (1, …, 1) never
   arrives, and whatever reads along 1/γ reads nothing: any multiple of either is added.
+* ``denoiser_gauge``: what networks that generate images have besides. Gates and scales of adaptive norms against the
+  maps behind and before them, the value half of a GEGLU against the down columns, channels between two convolutions in
+  another order with whole groups' signs, and of normed queries and keys signs, one order for all heads, gains, and a
+  factor per head. Signs are drawn everywhere.
 * ``full_gauge``: all of them, PaRaMS and a random order of heads.
 
 A shift alone hurts a merge little: it is linear in the weights but for the product W_o b_v. Beside PaRaMS it
@@ -116,6 +120,22 @@ CARDS = [
         },
     },
     {
+        "name": "denoiser_gauge",
+        "extends": "norm_rescale",
+        "class": "DenoiserGauge",
+        "title": "Denoiser gauge",
+        "summary": "ours: gates and scales of adaptive norms, value halves of GEGLU, channels and signs of groups, "
+        "normed queries and keys; exact",
+        "modalities": ["generation"],
+        "parameters": {
+            "epsilon": {
+                "type": "bool",
+                "default": True,
+                "doc": "also factors above 1 of normed queries and keys, exact up to the norm's epsilon",
+            },
+        },
+    },
+    {
         "name": "full_gauge",
         "extends": "value_shift",
         "class": "FullGauge",
@@ -203,6 +223,26 @@ class NormRescale(_Gauge):
     """The defense of the card ``norm_rescale``."""
 
     kinds = (Kind.NORM_SCALE, Kind.LAYER_SCALE, Kind.UNIT_SCALE)
+
+
+class DenoiserGauge(_Gauge):
+    """The defense of the card ``denoiser_gauge``: symmetries of networks that generate images which no published
+    protection uses."""
+
+    exact = (
+        Kind.NORM_SCALE,
+        Kind.LAYER_SCALE,
+        Kind.UNIT_SCALE,
+        Kind.CHANNEL_ORDER,
+        Kind.GROUP_SIGN,
+        Kind.QK_SIGN,
+        Kind.QK_ORDER,
+        Kind.QK_GAIN,
+    )
+
+    def __init__(self, span: float = 20.0, params: str = "off", epsilon: bool = True) -> None:
+        super().__init__(span=span, params=params, signs=True)
+        self.kinds = (*self.exact, Kind.QK_SCALE) if epsilon else self.exact
 
 
 class FullGauge(_Gauge):
