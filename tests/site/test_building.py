@@ -81,7 +81,9 @@ def test_no_page_has_code_of_its_own_or_a_hostile_tag(made: Any) -> None:
 
 def test_the_policy_of_every_page_lets_nothing_load_from_elsewhere(made: Any) -> None:
     for page in pages(made.out):
-        (policy,) = [a["content"] for tag, a in Tags(page).found if a.get("http-equiv") == "Content-Security-Policy"]
+        (policy,) = [
+            a["content"] for tag, a in Tags(page).found if a.get("http-equiv") == "Content-Security-Policy"
+        ]
         assert "default-src 'none'" in policy and "http" not in policy
 
 
@@ -119,7 +121,9 @@ def test_an_unreadable_grid_and_a_twin_are_named_and_the_rest_is_shown(tmp_path:
 def test_a_cell_is_told_whole_but_for_the_outcome_of_each_sample(made: Any) -> None:
     grids = data(made.out, "grids")
     (record, *_) = read_grid(made.results / "records" / "doors").records
-    told = data(made.out, f"cells/doors-{scripts.spread(record.cell, grids['doors']['scripts'])}")[record.cell]
+    told = data(made.out, f"cells/doors-{scripts.spread(record.cell, grids['doors']['scripts'])}")[
+        record.cell
+    ]
     assert told["counts"]["acc/merge/s/a"] == [record.counts["acc/merge/s/a"].k, 100]
     assert told["steps"] == record.steps and told["experts"] == record.experts
     assert told["components"]["merging"]["parameters"] == {"scaling": 0.2}
@@ -209,7 +213,9 @@ def test_a_hash_of_a_name_is_the_pages() -> None:
     assert scripts.spread("foobar", 1 << 32) == 0xBF9CF968
 
 
-@pytest.mark.parametrize("grid", ["mini-backdoor", "mini-protection", "mini-merging", "mini-protection-owners"])
+@pytest.mark.parametrize(
+    "grid", ["mini-backdoor", "mini-protection", "mini-merging", "mini-protection-owners"]
+)
 def test_the_grid_of_one_cell_plans_that_cell(grid: str) -> None:
     from mergesec.execution.harvest import cell_name
     from mergesec.execution.session import open_desk, planned
@@ -231,7 +237,14 @@ def test_the_grid_of_one_cell_plans_that_cell(grid: str) -> None:
 
 
 def test_neither_torch_nor_the_planner_is_imported(made: Any, tmp_path: Path) -> None:
-    heavy = ("torch", "hydra", "matplotlib", "mergesec.execution", "mergesec.planning.plan", "mergesec.planning.gridspec")
+    heavy = (
+        "torch",
+        "hydra",
+        "matplotlib",
+        "mergesec.execution",
+        "mergesec.planning.plan",
+        "mergesec.planning.gridspec",
+    )
     code = (
         "import sys\nfrom mergesec.cli.site_verb import main\n"
         f"main(results={str(made.results)!r}, out={str(tmp_path / 'out')!r})\n"

@@ -67,7 +67,9 @@ class Page:
                 if last := self.ask(expression):
                     return last
             time.sleep(0.05)
-        raise AssertionError(f"never came true: {expression} (last: {last!r}; {self.ask('document.body.innerText')[:500]})")
+        raise AssertionError(
+            f"never came true: {expression} (last: {last!r}; {self.ask('document.body.innerText')[:500]})"
+        )
 
     def press(self, key: str) -> None:
         """A key on what has the focus."""
@@ -78,7 +80,13 @@ class Page:
 
     def sized(self, width: int, height: int) -> None:
         """As wide as a phone or a desk."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
 
     def picture(self, path: Path) -> None:
         """A screenshot of the whole page."""

@@ -13,7 +13,7 @@ import numpy as np
 from mergesec.evidence.records import Bits, Component, Count, Record, count, readable_name
 
 SAMPLES = 100
-HOSTILE = "<img src=x onerror=\"window.hacked=1\">'</script><script>window.hacked=1</script>"
+HOSTILE = '<img src=x onerror="window.hacked=1">\'</script><script>window.hacked=1</script>'
 """What would run if any page took it for markup."""
 
 

@@ -3,8 +3,8 @@
 addEventListener("DOMContentLoaded", () => {
   const { make, load, label, fixed, failed, spread } = MergeSec;
   const home = document.getElementById("cell");
-  const CONTROLS = { __proto__: null, base: "control: the public base", clean_merge: "control: the merge without attack and defense",
-    defended_clean_merge: "control: the defense on clean experts", expert: "the experts alone", merge: "this cell's own merge",
+  const CONTROLS = { __proto__: null, base: "the public base (control)", clean_merge: "the merge without attack and defense (control)",
+    defended_clean_merge: "the defense on clean experts (control)", expert: "the experts alone", merge: "this cell's own merge",
     poisoned: "the malicious expert alone", published: "the protected expert", published_bf16: "the protected expert in bfloat16",
     recovered: "the expert after the attack", protected_merge: "the merge of protected experts" };
   const METRICS = { __proto__: null, acc: "Accuracy", asr: "Attack success (non-target samples)", ra: "Right answers under the trigger", mark: "Marks that answer" };
@@ -44,7 +44,7 @@ addEventListener("DOMContentLoaded", () => {
       const roles = MergeSec.distinct(Object.values(tasks).flatMap(Object.keys));
       const head = make("tr", {}, make("th", { scope: "col" }, "task"), roles.map((r) => make("th", { scope: "col", class: "n" }, r)));
       const body = Object.entries(tasks).map(([task, found]) => make("tr", {}, make("th", { scope: "row" }, task), roles.map((role) => make("td", { class: "n" }, ...rate(found[role])))));
-      const key = roles.filter((r) => CONTROLS[r]).map((r) => `${r}: ${CONTROLS[r].replace("control: ", "")}`).join("; ");
+      const key = roles.filter((r) => CONTROLS[r]).map((r) => `${r}: ${CONTROLS[r]}`).join("; ");
       const title = METRICS[metric] ?? metric;
       return section(`${title}, %`, scroll(title, make("table", { class: "plain" }, make("thead", {}, head), make("tbody", {}, body))), make("p", { class: "small" }, key));
     });

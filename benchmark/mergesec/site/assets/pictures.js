@@ -42,6 +42,12 @@ addEventListener("DOMContentLoaded", async () => {
     again();
   }
 
+  /** The values that most rows have come first. */
+  function byRows(values, all, key) {
+    const count = (value) => all.filter((r) => r[key] === value).length;
+    return [...values].sort((a, b) => count(b) - count(a));
+  }
+
   const picked = (key, options) => { const wanted = state().get(key); return options.some(([v]) => v === wanted) ? wanted : options[0]?.[0]; };
 
   // ------------------------------------------------------------------ heat maps
@@ -81,7 +87,7 @@ addEventListener("DOMContentLoaded", async () => {
     const views = [["merge", "attack × defense"], ["defense", "attack × merge"], ["attack", "defense × merge"]].sort((a, b) => (b[0] === short) - (a[0] === short));
     const draw = () => {
       const fixedAxis = picked("heat", views);
-      const values = axes[fixedAxis].map((v) => [v, v]);
+      const values = byRows(axes[fixedAxis], mine, fixedAxis).map((v) => [v, v]);
       const value = picked("of", values);
       const measures = MEASURES[board].filter(([m]) => mine.some((r) => known(r[m])));
       const measure = picked("measure", measures);
@@ -91,7 +97,7 @@ addEventListener("DOMContentLoaded", async () => {
       const [down, across] = fixedAxis === "merge" && board !== "backdoor" ? ["defense", "attack"] : rest;
       const some = mine.filter((r) => r[fixedAxis] === value);
       const index = new Map(some.map((r) => [JSON.stringify([r[down], r[across]]), r]));
-      place.replaceChildren(make("div", { class: "filters" },
+      place.replaceChildren(make("div", { class: "filters wide" },
         chooser("view", "heat", views, fixedAxis, (v) => choose("heat", v, draw)), chooser(fixedAxis, "of", values, value, (v) => choose("of", v, draw)),
         chooser("number", "measure", measures.map(([m, n]) => [m, n]), measure, (v) => choose("measure", v, draw))),
       grid(`${down} \\ ${across}`, axes[across].filter((a) => some.some((r) => r[across] === a)), axes[down].filter((d) => some.some((r) => r[down] === d)),
@@ -139,7 +145,7 @@ addEventListener("DOMContentLoaded", async () => {
       const points = mine.map((r, at) => ({ ...r, n: at + 1, pair: r.defense === "none" ? r.method : `${r.method} + ${r.defense}`, ...look(methods.indexOf(r.method)) }));
       const controls = (boards.backdoor ?? []).filter((r) => r.defense === "none" && contest(r) === group && methods.includes(r.method) && known(r.CA) && known(r.succession_clean_merge))
         .map((r) => ({ ...r, ...look(methods.indexOf(r.method)) }));
-      place.replaceChildren(make("div", { class: "filters" }, chooser("attack", "contest", options, group, (v) => choose("contest", v, draw))),
+      place.replaceChildren(make("div", { class: "filters wide" }, chooser("attack", "contest", options, group, (v) => choose("contest", v, draw))),
         make("div", { class: "plot" }, scatterPlot(points, controls, place.clientWidth)), symbolKey(methods), pointTable(points),
         make("p", { class: "small" }, "Bars: 95 % intervals. The line is the Pareto front: nothing has more accuracy and less ASR at once. Hollow: the same merge of clean experts under the same trigger (control). Numbers are those of the table."));
     };
@@ -229,7 +235,7 @@ addEventListener("DOMContentLoaded", async () => {
       const panels = LINES[board].panels.map(([title, measure, controls]) => [title, seriesOf(group, axis, names, measure, controls)]).filter(([, series]) => series.length);
       const shown = distinct(panels.flatMap(([, series]) => series.map((s) => s.name)));
       const width = Math.min(620, Math.max(300, place.clientWidth > 900 ? place.clientWidth / 2 - 20 : place.clientWidth));
-      place.replaceChildren(make("div", { class: "filters" }, chooser("along", "curve", options, picked("curve", options), (v) => choose("curve", v, draw))),
+      place.replaceChildren(make("div", { class: "filters wide" }, chooser("along", "curve", options, picked("curve", options), (v) => choose("curve", v, draw))),
         make("div", { class: "pair" }, panels.map(([title, series]) => make("div", { class: "plot" }, make("h3", {}, title), curvePlot(series, shown, axis, width, `${title}: ${axis.name}`)))),
         make("ul", { class: "key" }, shown.map((name) => make("li", {}, swatch(shown, name), label(name)))),
         make("p", { class: "small" }, "Bands: 95 % intervals. Dashed: controls. The same numbers stand on the boards."));
