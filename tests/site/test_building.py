@@ -175,7 +175,7 @@ def test_bad_folders_are_refused(tmp_path: Path) -> None:
     full = tmp_path / "full"
     full.mkdir()
     (full / "thesis.txt").write_text("precious")
-    with pytest.raises(UsageError, match="--out: .* holds files that are no site"):
+    with pytest.raises(UsageError, match=r"--out: .* holds files that are no site"):
         mergesec.write_site(tmp_path, full)
     assert (full / "thesis.txt").read_text() == "precious"
 
