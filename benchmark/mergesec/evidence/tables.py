@@ -48,6 +48,7 @@ _PLAIN = (
     "visibility/l2",
     "visibility/ssim",
     "visibility/tokens",
+    "FID",
 )
 
 
