@@ -90,7 +90,7 @@ class Page:
 
     def picture(self, path: Path) -> None:
         """A screenshot of the whole page."""
-        told = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+        told = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=False)
         path.write_bytes(base64.b64decode(told["data"]))
 
 

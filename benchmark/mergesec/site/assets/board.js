@@ -69,11 +69,11 @@ addEventListener("DOMContentLoaded", async () => {
     home.replaceChildren(
       tabs(), make("h2", {}, board.title), ...controls(chosen, which, intervals, count), place, count,
       T.copies((kind) => { const kept = table.getRows("active").map((r) => r.getData()); return { text: T.copied(kind, columns, kept), count: kept.length }; }, board.title),
-      ...(board.note ? [make("p", { class: "note" }, board.note)] : []),
+      ...(board.note ? [make("p", { class: "note" }, board.note.split("`").map((part, at) => (at % 2 ? make("code", {}, part) : part)))] : []),
     );
     const wide = matchMedia("(min-width: 700px)").matches;
     const made = columns.map((c, at) => T.column(fields[c.name], c.title, {
-      numeric: c.unit !== "text", width: T.LABELS.has(c.name) ? 340 : c.unit === "text" ? 260 : undefined, frozen: wide && at === 0 && T.LABELS.has(c.name),
+      numeric: c.unit !== "text", width: T.LABELS.has(c.name) ? 340 : c.unit === "text" ? 420 : undefined, frozen: wide && at === 0 && T.LABELS.has(c.name),
       content: (row) => content(c.name, row, intervals),
     }));
     made.push(T.column("cells_done", "cells", { numeric: true, content: cellsOf }));

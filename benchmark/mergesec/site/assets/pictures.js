@@ -3,8 +3,8 @@
 addEventListener("DOMContentLoaded", async () => {
   const { make, load, rows, interval, label, bare, state, remember, failed, distinct, fixed } = MergeSec;
   const home = document.getElementById("pictures");
-  const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F"];
-  const SYMBOLS = ["circle", "square", "triangle", "diamond", "star", "cross", "wye", "times", "plus", "asterisk"];
+  const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31"];
+  const SYMBOLS = ["circle", "square", "triangle", "diamond", "star", "cross", "wye", "hexagon"]; // those that are filled; no two of 56 are alike
   let data;
   try { data = await load(home.dataset.key); } catch (error) { failed(home, error); return; }
   const boards = Object.fromEntries(data.boards.map((b) => [b.name, rows(b.columns)]));
