@@ -1,7 +1,7 @@
 # %% [markdown]
 # # A defense of one's own, from a file to a board
 #
-# The defense is `norm_clip.py` beside this script: a card and a class with one hook. Nothing is registered
+# The defense is `entries/norm_clip/norm_clip.py`: a card and a class with one hook. Nothing is registered
 # anywhere; the file is named as a plugin.
 
 # %%
@@ -11,7 +11,10 @@ from pathlib import Path
 import mergesec
 
 here = Path(__file__).resolve().parent
-plugins = [here / "norm_clip.py", here.parent / "benchmark" / "mergesec" / "conformance" / "micro.py"]
+plugins = [
+    here / "entries" / "norm_clip" / "norm_clip.py",
+    here.parent / "benchmark" / "mergesec" / "conformance" / "micro.py",
+]
 work = Path(tempfile.mkdtemp())
 
 # %% [markdown]

@@ -217,7 +217,7 @@ def test_wrong_input_is_told_by_field(
 
 
 @pytest.mark.parametrize(
-    "script", sorted(p.name for p in (ROOT / "examples").glob("*.py") if p.name != "norm_clip.py")
+    "script", sorted(p.name for p in (ROOT / "examples").glob("*.py"))
 )
 def test_examples_run(script: str, tmp_path: Path) -> None:
     environment = {

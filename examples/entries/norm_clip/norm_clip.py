@@ -6,8 +6,8 @@ longer than ``factor`` times the median length. It knows the weights only and dr
 
 Try it without installing anything::
 
-    bench info norm_clip --plugin examples/norm_clip.py
-    bench run --grid examples/norm-clip.yaml --plugin examples/norm_clip.py
+    bench info norm_clip --plugin examples/entries/norm_clip/norm_clip.py
+    bench run --grid examples/norm-clip.yaml --plugin examples/entries/norm_clip/norm_clip.py
 """
 
 from __future__ import annotations
