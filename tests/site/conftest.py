@@ -58,7 +58,7 @@ class Made(NamedTuple):
 
     @property
     def out(self) -> Path:
-        return self.built.index.parent
+        return self.built.start.parent
 
 
 @pytest.fixture(scope="session")

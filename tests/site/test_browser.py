@@ -234,7 +234,7 @@ def test_twenty_thousand_cells(page: Page, tmp_path: Path) -> None:
     shelve(tmp_path, "many", _many(20_000))
     built = mergesec.write_site(tmp_path)
     assert built.cells == 20_000
-    page.go((built.index.parent / "cells" / "many.html").as_uri())
+    page.go((built.start.parent / "cells" / "many.html").as_uri())
     page.until("document.querySelector('.count')?.textContent === '20000 of 20000 cells'")
     assert page.ask("document.querySelectorAll('.tabulator-row').length") < 200
     choose(page, "defense", "lock(at=2499)")
@@ -245,5 +245,5 @@ def test_what_is_of_no_board_is_told(page: Page, tmp_path: Path) -> None:
     """A grid none of whose cells is done still has its page."""
     shelve(tmp_path, "g", [clean(status="failed", reason="it broke")])
     built = mergesec.write_site(tmp_path)
-    page.go((built.index.parent / "boards" / "g-clean.html").as_uri())
+    page.go((built.start.parent / "boards" / "g-clean.html").as_uri())
     page.until("!document.querySelector('#board').textContent.startsWith('Loading')")

@@ -93,8 +93,8 @@ def test_built_twice_it_is_the_same_bytes(made: Any, tmp_path: Path) -> None:
     def content(folder: Path) -> dict[str, bytes]:
         return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
-    assert content(again.index.parent) == content(made.out)
-    assert again._replace(index=made.built.index) == made.built
+    assert content(again.start.parent) == content(made.out)
+    assert again._replace(start=made.built.start) == made.built
 
 
 def test_a_broken_record_is_named_and_left_out(made: Any) -> None:

@@ -31,4 +31,4 @@ def main(
               file=sys.stderr)  # fmt: skip
     print(f"{many(built.grids, 'grid')}, {many(built.cells, 'cell')}, {many(built.files, 'file')}, "
           f"{built.bytes / 1e6:.1f} MB")  # fmt: skip
-    print(built.index)
+    print(built.start)

@@ -36,7 +36,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 class Built(NamedTuple):
     """A site that was written."""
 
-    index: Path
+    start: Path
     grids: int
     cells: int
     files: int
