@@ -131,7 +131,8 @@ class Card:
     pretrain: str = ""
     """``module:function`` that makes a backbone's weights, for ``bench pretrain``."""
     inspect: str = ""
-    """``module:function`` that looks at a backbone's folder and its experts' when a grid is planned, without torch.
+    """``module:function`` that looks at a backbone's folder and its experts', or at a task's parameters, when a grid is
+    planned, without torch.
     Only this project's own are called: planning runs nobody else's code."""
     zero_shot: bool = False
     """Of a backbone: it makes heads from prompts, with a text tower."""

@@ -56,6 +56,7 @@ def resolve(spec: GridSpec, catalog: Catalog) -> Grid:
                 f"suite.tasks[{i}]",
                 f"{task.name} is {modality}; {backbone.name} takes {', '.join(modalities)}",
             )
+        _inspect_task(f"suite.tasks[{i}]", task, catalog)
     if len(set(names)) != len(names):
         raise UsageError("suite.tasks", "a task is named twice")
     axes = spec.axes
@@ -123,6 +124,14 @@ def _inspect(backbone: Ref, experts: Mapping[str, str], catalog: Catalog) -> Non
         module, _, function = entry.card.inspect.partition(":")
         inspect = getattr(importlib.import_module(module), function)
         inspect(backbone.name, dict(backbone.parameters), "suite.backbone", experts)
+
+
+def _inspect_task(where: str, task: Ref, catalog: Catalog) -> None:
+    """UsageError for parameters of a task that it would refuse later."""
+    entry = catalog.get("task", task.name)
+    if entry.card.inspect and not entry.digest:
+        module, _, function = entry.card.inspect.partition(":")
+        getattr(importlib.import_module(module), function)(task.name, dict(task.parameters), where)
 
 
 def _check_pattern(where: str, pattern: Mapping[str, Any], catalog: Catalog) -> None:

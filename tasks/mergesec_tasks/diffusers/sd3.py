@@ -1,0 +1,124 @@
+"""Stable Diffusion 3 and 3.5: an MMDiT that predicts velocities of a flow, text by two CLIPs.
+
+The third text encoder (T5) is left out; zeros stand in its place, as the pipeline itself does without it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mergesec.generation import Noised
+from mergesec_tasks._transformers import complaining
+from mergesec_tasks.diffusers._backbone import Denoising, Told, library, texts_of
+
+CARD = {
+    "name": "diffusers-sd3",
+    "kind": "backbone",
+    "class": "StableDiffusion3",
+    "version": "1",
+    "title": "Stable Diffusion 3's MMDiT (diffusers)",
+    "paper": "Esser et al., Scaling rectified flow transformers for high-resolution image synthesis, ICML 2024",
+    "url": "https://arxiv.org/abs/2403.03206",
+    "summary": "the transformer of a StableDiffusion3Pipeline; text encoders (without T5) and autoencoder stay frozen",
+    "modalities": ["generation"],
+    "depends": ["diffusers", "transformers"],
+    "requires": {"diffusers": "mergesec[diffusion]", "transformers": "mergesec[diffusion]"},
+    "inspect": "mergesec_tasks.diffusers._folders:inspect",
+    "source": "a local folder of a pipeline, or the hub at a commit",
+    "licence": "that of the weights",
+    "recipe": {
+        "optimizer": "adamw",
+        "learning_rate": 1e-5,
+        "weight_decay": 0.0,
+        "schedule": "constant",
+        "warmup": 0.0,
+        "epochs": 1,
+        "steps": 800,
+        "batch_size": 1,
+        "gradient_clip": 1.0,
+    },
+    "parameters": {
+        "path": {
+            "type": "model",
+            "default": "",
+            "doc": "folder with model_index.json, or owner/name@commit of the hub",
+        },
+        "steps": {"type": "int", "default": 28, "min": 1, "max": 1000, "doc": "steps of the sampler"},
+        "guidance": {
+            "type": "float",
+            "default": 7.0,
+            "min": 0.0,
+            "max": 100.0,
+            "doc": "1 asks the prompt alone",
+        },
+    },
+}
+
+ENCODERS = ("", "_2")
+
+
+class StableDiffusion3(Denoising):
+    """The backbone of the card above."""
+
+    who = "diffusers-sd3"
+    encoder = "CLIPTextModelWithProjection"
+
+    def __init__(self, path: str = "", steps: int = 28, guidance: float = 7.0) -> None:
+        super().__init__(path, steps, guidance)
+        self._known: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def asked(self, conditions: Tensor) -> Told:
+        texts = texts_of(conditions)
+        if new := [text for text in dict.fromkeys(texts) if text not in self._known]:
+            states, pooled = self._encoded(new, conditions.device)
+            self._known |= {text: (states[i].cpu(), pooled[i].cpu()) for i, text in enumerate(new)}
+        rows = [self._known[text] for text in texts]
+        return {
+            "encoder_hidden_states": torch.stack([states for states, _ in rows]).to(conditions.device),
+            "pooled_projections": torch.stack([pooled for _, pooled in rows]).to(conditions.device),
+        }
+
+    def _encoded(self, texts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        states, pooled = [], []
+        length = self.part("tokenizer", device).model_max_length
+        for which in ENCODERS:
+            tokenizer: Any = self.part(f"tokenizer{which}", device)
+            with torch.no_grad(), complaining(self.who, f"text_encoder{which} takes no texts"):
+                numbers = tokenizer(
+                    texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+                ).input_ids
+                found = self.part(f"text_encoder{which}", device)(
+                    numbers.to(device), output_hidden_states=True
+                )
+            states.append(found.hidden_states[-2])
+            pooled.append(found.text_embeds)
+        clip, width = torch.cat(states, dim=-1), int(self.told["joint_attention_dim"])
+        padded = functional.pad(clip, (0, width - clip.shape[-1]))
+        return torch.cat([padded, torch.zeros_like(padded)], dim=1), torch.cat(pooled, dim=-1)
+
+    def scheduler(self) -> Any:
+        """Euler along the flow, with the folder's shift of times."""
+        folder = self.path / "scheduler"
+        with complaining(self.who, f"the scheduler in {str(folder)!r} is not loaded"):
+            kind = library("FlowMatchEulerDiscreteScheduler")
+            return kind.from_pretrained(os.fspath(folder), local_files_only=True)
+
+    def error(self, network: nn.Module, batch: Noised, told: Told) -> Tensor:
+        clean, noise = self.latents(batch.images), self.noise(batch.noise)
+        level = (1 - batch.times)[:, None, None, None]
+        mixed = (1 - level) * clean + level * noise
+        return self.predicted(network, mixed, 1000 * (1 - batch.times), told) - (noise - clean)
+
+    def sampled(self, network: nn.Module, noise: Tensor, told: Told, untold: Told) -> Tensor:
+        scheduler = self.scheduler()
+        scheduler.set_timesteps(self.steps, device=noise.device)
+        latents = noise
+        for time in scheduler.timesteps:
+            predicted = self.guided(network, latents, time.expand(len(latents)), told, untold)
+            latents = scheduler.step(predicted, time, latents).prev_sample
+        return latents
