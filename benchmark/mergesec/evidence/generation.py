@@ -34,7 +34,7 @@ def generation_board(records: Sequence[Record]) -> Board | None:
         if record.status == "done" and any(name.startswith("kid/") for name in record.values):
             for made, role, tasks in _models(record):
                 for task in tasks:
-                    found = _measured(record, role, task)
+                    found = _measured(record, role.partition(":")[0], task)
                     if found:  # an evaluation that several cells share counts once
                         gathered.setdefault(made, {})[f"{record.steps[role]}/{task}"] = found
     if not gathered:

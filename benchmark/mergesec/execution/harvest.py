@@ -134,9 +134,10 @@ def make_records(plan: Plan, store: Store, outcome: Outcome) -> list[Record]:
 
 def _note(role: str, info: Mapping[str, Any], values: dict[str, float], facts: dict[str, Any]) -> None:
     """Numbers and facts of comparisons and verifications, and what tasks measure beside predictions."""
-    for task, measures in info.get("measures", {}).items():
+    kind, triggered = role.partition(":")[0], role.endswith(TRIGGERED)
+    for task, measures in ({} if triggered else info.get("measures", {})).items():
         for name, (value, low, high) in measures.items():
-            where = f"{role}/{task}"
+            where = f"{kind}/{task}"
             values |= {f"{name}/{where}": value, f"{name}_low/{where}": low, f"{name}_high/{where}": high}
     if role in (Role.LOGITS, Role.GAP):
         suffix = "" if role == Role.LOGITS else "_recovered"
