@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import unquote, urldefrag
 
 import pytest
-from shelves import HOSTILE, backdoor, shelve
+from shelves import HOSTILE, backdoor, protection, shelve
 
 import mergesec
 from mergesec.errors import UsageError
@@ -116,6 +116,18 @@ def test_an_unreadable_grid_and_a_twin_are_named_and_the_rest_is_shown(tmp_path:
     built = mergesec.write_site(tmp_path)
     assert (built.grids, built.cells) == (1, 1)
     assert [(b.grid, b.file) for b in built.broken] == [("g", f"{twin.cell}.json"), ("worse", "grid.json")]
+
+
+def test_a_record_that_no_board_expects_is_left_out(tmp_path: Path) -> None:
+    """Valid by its schema: what it carries of its own is another's text."""
+    good = protection(grid="g")
+    odd = protection(grid="g", defense="odd", facts={"protection": 5}, values={"distance/to_base/all": 0.5})
+    worse = protection(grid="g", defense="worse", provenance={"partial": 5, "components": [1]})
+    shelve(tmp_path, "g", [good, odd, worse], axes={"merging": 5, "attacks": [[1]], "defenses": {}})
+    built = mergesec.write_site(tmp_path)
+    assert built.cells == 1
+    assert sorted(b.file for b in built.broken) == sorted(f"{r.cell}.json" for r in (odd, worse))
+    assert all("what no board expects" in b.why for b in built.broken)
 
 
 def test_a_cell_is_told_whole_but_for_the_outcome_of_each_sample(made: Any) -> None:

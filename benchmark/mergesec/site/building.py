@@ -7,7 +7,7 @@ import json
 import lzma
 import tarfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from mergesec.site import cells, findings, methods
 from mergesec.site.boards import Cards, Sheet, payload, sheets
 from mergesec.site.names import slug
 from mergesec.site.pages import Pages
-from mergesec.site.reading import Broken, Grid, grid_names, read_grids
+from mergesec.site.reading import Broken, Grid, brief_of, grid_names, read_grids
 from mergesec.site.scripts import packed
 
 MARKER = ".mergesec-site.json"
@@ -108,9 +108,10 @@ def build(results: Path, out: Path, entries: Iterable[Entry]) -> Built:
     writer, pages = Writer(out), Pages()
     _assets(writer)
     for grid in read_grids(results / "records"):
-        gathered.broken += grid.broken
         if grid.records:
             _grid(grid, results, writer, pages, gathered)
+        else:
+            gathered.broken += grid.broken
     _overall(writer, pages, gathered, known)
     writer.tidy()
     return Built(
@@ -152,9 +153,9 @@ def _assets(writer: Writer) -> None:
 
 def _grid(grid: Grid, results: Path, writer: Writer, pages: Pages, gathered: Gathered) -> None:
     """Everything that is of one grid."""
-    boards = _boards(grid, results, gathered.broken)
+    grid, boards, notes = _made(grid, results, gathered.broken)
+    gathered.broken += grid.broken
     mine = sheets(grid.name, boards, grid.records)
-    notes = marks(grid.records)
     samples = _samples(grid.name, results, writer)
     home = slug(grid.name)
     for sheet in mine:
@@ -190,6 +191,30 @@ def _boards(grid: Grid, results: Path, broken: list[Broken]) -> list[Board]:
     except UsageError as error:
         broken.append(Broken(grid.name, error.field, error.message))
         return make_boards(grid.records)
+
+
+def _made(grid: Grid, results: Path, broken: list[Broken]) -> tuple[Grid, list[Board], list[str]]:
+    """A grid's sound records, their boards and notes. A record can be valid and still hold what no board expects:
+    it is found by trying each alone, and left out like one that cannot be read."""
+    try:
+        return grid, _boards(grid, results, broken), marks(grid.records)
+    except Exception:
+        grid = _sifted(grid)
+        return grid, _boards(grid, results, broken), marks(grid.records)
+
+
+def _sifted(grid: Grid) -> Grid:
+    good: list[Record] = []
+    broken = list(grid.broken)
+    for record in grid.records:
+        try:
+            make_boards([record])
+            marks([record])
+            good.append(record)
+        except Exception as error:
+            why = f"holds what no board expects ({type(error).__name__}: {brief_of(error)})"
+            broken.append(Broken(grid.name, f"{record.cell}.json", why))
+    return replace(grid, records=tuple(good), broken=tuple(broken))
 
 
 def _about(sheet: Sheet, data: Mapping[str, Any]) -> About:

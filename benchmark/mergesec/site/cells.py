@@ -105,7 +105,7 @@ def _named(component: Component | None, options: Any) -> str | dict[str, Any]:
     """A component as the grid names it, each list of values narrowed to the one of this cell."""
     if component is None:
         return "none"
-    found = [_option(component, option) for option in options or ()]
+    found = [_option(component, option) for option in options] if isinstance(options, list) else []
     fits = [option for option in found if option is not None]
     return max(fits, key=len) if fits else {"name": component.name, **component.parameters}
 

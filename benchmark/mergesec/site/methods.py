@@ -107,9 +107,9 @@ def parts(record: Record) -> Iterator[tuple[str, str, str]]:
 
 
 def _place(method: Method, record: Record) -> None:
-    scale = SCALES[method.kind, record.threat]
+    scale = SCALES.get((method.kind, record.threat))
     value = score(method.kind, record)
-    if value is None:
+    if value is None or scale is None:
         return
     others = [label for kind, _, label in parts(record) if kind != method.kind]
     told = ", ".join([*others, *([record.subject] if record.subject else []), f"seed {record.seed}"])

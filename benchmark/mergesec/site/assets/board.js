@@ -114,7 +114,7 @@ addEventListener("DOMContentLoaded", async () => {
   function controls(chosen, which, intervals) {
     const found = T.facets([...FIRST, ...KEYS, ...Object.keys(board.columns), ...Object.keys(board.told)].filter((n, at, list) =>
       list.indexOf(n) === at && (n in board.columns || n in board.told) && ((board.units[n] ?? "text") === "text" || KEYS.includes(n) || n === "tier")
-      && !/_by$|^best_|^reason$/.test(n)), all);
+      && !/_by$|^best_|^reason$/.test(n)), all, chosen);
     const search = make("input", { type: "search", placeholder: "any text", value: chosen.get("q") || "", oninput: () => change("q", search.value), "data-filter": "q" });
     const set = make("select", { onchange: () => change("cols", set.value === "all" ? "all" : "", true), "data-set": "cols" },
       make("option", { value: "short" }, "short"), make("option", { value: "all" }, "all"));

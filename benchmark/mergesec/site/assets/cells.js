@@ -37,7 +37,7 @@ addEventListener("DOMContentLoaded", async () => {
 
   function show() {
     const chosen = state();
-    const found = T.facets([...FIRST, ...order.filter((n) => !FIRST.includes(n) && !["cell", "accuracy", "ASR", "reason"].includes(n))], all);
+    const found = T.facets([...FIRST, ...order.filter((n) => !FIRST.includes(n) && !["cell", "accuracy", "ASR", "reason"].includes(n))], all, chosen);
     const search = make("input", { type: "search", placeholder: "any text", value: chosen.get("q") || "", oninput: () => change("q", search.value), "data-filter": "q" });
     const [outside, ...more] = T.filters(found, all, chosen, (name, value) => change(`f.${name}`, value), FIRST);
     outside.append(make("label", {}, make("span", {}, "words"), search));

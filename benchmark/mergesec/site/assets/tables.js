@@ -67,11 +67,11 @@ MergeSec.tables = (() => {
     return found;
   }
 
-  /** Names among the columns that are worth a filter. */
-  function facets(names, data, most = 80) {
+  /** Names among the columns that are worth a filter, and those that the address filters by. */
+  function facets(names, data, chosen, most = 80) {
     return names.filter((name) => {
       const count = distinct(data.map((row) => row[name])).filter((v) => v !== null && v !== undefined && v !== "").length;
-      return count > 1 && count <= most;
+      return (count > 1 && count <= most) || (count > 0 && chosen.get(`f.${name}`));
     });
   }
 
