@@ -15,8 +15,8 @@ from mergesec.errors import UsageError
 from mergesec.evidence.boards import make_boards
 from mergesec.evidence.records import Component, Count, Record, count
 from mergesec.figures.backdoor import mask_sparsity
-from mergesec.figures.canvas import Caption, Picture, look_of, require_matplotlib
-from mergesec.figures.gallery import make_figures, write_figures
+from mergesec.figures.canvas import Caption, Picture, limits, look_of, require_matplotlib
+from mergesec.figures.gallery import chosen, make_figures, write_figures
 from mergesec.figures.sweeps import find_sweeps
 
 KINDS = ("query", "up", "all")
@@ -114,7 +114,8 @@ def _panel(picture: Picture, title: str) -> Any:
 def _heat(picture: Picture, title: str) -> dict[tuple[str, str], float]:
     ax = _panel(picture, title)
     values = np.ma.filled(ax.collections[0].get_array(), np.nan)
-    rows = [t.get_text() for t in ax.get_yticklabels()]
+    # panels side by side show the names of their rows once, and know them all
+    rows = [ax.yaxis.get_major_formatter()(y, i) for i, y in enumerate(ax.get_yticks())]
     columns = [t.get_text() for t in ax.get_xticklabels()]
     return {(r, c): values[i, j] for i, r in enumerate(rows) for j, c in enumerate(columns)}
 
@@ -229,14 +230,89 @@ def test_every_pair_of_victim_and_free_rider_has_its_place_in_the_matrix() -> No
     assert _heat(picture, "unprotected (MMP-)")["a", "b"] == pytest.approx(0.8)
 
 
-def test_distances_are_bars_of_the_boards_means() -> None:
+def test_distances_are_marks_of_the_boards_means() -> None:
     records = [_protection("p", a, m, seed=s) for s in (0, 1) for a, m in (("none", 20 + s), ("aga", 50 + s))]
     frame = _frame(records, "protection_distances").set_index("attack")
     ax = _panel(_drawn(records)["protection-distances"], "p to the base")
-    assert ax.get_yscale() == "log"
-    heights = sorted(p.get_height() for p in ax.patches)
+    assert ax.get_yscale() == "log" and not ax.patches  # a bar's length means nothing there
+    marks = sorted(float(c.lines[0].get_ydata()[0]) for c in ax.containers)
     expected = [frame.loc[a, f"to_base/{k}"] for a in ("none", "aga") for k in KINDS]
-    assert heights == pytest.approx(sorted(expected))
+    assert marks == pytest.approx(sorted(expected))
+
+
+def test_a_recovery_whose_interval_says_nothing_is_grey() -> None:
+    """Two seeds that disagree: an interval of hundreds of points."""
+    records = [_protection("p"), _protection("p", seed=1)]
+    records += [_protection("p", "sure", 50, seed=s) for s in (0, 1)]
+    records += [_protection("p", "wild", m, seed=s) for s, m in ((0, 5), (1, 75))]
+    frame = _frame(records, "protection_cells").set_index("attack")
+    assert frame.loc["wild", "recovery_high"] - frame.loc["wild", "recovery_low"] > 1
+    picture = _drawn(records)["protection-heat"]
+    found = _heat(picture, "ta, 2 experts\nrecovery")
+    assert found["p", "sure"] == pytest.approx(0.5) and math.isnan(found["p", "wild"])
+    numbers = {t.get_text(): t.get_color() for t in _panel(picture, "ta, 2 experts recovery").texts}
+    assert numbers[f"{100 * frame.loc['wild', 'recovery']:.1f}"] == "#8a8a8a"
+
+
+def test_long_labels_are_short_on_axes_and_told_in_the_footnote() -> None:
+    long = "p(a=1, b=2, c=3, d=4, e=5, f=6)"
+    records = [_protection("none"), _protection(long), _protection(long, "aga", 60)]
+    picture = _drawn(records)["protection-heat"]
+    assert _heat(picture, "ta, 2 experts\nmerged accuracy")["p", "aga"] == pytest.approx(0.6)
+    assert f"p = {long}" in " ".join(picture.figure.get_supxlabel().split())
+
+
+def test_methods_that_keep_weights_per_task_have_a_picture_of_their_own() -> None:
+    pictures = _drawn([_clean("ties", 60), _clean("emr", 80), _clean("mine", 50)])
+    shown = {
+        name: [t.get_text() for t in pictures[name].figure.axes[0].get_yticklabels()]
+        for name in ("clean-accuracy", "clean-accuracy-per-task")
+    }
+    assert shown == {"clean-accuracy": ["ties", "mine"], "clean-accuracy-per-task": ["emr"]}
+
+
+def test_no_picture_is_wider_than_a_page_or_as_told(tmp_path: Path) -> None:
+    attacks = [f"attack_number_{i}" for i in range(20)]
+    records = [_protection(d) for d in ("none", "p")]
+    records += [_protection("p", a, 30 + i) for i, a in enumerate(attacks)]
+    for width in (6.8, 4.8):
+        for picture in make_figures(records, width):
+            assert picture.figure.get_size_inches()[0] <= width
+            assert picture.figure.get_size_inches()[1] < 12
+    heats = [p for p in make_figures(records) if p.name.startswith("protection-heat")]
+    shown = [t.get_text() for p in heats for a in p.figure.axes for t in a.get_xticklabels()]
+    assert sorted(shown) == sorted(["none", *attacks] * 2)  # in parts, none lost
+
+
+def test_limits_are_those_of_what_is_drawn() -> None:
+    assert limits([np.array([3.0, 5.0, np.nan])]) == pytest.approx((-1, 9))
+    low, high = limits([np.array([0.0, 100.0])])
+    assert low == pytest.approx(-2) and high == pytest.approx(102)
+    assert limits([]) == limits([np.array([0.0])])
+    assert limits([np.array([-40.0, 60.0])])[0] < -40
+
+
+def test_only_some_pictures_and_other_formats(tmp_path: Path) -> None:
+    pictures = make_figures([_protection("none"), _protection("p"), _protection("p", "aga", 60)])
+    assert [p.name for p in chosen(pictures, ["protection-d"])] == ["protection-distances"]
+    assert chosen(pictures, []) == pictures
+    with pytest.raises(
+        UsageError, match="--only: no picture 'protection-hat'; did you mean 'protection-heat'"
+    ):
+        chosen(pictures, ["protection-heat", "protection-hat"])
+    first = write_figures(tmp_path / "1", pictures[:1], endings=["pdf"])
+    again = write_figures(
+        tmp_path / "2",
+        make_figures([_protection("none"), _protection("p"), _protection("p", "aga", 60)])[:1],
+        endings=["pdf"],
+    )
+    assert first[0].read_bytes()[:5] == b"%PDF-" and first[0].read_bytes() == again[0].read_bytes()
+    assert b"CreationDate" not in first[0].read_bytes()
+    small, large = (
+        write_figures(tmp_path / str(dpi), pictures[:1], dpi=dpi, endings=["png"])[0].stat().st_size
+        for dpi in (50, 100)
+    )
+    assert small < large
 
 
 def test_ownership_marks_have_a_picture() -> None:
@@ -265,9 +341,16 @@ def test_accuracy_against_asr_and_the_heat_map() -> None:
     step = next(line for line in ax.get_lines() if line.get_drawstyle() == "steps-post")
     expected = [(100 * frame.loc[d, "BA"], 100 * frame.loc[d, "succession"]) for d in ("none", "d")]
     assert np.column_stack(step.get_data()) == pytest.approx(np.array(expected))
-    assert "2 ta + d" in ax.get_xlabel()
+    numbers = {t.get_text(): t for t in ax.texts}
+    assert numbers.keys() == {"1", "2", "3"}  # every mark has its number, and every number its name
+    key = [t.get_text() for a in pictures["backdoor-pareto"].figure.axes for t in a.texts if a is not ax]
+    assert key == ["1 no defense", "2 d", "3 e"]
+    boxed = {name for name, text in numbers.items() if text.get_bbox_patch().get_edgecolor()[3] > 0}
+    assert boxed == {"1", "2"}
+    low, high = ax.get_ylim()
+    assert 0 < low < 20 and 70 < high < 100  # the axis is that of the data
     heat = _heat(pictures["backdoor-heat"], "ta, 2 experts\nexcess over the control")
-    assert heat["bad", "none"] == frame.loc["none", "backdoor"] == pytest.approx((72 - 9) / 90)
+    assert heat["none", "bad"] == frame.loc["none", "backdoor"] == pytest.approx((72 - 9) / 90)
 
 
 def test_asr_along_the_coefficient_and_against_clean_experts() -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mergesec.cli.complete import one_of
 from mergesec.cli.options import (
     DataRoot,
     Plugins,
@@ -40,19 +41,36 @@ def main(
             "grid, key=value, --plugin and --data-root as to bench run",
         ),
     ] = False,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            "--only",
+            help="pictures whose names are these or begin so, a,b; older files stay",
+            show_default=False,
+        ),
+    ] = None,
+    width: Annotated[float, typer.Option(help="inches; letters keep their printed size")] = 6.8,
+    dpi: Annotated[int, typer.Option(help="dots to the inch of PNG")] = 200,
+    formats: Annotated[
+        str,
+        typer.Option(
+            "--format", help="kinds of files: svg, png, pdf", autocompletion=one_of("svg", "png", "pdf")
+        ),
+    ] = "svg,png",
     plugin: Plugins = None,
     data_root: DataRoot = None,
 ) -> None:
     from mergesec.errors import UsageError
     from mergesec.evidence.records import read_records
     from mergesec.figures.canvas import require_matplotlib
-    from mergesec.figures.gallery import make_figures, write_figures
+    from mergesec.figures.gallery import chosen, make_figures, write_figures
     from mergesec.figures.generated import STEM as GENERATED
     from mergesec.figures.sample_sheets import STEM
     from mergesec.files import check_writable
 
     asked = asked_for(words, grid)
     require_matplotlib()
+    endings = _endings(formats, width, dpi)
     if not samples and (asked.overrides or plugin or data_root):
         raise UsageError("figures", "key=value, --plugin and --data-root are for --samples")
     session = _open(asked, plugin or (), data_root) if samples else None
@@ -61,13 +79,33 @@ def main(
     records = read_records(home / "records", name)
     folder = Path(out) if out else home / "figures" / name
     check_writable(folder, "--out" if out else "--results")
-    pictures = make_figures(records)
+    pictures = make_figures(records, width)
     if session is not None:
         pictures += _samples(session, records, asked.grid)
     if not pictures:
         raise UsageError("--grid", f"no cell of {name!r} is done: nothing to draw")
-    for path in write_figures(folder, pictures, tidy=out is None, spare=() if samples else (STEM, GENERATED)):
+    names = [name.strip() for name in (only or "").split(",") if name.strip()]
+    tidy, spare = out is None and not names, () if samples else (STEM, GENERATED)
+    for path in write_figures(folder, chosen(pictures, names), tidy, spare, dpi, endings):
         print(path)
+
+
+def _endings(formats: str, width: float, dpi: int) -> list[str]:
+    """The kinds of files asked for; UsageError for one that is none, or for sizes that no page has."""
+    from mergesec.errors import UsageError, nearest
+    from mergesec.figures.canvas import SAID
+
+    if not 3 <= width <= 40:
+        raise UsageError("--width", f"must be between 3 and 40 inches, got {width:g}")
+    if not 30 <= dpi <= 1200:
+        raise UsageError("--dpi", f"must be between 30 and 1200, got {dpi}")
+    endings = list(dict.fromkeys(name.strip().lower() for name in formats.split(",") if name.strip()))
+    for ending in endings:
+        if ending not in SAID:
+            raise UsageError("--format", f"{ending!r}{nearest(ending, SAID)}")
+    if not endings:
+        raise UsageError("--format", f"none given; valid: {', '.join(SAID)}")
+    return endings
 
 
 def _open(asked: Asked, plugins: Sequence[str], data_root: str | None) -> Session:

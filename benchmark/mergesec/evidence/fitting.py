@@ -156,8 +156,8 @@ def _brief(row: Any, column: str) -> str:
     if pd.isna(value):
         return "–"
     left, right = "()" if few_seeds(row, column) else "[]"
-    low, high = (f"{100 * row[column + end]:.0f}" for end in ("_low", "_high"))
-    return f"{100 * value:.1f} {left}{low}, {high}{right}"
+    low, high = (f"{100 * row[column + end]:z.0f}" for end in ("_low", "_high"))
+    return f"{100 * value:z.1f} {left}{low}, {high}{right}"
 
 
 def _incomplete(frame: pd.DataFrame) -> list[str]:

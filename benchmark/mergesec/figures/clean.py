@@ -35,50 +35,78 @@ from mergesec.threats import Role, Threat
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 CONTROLS = ("(experts)", "(base)")
 
 
 def clean_pictures(
-    records: Sequence[Record], boards: Mapping[str, Board], reader: Reader
+    records: Sequence[Record], boards: Mapping[str, Board], reader: Reader, width: float
 ) -> Iterator[Picture]:
     """Accuracy per method, per method and task, and along a method's coefficient."""
     if "clean" not in boards:
         return
     rows: list[Row] = rows_of(boards["clean"])
     mine = [r for r in records if r.threat == Threat.CLEAN]
-    caption = Caption.of(mine)
-    yield from _dots(rows, caption)
+    caption = Caption.of(mine, width)
+    yield from _dots(rows, caption, per_task_methods(mine))
     yield from _tasks(rows, mine, reader, caption)
     yield from _sweeps(rows, caption, methods_of(mine))
 
 
-def _name(row: Row, rows: Sequence[Row]) -> str:
+def per_task_methods(records: Sequence[Record]) -> set[str]:
+    """Labels of the methods that keep weights, masks or modules per task: they need to know an input's task, so
+    their accuracy is no rival of one set of weights. Their cards say so; of a method that is not installed nothing
+    is known."""
+    from mergesec.planning.catalog import load_catalog
+
+    cards = {name: entry.card for name, entry in load_catalog().entries["merging"].items()}
+    names = {
+        r.merging: r.components["merging"].name if "merging" in r.components else r.merging for r in records
+    }
+    kept = {label: cards.get(name.partition("(")[0]) for label, name in names.items()}
+    return {label for label, card in kept.items() if card is not None and card.output == "per_task"}
+
+
+def _name(row: Row, rows: Sequence[Row], caption: Caption) -> str:
     """The method, with the number of experts where the grid merges several numbers of them."""
     sizes = {r["experts"] for r in rows if r["method"] not in CONTROLS}
     alone = len(sizes) < 2 or row["method"] in CONTROLS
-    return str(row["method"]) if alone else f"{row['method']}, {row['experts']} experts"
+    name = caption.name(str(row["method"]))
+    return name if alone else f"{name}, {row['experts']} experts"
 
 
-def _dots(rows: Sequence[Row], caption: Caption) -> Iterator[Picture]:
+def _dots(rows: Sequence[Row], caption: Caption, per_task: set[str]) -> Iterator[Picture]:
     measured = [r for r in rows if r["method"] not in CONTROLS and not math.isnan(r["accuracy"])]
     controls = {r["method"]: r for r in rows if r["method"] in CONTROLS}
-    pages = part(measured, lambda row: 0.2)
-    for page, chunk in enumerate(pages):
-        names = [_name(row, rows) for row in chunk]
-        width = 7.2 + 0.068 * max(map(len, names))
-        figure, panels = sheet(
-            (width, 0.2 * len(chunk) + 1.2), (1, 2), "Accuracy of merges", caption,
-            "Bars: 95 % intervals. Normalised: mean over tasks of merge / expert.",
-        )  # fmt: skip
-        for ax, measure in zip(panels[0], ("accuracy", "normalised"), strict=True):
-            _dot_panel(
-                ax, [point(r, measure) for r in chunk], {n: point(r, measure) for n, r in controls.items()}
-            )
-            ax.set(title=f"{measure}, mean over tasks", xlabel="%")
-        panels[0, 0].set_yticks(range(len(names)), names)
-        panels[0, 1].set_yticks(range(len(names)), [""] * len(names))
-        yield Picture(numbered("clean-accuracy", page, len(pages)), figure)
+    for name, what, mine in (
+        ("clean-accuracy", "Accuracy of merges", [r for r in measured if r["method"] not in per_task]),
+        ("clean-accuracy-per-task", "Accuracy of merges that keep weights per task",
+         [r for r in measured if r["method"] in per_task]),
+    ):  # fmt: skip
+        pages = part(mine, lambda row: 0.155)
+        for page, chunk in enumerate(pages):
+            figure = _dot_sheet(chunk, what, rows, controls, caption)
+            yield Picture(numbered(name, page, len(pages)), figure)
+
+
+def _dot_sheet(
+    chunk: Sequence[Row], what: str, rows: Sequence[Row], controls: Mapping[str, Row], caption: Caption
+) -> Figure:
+    names = [_name(row, rows, caption) for row in chunk]
+    figure, panels = sheet(
+        (caption.width, 0.155 * len(chunk) + 0.7), (1, 2), what, caption,
+        "Bars: 95 % intervals. Normalised: mean over tasks of merge / expert. Methods that keep weights per task need "
+        f"to know an input's task and have a picture of their own. {caption.key([row['method'] for row in chunk])}",
+    )  # fmt: skip
+    for ax, measure in zip(panels[0], ("accuracy", "normalised"), strict=True):
+        _dot_panel(
+            ax, [point(r, measure) for r in chunk], {n: point(r, measure) for n, r in controls.items()}
+        )
+        ax.set(title=f"{measure}, mean over tasks", xlabel="%")
+    panels[0, 0].set_yticks(range(len(names)), names, fontsize=6.5)
+    panels[0, 1].set_yticks(range(len(names)), [""] * len(names))
+    return figure
 
 
 def _dot_panel(
@@ -115,15 +143,10 @@ def _tasks(
         found = [reader.task(group, role, t) for t in tasks]
         cells.append([(e.value, *e.interval()) for e in found])
     short = short_names(tasks)
-    lines = []
-    names = [_name(row, rows) for row in rows]
-    size = math.ceil(len(rows) / math.ceil(len(rows) / 36))  # pages of one height
-    for start in range(0, len(rows), size):
-        some = slice(start, start + size)
-        lines.append(
-            [Heat("", names[some], [short[t] for t in tasks], np.array(cells[some]), ACCURACY)],
-        )
-    yield from heat_sheets("clean-tasks", "Accuracy of merges, task by task", lines, caption, "")
+    names = [_name(row, rows, caption) for row in rows]
+    panel = Heat("", names, [short[t] for t in tasks], np.array(cells), ACCURACY)
+    key = caption.key([r["method"] for r in rows])
+    yield from heat_sheets("clean-tasks", "Accuracy of merges, task by task", [[panel]], caption, key)
 
 
 def _sweeps(rows: Sequence[Row], caption: Caption, methods: Methods) -> Iterator[Picture]:

@@ -22,15 +22,17 @@ from mergesec.figures.canvas import (
     Picture,
     Row,
     Series,
+    blank,
     curve_sheets,
+    handles_of,
     heat_sheets,
+    legend_row,
     look_of,
     numbered,
-    one_legend,
     part,
     point,
+    put_legend,
     rows_of,
-    sheet,
     short_names,
     side_by_side,
     wrapped,
@@ -46,18 +48,18 @@ Setting = tuple[str, int, int, str]
 
 MANY_PAIRS = 6
 """Ordered pairs from which on a matrix says more than its mean."""
-MOST_BARS = 6
-"""Attacks beside each other in a bar chart."""
+MOST_MARKS = 6
+"""Attacks beside each other in a picture of distances."""
 
 
 def protection_pictures(
-    records: Sequence[Record], boards: Mapping[str, Board], reader: Reader
+    records: Sequence[Record], boards: Mapping[str, Board], reader: Reader, width: float
 ) -> Iterator[Picture]:
     """Every picture of a protection that these cells allow."""
     if "protection_cells" not in boards:
         return
     mine = [r for r in records if r.threat == Threat.PROTECTION]
-    caption = Caption.of(mine)
+    caption = Caption.of(mine, width)
     rows: list[Row] = rows_of(boards["protection_cells"])
     yield from _heat_maps(rows, caption)
     yield from _landscapes(rows, caption, methods_of(mine))
@@ -71,10 +73,10 @@ def _setting(row: Row) -> Setting:
     return row["method"], row["experts"], row.get("protected", 1), row.get("secrets", "own")
 
 
-def _told(setting: Setting) -> str:
+def _told(setting: Setting, caption: Caption) -> str:
     method, experts, protected, secrets = setting
     several = f", {protected} protected, {secrets} secrets" if protected > 1 else ""
-    return f"{method}, {experts} experts{several}"
+    return f"{caption.name(method)}, {experts} experts{several}"
 
 
 def _distinct(values: Sequence[Any]) -> list[Any]:
@@ -98,24 +100,29 @@ def _heat_maps(rows: Sequence[Row], caption: Caption) -> Iterator[Picture]:
             there = [d for d in defenses if any((d, a, s) in found for a in attacks)]
             run = [a for a in attacks if any((d, a, s) in found for d in defenses)]
             table = [[found.get((d, a, s), {}) for a in run] for d in there]
-            lines.append(side_by_side(_told(s), there, run, table, _MEASURES, ("defense", "attack")))
+            names = [caption.name(d) for d in there], [caption.name(a) for a in run]
+            lines.append(side_by_side(_told(s, caption), *names, table, _MEASURES, ("defense", "attack")))
     else:
         for d in defenses:
             there = [s for s in settings if any((d, a, s) in found for a in attacks)]
             run = [a for a in attacks if any((d, a, s) in found for s in settings)]
             table = [[found.get((d, a, s), {}) for a in run] for s in there]
-            names = [_told(s) for s in there]
-            lines.append(side_by_side(d, names, run, table, _MEASURES, ("", "attack")))
+            names = [_told(s, caption) for s in there], [caption.name(a) for a in run]
+            lines.append(side_by_side(caption.name(d), *names, table, _MEASURES, ("", "attack")))
     note = (
         "Merged accuracy: of the merge on the protected task, lower protects better. Recovery: the share of what "
-        "protecting cost the merge that the attack brings back; a dash where there is nothing to recover."
+        "protecting cost the merge that the attack brings back; a dash where there is nothing to recover, grey where "
+        f"the interval is wider than 100 points. {caption.key([*defenses, *attacks, *(s[0] for s in settings)])}"
     )
     yield from heat_sheets(
         "protection-heat", "Protections against the free-rider's attacks", lines, caption, note
     )
 
 
-_MEASURES = (("merged accuracy", "MMP_attacked", ACCURACY), ("recovery", "recovery", SHARE))
+_MEASURES = (
+    ("merged accuracy", "MMP_attacked", ACCURACY, math.inf), ("recovery", "recovery", SHARE, 1.0),
+)  # fmt: skip
+"""What, measure, colours, and the widest interval that says something."""
 
 
 # --------------------------------------------------------------------------- curves
@@ -125,42 +132,48 @@ def _landscapes(rows: Sequence[Row], caption: Caption, methods: Methods) -> Iter
     """Accuracy along a method's coefficient, the number of experts, and the number of protected ones."""
     for sweep in find_sweeps(methods):
         mine = [r for r in rows if r["method"] in sweep.values]
-        lines = _along(mine, sweep)
+        lines = _along(mine, sweep, caption)
         what = f"Accuracy along the coefficient of {sweep.title}"
+        key = caption.key([r["defense"] for r in mine] + [r["attack"] for r in mine])
         name = f"protection-landscape-{sweep.title.partition('(')[0]}-{sweep.parameter}"
-        yield from _landscape(name, what, lines, caption)
+        yield from _landscape(name, what, lines, caption, key)
     lines = _lines(
-        rows, lambda r: r["experts"] - 1, lambda r: (r["method"], 0, *_setting(r)[2:]), "experts beside the protected one"
+        rows, lambda r: r["experts"] - 1, lambda r: (r["method"], 0, *_setting(r)[2:]),
+        "experts beside the protected one", caption,
     )  # fmt: skip
+    key = caption.key([r[kind] for kind in ("defense", "attack", "method") for r in rows])
     yield from _landscape(
-        "protection-experts", "Accuracy against the number of experts merged", lines, caption
+        "protection-experts", "Accuracy against the number of experts merged", lines, caption, key
     )
     lines = _lines(
-        rows, lambda r: r.get("protected", 1), lambda r: (*_setting(r)[:2], 0, _setting(r)[3]), "experts protected"
+        rows, lambda r: r.get("protected", 1), lambda r: (*_setting(r)[:2], 0, _setting(r)[3]), "experts protected",
+        caption,
     )  # fmt: skip
     yield from _landscape(
-        "protection-owners", "Accuracy against the number of protected experts", lines, caption
+        "protection-owners", "Accuracy against the number of protected experts", lines, caption, key
     )
 
 
 def _landscape(
-    name: str, what: str, lines: Sequence[Sequence[Curves]], caption: Caption
+    name: str, what: str, lines: Sequence[Sequence[Curves]], caption: Caption, key: str
 ) -> Iterator[Picture]:
     if lines:
-        note = "Unprotected: the same merge of clean experts. Base: accuracy without any expert."
+        note = f"Unprotected: the same merge of clean experts. Base: accuracy without any expert. {key}"
         yield from curve_sheets(name, what, lines, caption, note)
 
 
-def _along(rows: Sequence[Row], sweep: Sweep) -> list[list[Curves]]:
+def _along(rows: Sequence[Row], sweep: Sweep, caption: Caption) -> list[list[Curves]]:
     """``_lines`` over the values of a method's parameter."""
     return _lines(
-        rows, lambda r: sweep.values[r["method"]], lambda r: (sweep.title, *_setting(r)[1:]), axis_title(sweep.parameter)
+        rows, lambda r: sweep.values[r["method"]], lambda r: (sweep.title, *_setting(r)[1:]),
+        axis_title(sweep.parameter), caption,
     )  # fmt: skip
 
 
 def _lines(
-    rows: Sequence[Row], x: Callable[[Row], float], fixed: Callable[[Row], tuple[Any, ...]], axis: str
-) -> list[list[Curves]]:
+    rows: Sequence[Row], x: Callable[[Row], float], fixed: Callable[[Row], tuple[Any, ...]], axis: str,
+    caption: Caption,
+) -> list[list[Curves]]:  # fmt: skip
     """A line of two panels (protected task, other tasks) per defense and whatever stays fixed."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -171,7 +184,7 @@ def _lines(
     for (defense, method, experts, protected, secrets), group in groups.items():
         if len({x(r) for r in group}) < LEAST:
             continue
-        told = [defense, method, f"{experts} experts" if experts else ""]
+        told = [caption.name(defense), caption.name(method), f"{experts} experts" if experts else ""]
         told += [
             f"{protected} protected" if protected > 1 else "",
             f"{secrets} secrets" if protected != 1 else "",
@@ -179,7 +192,7 @@ def _lines(
         where = ", ".join(t for t in told if t)
         lines.append(
             [
-                Curves(f"{where}\n{side}", axis, "accuracy, %", _curves(group, x, measures, attacks))
+                Curves(f"{where}\n{side}", axis, "accuracy, %", _curves(group, x, measures, attacks, caption))
                 for side, measures in (
                     ("protected task", ("MMP-", "MMP+", "MMP_attacked", "base")),
                     ("other tasks", ("free_rider-", "free_rider+", "free_rider_attacked", "")),
@@ -190,8 +203,9 @@ def _lines(
 
 
 def _curves(
-    rows: Sequence[Row], x: Callable[[Row], float], measures: Sequence[str], attacks: Sequence[str]
-) -> list[Series]:
+    rows: Sequence[Row], x: Callable[[Row], float], measures: Sequence[str], attacks: Sequence[str],
+    caption: Caption,
+) -> list[Series]:  # fmt: skip
     before, after, attacked, base = measures
     rows = sorted(rows, key=x)
     one = list({x(r): r for r in rows}.values())  # controls are the same beside every attack
@@ -204,7 +218,7 @@ def _curves(
     rest = [i for i in range(len(attacks) + 8) if look_of(i)[0] != "#D55E00"]  # that colour is taken
     for attack, place in zip(attacks, rest, strict=False):
         mine = [r for r in rows if r["attack"] == attack]
-        curves.append((f"attack {attack}", mine, attacked, *look_of(place)))
+        curves.append((f"attack {caption.name(attack)}", mine, attacked, *look_of(place)))
     return [
         Series(label, [x(r) for r in some], np.array([point(r, m) for r in some]), *look)
         for label, some, m, *look in curves
@@ -247,10 +261,11 @@ def _matrices(records: Sequence[Record], reader: Reader, caption: Caption) -> It
                 rows, columns = [names[v] for v in victims], [names[o] for o in others]
                 heats.append(Heat(title, rows, columns, points, ACCURACY, sides))
             lines = [heats[i : i + 2] for i in range(0, len(heats), 2)]
-            what = f"Victim × free-rider: {defense}, {merging}, accuracy of the merge on the victim's task"
+            told = f"{caption.name(defense)}, {caption.name(merging)}"
+            what = f"Victim × free-rider: {told}, accuracy of the merge on the victim's task"
             stem = _distinct([r.defense for r in done]).index(defense)
             name = f"protection-pairs-{defense.partition('(')[0]}-{stem}"
-            yield from heat_sheets(name, what, lines, caption, "")
+            yield from heat_sheets(name, what, lines, caption, caption.key([defense, merging]))
 
 
 def _rate(reader: Reader, records: Sequence[Record], role: str) -> tuple[float, ...]:
@@ -264,7 +279,7 @@ def _rate(reader: Reader, records: Sequence[Record], role: str) -> tuple[float, 
 
 
 def _distances(records: Sequence[Record], caption: Caption) -> Iterator[Picture]:
-    """Bars per kind of tensor, before and after attacks, on a logarithmic scale; whiskers span the cells."""
+    """A mark per kind of tensor, before and after attacks, on a logarithmic scale; whiskers span the cells."""
     done = [r for r in records if r.status == "done" and r.defense != "none"]
     defenses = [
         d
@@ -274,21 +289,28 @@ def _distances(records: Sequence[Record], caption: Caption) -> Iterator[Picture]
     if not defenses:
         return
     attacks, left = _nearest(done)
-    note = "Distance ‖θ − x‖ / ‖x‖ to x, mean over cells; whiskers: smallest and largest cell. A 0 marks no distance."
+    note = "Distance ‖θ − x‖ / ‖x‖ to x, mean over cells; whiskers: smallest and largest cell. Marks on the axis: 0."
     if left:
         note += f" {left} more attacks are on the board; shown are the standard one and those that come nearest to the expert."
-    pages = part(defenses, lambda d: 2.5)
+    tall = 1.7
+    pages = part(defenses, lambda d: tall)
     for page, chunk in enumerate(pages):
-        figure, panels = sheet(
-            (12.0, 2.5 * len(chunk)), (len(chunk), 2), "Distances of protected experts", caption, note
-        )
-        for defense, axes in zip(chunk, panels, strict=True):
+        labels = {"published" if a == "none" else f"after {caption.name(a)}": None for a in attacks}
+        columns, legend = legend_row(labels, caption.width)
+        figure = blank(
+            (caption.width, tall * len(chunk) + legend), "Distances of protected experts", caption,
+            f"{note} {caption.key([*chunk, *attacks])}",
+        )  # fmt: skip
+        grid = figure.add_gridspec(len(chunk) + 1, 2, height_ratios=[tall] * len(chunk) + [legend])
+        panels = []
+        for i, defense in enumerate(chunk):
             mine = [r for r in done if r.defense == defense]
-            for which, ax in zip(("to_base", "to_expert"), axes, strict=True):
-                _bars(ax, mine, which, attacks)
+            for j, which in enumerate(("to_base", "to_expert")):
+                panels.append(figure.add_subplot(grid[i, j]))
+                _marks(panels[-1], mine, which, attacks, caption)
                 side = "to the base" if which == "to_base" else "to the owner's expert"
-                ax.set_title("\n".join([*wrapped(defense, 56), side]))
-        one_legend(figure, panels)
+                panels[-1].set_title("\n".join([*wrapped(caption.name(defense), 40), side]))
+        put_legend(figure.add_subplot(grid[-1, :]), handles_of(panels), columns)
         yield Picture(numbered("protection-distances", page, len(pages)), figure)
 
 
@@ -307,38 +329,42 @@ def _nearest(records: Sequence[Record]) -> tuple[list[str], int]:
         reach[attack] = sum(found) / len(found) if found else math.inf
     first = [a for a in ("none", STANDARD) if a in attacks]
     rest = sorted((a for a in attacks if a not in first), key=lambda a: reach[a])
-    shown = [*first, *rest][:MOST_BARS]
+    shown = [*first, *rest][:MOST_MARKS]
     return shown, len(attacks) - len(shown)
 
 
-def _bars(ax: Axes, records: Sequence[Record], which: str, attacks: Sequence[str]) -> None:
+def _marks(ax: Axes, records: Sequence[Record], which: str, attacks: Sequence[str], caption: Caption) -> None:
     kinds = [k for k in KINDS if _spread(records, which, k)]
-    width = 0.82 / len(attacks)
+    step = 0.8 / len(attacks)
     ax.set_yscale("log")
-    ax.yaxis.set_major_formatter("{x:g}")
-    zeros = []
     for i, attack in enumerate(attacks):
         mine = [r for r in records if r.attack == attack]
+        colour, marker, _ = look_of(i)
+        label = "published" if attack == "none" else f"after {caption.name(attack)}"
         for place, kind in enumerate(kinds):
             found = _spread(mine, which, kind)
             if not found:
                 continue
             middle = sum(found) / len(found)
-            spot = place + (i - (len(attacks) - 1) / 2) * width
-            if middle == 0:
-                zeros.append(spot)
+            spot = place + (i - (len(attacks) - 1) / 2) * step
+            if middle == 0:  # has no place on a logarithmic axis: on its lower edge
+                ax.plot(
+                    spot, 0.0, color=colour, marker=marker, linestyle="", fillstyle="none", clip_on=False,
+                    transform=ax.get_xaxis_transform(), markersize=3.0,
+                )  # fmt: skip
                 continue
             # equal numbers can have a mean that is off by a rounding error
             below, above = max(0.0, middle - min(found)), max(0.0, max(found) - middle)
             ends = [[below], [above]] if min(found) > 0 else None
-            ax.bar(
-                spot, middle, width, color=look_of(i)[0], yerr=ends, error_kw={"elinewidth": 0.8},
-                label="published" if attack == "none" else f"after {attack}" , hatch="" if i % 2 == 0 else "///",
-                edgecolor="white", linewidth=0.4,
+            ax.errorbar(
+                spot, middle, yerr=ends, color=colour, marker=marker, linestyle="", label=label, markersize=3.5,
+                elinewidth=0.8,
             )  # fmt: skip
-    for spot in zeros:
-        ax.annotate("0", (spot, 0), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=6)
+    for edge in range(1, len(kinds)):
+        ax.axvline(edge - 0.5, color="#e4e4e4", linewidth=0.6)
+    ax.yaxis.set_major_formatter("{x:g}")
     ax.set_xticks(range(len(kinds)), kinds)
+    ax.set_xlim(-0.5, max(len(kinds), 1) - 0.5)
     ax.grid(False, axis="x")
     ax.set_ylabel("relative distance")
 
@@ -352,7 +378,8 @@ def _ownership(rows: Sequence[Row], caption: Caption) -> Iterator[Picture]:
     for defense in _distinct([r["defense"] for r in rows]):
         mine = [r for r in rows if r["defense"] == defense]
         names = [
-            f"{r['method']}, {r['experts']} experts" + ("" if r["attack"] == "none" else f", {r['attack']}")
+            f"{caption.name(r['method'])}, {r['experts']} experts"
+            + ("" if r["attack"] == "none" else f", {caption.name(r['attack'])}")
             for r in mine
         ]
         line = []
@@ -361,7 +388,9 @@ def _ownership(rows: Sequence[Row], caption: Caption) -> Iterator[Picture]:
             ("share of cells that verify", "verified"),
         ):
             points = np.array([[point(r, f"{measure}/{s}") for s in SUSPECTS] for r in mine])
-            line.append(Heat(f"{defense}\n{what}", names, SUSPECTS, points, SHARE, ("", "suspect")))
+            line.append(
+                Heat(f"{caption.name(defense)}\n{what}", names, SUSPECTS, points, SHARE, ("", "suspect"))
+            )
         lines.append(line)
     note = "clean_merge, expert and base bear no mark: what verifies there is a false alarm."
     yield from heat_sheets("ownership", "Ownership marks on suspects", lines, caption, note)
