@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +93,12 @@ def _packed(once: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture
-def desk(_packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
+def desk(_packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
     """A desk of one's own with the packed entry ``halfback`` on it, and the steps of its run in the store."""
     home = tmp_path / "desk"
     shutil.copytree(_packed, home)
     monkeypatch.setenv("MERGESEC_CACHE", str(home / "store"))
-    yield Desk(home)
+    return Desk(home)
 
 
 @pytest.fixture

@@ -121,7 +121,7 @@ def test_a_plugin_that_differs_from_its_digest(desk: Any, entry: Path) -> None:
     assert "the files have digest" in reason
     pack(entry)  # the records are still those of the earlier file
     reasons = desk.refusals(entry)
-    assert sum("was made by a plugin with digest" in reason for reason in reasons) == 2
+    assert any("2 of them were made by a plugin with digest" in reason for reason in reasons)
 
 
 @pytest.mark.parametrize("name", ["clp", "c1p", "CLP", "clр"])

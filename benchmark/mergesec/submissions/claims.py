@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -86,8 +87,9 @@ def held(entry: Entry, plan: Plan, method: Registered) -> Held:
     home = entry.folder / RECORDS / plan.grid.spec.name
     planned = {cell_name(c.cell): c for c in plan.cells}
     wrong = _digest(entry, files) + _manifest(home, planned)
-    if stray := [p.name for p in files if p.parent != home or p.stem not in {*planned, "grid"}]:
-        wrong.append(f"{_listed(stray)}: of no cell of the grid")
+    if stray := [p for p in files if p.parent != home or p.stem not in {*planned, "grid"}]:
+        wrong.append(f"{_listed(p.name for p in stray)}: of no cell of the grid")
+        wrong += _of_other_code([p for p in stray if p.parent == home], method)
     missing = [name for name in planned if not (home / f"{name}.json").is_file()]
     wrong += _missing(missing, planned)
     found: dict[str, Record] = {}
@@ -150,12 +152,10 @@ def _disagreements(record: Record, planned: CellPlan, plan: Plan, method: Regist
         return f"{record.status} ({brief(record.reason)})"
     if SUBMISSION in record.provenance:
         return f"provenance.{SUBMISSION} is not for an entry to say"
-    parts = record.provenance.get("components")
-    part = parts.get(method.card.name) if isinstance(parts, Mapping) else None
-    made_with = part.get("digest") if isinstance(part, Mapping) else None
+    made_with = _made_with(record, method)
     mine = takes_part(planned.cell, method.card.kind, method.card.name)
     if mine and method.card.kind != "task" and made_with != method.digest:
-        return f"was made by a plugin with digest {brief(str(made_with))}, the file here has {method.digest}"
+        return f"was made by a plugin with digest {brief(made_with)}, the file here has {method.digest}"
     if odd := [
         name for name, value in _axes(planned.cell, plan.grid).items() if getattr(record, name) != value
     ]:
@@ -163,6 +163,27 @@ def _disagreements(record: Record, planned: CellPlan, plan: Plan, method: Regist
     if record.steps != dict(planned.roles):
         return "was made with other code, data or settings: its steps are not those of this grid"
     return ""
+
+
+def _made_with(record: Record, method: Registered) -> str:
+    """The digest of the plugin that a record names for the method; empty if it names none."""
+    parts = record.provenance.get("components")
+    part = parts.get(method.card.name) if isinstance(parts, Mapping) else None
+    return str(part.get("digest", "")) if isinstance(part, Mapping) else ""
+
+
+def _of_other_code(stray: Iterable[Path], method: Registered) -> list[str]:
+    """Records that were made by another state of the plugin: its digest is a part of its cells' names."""
+    digests: dict[str, int] = {}
+    for path in stray:
+        with contextlib.suppress(UsageError):
+            digest = _made_with(read_record(path.parent, path.stem), method)
+            digests[digest] = digests.get(digest, 0) + 1
+    return [
+        f"{n} of them were made by a plugin with digest {brief(digest)}, the file here has {method.digest}"
+        for digest, n in digests.items()
+        if digest not in ("", method.digest)
+    ]
 
 
 def _axes(cell: Cell, grid: Grid) -> dict[str, Any]:
@@ -182,8 +203,10 @@ def outcomes(record: Record) -> dict[tuple[str, str, str], Count]:
     found = {}
     for key, counted in record.counts.items():
         metric, role, task = key.split("/", 2)
-        name = {"acc": role, "mark": Role.VERIFY.of(role)}.get(metric, f"{role}{TRIGGERED}")
-        found[record.steps.get(name, name), metric, task] = counted
+        ends = TRIGGERED if metric in ("asr", "ra") else ""
+        names = [Role.VERIFY.of(role)] if metric == "mark" else [f"{role}{ends}", f"{role}:{task}{ends}"]
+        step = next((record.steps[name] for name in names if name in record.steps), record.cell)
+        found[step, metric, task] = counted
     return found
 
 

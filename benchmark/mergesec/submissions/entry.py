@@ -139,8 +139,8 @@ _MODELS: Mapping[str, type[BaseModel]] = {"code": Code, "paper": Paper, "claims"
 
 
 def _told(error: ValidationError) -> tuple[str, str]:
-    """Field and message of the first mistake."""
-    first = error.errors(include_url=False)[0]
+    """Field and message of the first mistake; a field that nobody knows before one that is missing: it may be that one."""
+    first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
     place = [str(part) for part in first["loc"]]
     where = f"{FILE}: {'.'.join(brief(part, 60) for part in place) or 'file'}"
     if first["type"] == "extra_forbidden":
