@@ -37,7 +37,7 @@ _FIRST: dict[str, tuple[str, ...]] = {
     "cost": ("runs", "seconds", "peak_mb", "rows"),
 }  # fmt: skip
 """What each board says first, in order of weight."""
-_MARKS = ("verified", "contained", "external")
+_MARKS = ("verified", "contained", "external", "external_by")
 """Where a number comes from: shown unless every row was run here, inside walls, and is the worst known."""
 _EXPECTED = {"re-run", "yes", "nan", ""}
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from mergesec.errors import UsageError, nearest
 from mergesec.evidence.boards import make_boards
-from mergesec.evidence.estimates import Board
+from mergesec.evidence.estimates import AXES, Board
 from mergesec.evidence.records import SUBMISSION, Count, Record, read_record
 from mergesec.evidence.tables import display
 from mergesec.execution.harvest import cell_name
@@ -188,13 +188,12 @@ def _of_other_code(stray: Iterable[Path], method: Registered) -> list[str]:
 
 def _axes(cell: Cell, grid: Grid) -> dict[str, Any]:
     """The coordinates that a record of the cell tells."""
-    same = ("threat", "subject", "target_class", "seed", "protected", "secrets", "adversaries", "target_task")
     spec = grid.spec
     return {
-        **{name: getattr(cell, name) for name in same},
+        **{name: getattr(cell, name) for name in AXES if hasattr(cell, name)},
         **{name: getattr(cell, name).label for name in ("merging", "attack", "defense")},
         "experts": list(cell.experts), "suite": spec.suite.name, "backbone": grid.backbone.label,
-        "protocol": spec.protocol,
+        "protocol": spec.protocol, "grid": spec.name,
     }  # fmt: skip
 
 
