@@ -58,7 +58,7 @@ def test_the_workflow_runs_strangers_code_without_rights() -> None:
     assert workflow["permissions"] == {"contents": "read"}
     assert set(workflow[True]) == {"pull_request"}  # YAML reads `on` as true
     text = path.read_text(encoding="utf-8")
-    assert "secrets." not in text and text.count("persist-credentials: false") == 2
+    assert "{{ secrets" not in text and text.count("persist-credentials: false") == 2
 
 
 def test_shipped_entries_are_ready_to_be_run() -> None:
