@@ -202,6 +202,33 @@ def test_a_list_of_files_that_was_tampered_with_deletes_nothing_outside(tmp_path
     assert (tmp_path / "precious").read_text() == "kept"
 
 
+@pytest.mark.parametrize(
+    "place", ["index.html", "boards/doors-backdoor.html", "pictures/doors-backdoor.html", "cell.html"]
+)
+def test_a_page_with_all_it_loads_stays_light(made: Any, place: str) -> None:
+    """Usable within a second: at most 1.5 MB, the data of a large grid included (at most 0.5 MB, shipped ones have 0.2)."""
+    page = made.out / place
+    loaded = {
+        (page.parent / attributes[key]).resolve()
+        for tag, attributes in Tags(page).found
+        for key in ("src", "href")
+        if tag in ("script", "link") and not attributes.get(key, "data:").startswith("data:")
+    }
+    assert sum(p.stat().st_size for p in {page, *loaded}) < 1_000_000
+
+
+def test_a_shipped_grid_is_shown_whole(tmp_path: Path) -> None:
+    shipped = Path(__file__).resolve().parents[2] / "results" / "records" / "mini-backdoor-many"
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "mini-backdoor-many").symlink_to(shipped)
+    built = mergesec.write_site(tmp_path, tmp_path / "out")
+    assert not built.broken and built.cells == len(list(shipped.glob("backdoor-*.json")))
+    sheet = data(tmp_path / "out", "boards/mini-backdoor-many-backdoor")
+    assert {b["name"] for b in sheet["boards"]} >= {"backdoor", "backdoor_pareto", "backdoor_attacks", "cost"}
+    page = (tmp_path / "out" / "methods" / "attack-badmerging.html").read_text()
+    assert "BadMerging" in page and 'href="https://' in page  # its card and its paper
+
+
 def test_names_become_plain_files_and_never_the_same_one() -> None:
     hostile = ["../../etc/passwd", "A", "a", "a/b", "a_b", "con", "", "é", "é" * 300, "\udc80", "x" * 300]
     found = [names.slug(name) for name in hostile]
