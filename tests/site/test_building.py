@@ -180,6 +180,29 @@ def test_the_next_site_removes_what_it_has_no_more_and_nothing_else(made: Any, t
     assert (out / "mine.txt").is_file() and (out / "boards" / "new-backdoor.html").is_file()
 
 
+def test_pictures_of_triggered_samples_are_shown_if_they_are_pictures(tmp_path: Path) -> None:
+    from PIL import Image
+
+    shelve(tmp_path, "g", [backdoor()])
+    home = tmp_path / "figures" / "g"
+    home.mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(home / "backdoor-samples-0.png")
+    (home / "backdoor-samples-1.png").write_text("<svg onload='window.hacked=1'/>")
+    (home / "backdoor-samples-2.svg").write_text("<svg onload='window.hacked=1'/>")
+    out = mergesec.write_site(tmp_path).start.parent
+    tags = Tags(out / "pictures" / "g-backdoor.html").found
+    (image,) = [attributes for tag, attributes in tags if tag == "img"]
+    assert image["alt"] and (out / "pictures" / image["src"]).resolve().is_file()
+    assert len(list(out.rglob("*samples*"))) == 1
+
+
+def test_without_its_package_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelve(tmp_path, "g", [backdoor()])
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(UsageError, match=r"pip install 'mergesec\[site\]'"):
+        mergesec.write_site(tmp_path, tmp_path / "out")
+
+
 def test_bad_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--results: no grid was run there"):
         mergesec.write_site(tmp_path, tmp_path / "out")
