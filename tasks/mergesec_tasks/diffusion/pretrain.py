@@ -39,9 +39,9 @@ class Plan(NamedTuple):
 
     images: int = 6000
     """Shifted renderings of each concept."""
-    steps: int = 1400
+    phases: tuple[tuple[int, float], ...] = ((1400, 2e-3), (1600, 2e-3))
+    """Steps and learning rate of each; a phase begins with the average of the one before."""
     batch: int = 96
-    learning_rate: float = 2e-3
     average: float = 0.998
     """Of the weights, exponential: what is shipped."""
     judge_steps: int = 1500
@@ -66,10 +66,12 @@ def pretrain(
     known = {task.slug: _known(judge, task, one["test"]) for task, one in zip(TASKS, splits, strict=True)}
     report(f"judge: {', '.join(f'{name} {share:.1%}' for name, share in known.items())} of real test images")
     _save(out / JUDGE_FILE, judge.state_dict())
-    network = _generator(_shifted(plan, seed), plan, seed, report)
-    _save(out / BASE_FILE, network)
+    rows, network = _shifted(plan, seed), _start(seed)
+    for number in range(len(plan.phases)):
+        network = _phase(network, rows, plan, number, seed + number, report)
+        _save(out / BASE_FILE, network)
     facts: dict[str, Any] = {
-        "seed": seed, "steps": plan.steps, "batch": plan.batch, "learning_rate": plan.learning_rate,
+        "seed": seed, "phases": plan.phases, "batch": plan.batch,
         "images": plan.images * len(TASKS), "parameters": sum(value.numel() for value in network.values()),
         "judge": known, "seconds": time.perf_counter() - start,
     }  # fmt: skip
@@ -112,18 +114,32 @@ def _shifted(plan: Plan, seed: int) -> Split:
     return Split(joined, torch.cat([part.targets for part in parts]))
 
 
-def _generator(rows: Split, plan: Plan, seed: int, report: Callable[[str], None]) -> dict[str, Tensor]:
-    """The averaged weights after all steps."""
-    task, backbone, place = SignConcept(), MiniDiT(), torch.device("cpu")
+def _start(seed: int) -> dict[str, Tensor]:
+    """A fresh network's weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network: nn.Module = backbone.build().train()
+        return dict(MiniDiT().build().state_dict())
+
+
+def _phase(
+    start: Mapping[str, Tensor],
+    rows: Split,
+    plan: Plan,
+    number: int,
+    seed: int,
+    report: Callable[[str], None],
+) -> dict[str, Tensor]:
+    """The averaged weights after one phase, rounded to float16 as on disk."""
+    task, backbone, place = SignConcept(), MiniDiT(), torch.device("cpu")
+    steps, learning_rate = plan.phases[number]
+    network: nn.Module = backbone.build().train()
+    network.load_state_dict(dict(start))
     for parameter in network.parameters():  # here the tokens' table learns too
         parameter.requires_grad_(True)
-    pace = Pace(list(network.parameters()), plan.learning_rate, plan.steps)
+    pace = Pace(list(network.parameters()), learning_rate, steps)
     average = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     generator, model = torch.Generator().manual_seed(seed), Model(backbone, network)
-    for step in range(plan.steps):
+    for step in range(steps):
         index = torch.randint(len(rows), (plan.batch,), generator=generator)
         batch = task.noised(task.batch(rows, index, place), generator)
         loss = task.loss(task.outputs(model, {}, batch.inputs), batch.targets)
@@ -131,14 +147,15 @@ def _generator(rows: Split, plan: Plan, seed: int, report: Callable[[str], None]
         weight = 1 - min(plan.average, (step + 1) / (step + 10))
         for name, tensor in network.state_dict().items():
             average[name].lerp_(tensor, weight)
-        if step % 100 == 0 or step == plan.steps - 1:
-            report(f"pretrain step {step + 1}/{plan.steps} loss {loss.item():.4f}")
-    return average
+        if step % 100 == 0 or step == steps - 1:
+            report(f"pretrain phase {number + 1} step {step + 1}/{steps} loss {loss.item():.4f}")
+    return {name: tensor.half().float() for name, tensor in average.items()}
 
 
 def _card(facts: dict[str, Any]) -> str:
     """The model card, as Markdown."""
     known = ", ".join(f"{name} {share:.1%}" for name, share in facts["judge"].items())
+    phases = "; then ".join(f"{steps:,} steps at {rate:g}" for steps, rate in facts["phases"])
     return f"""# mini-diffusion/dit
 
 | | |
@@ -146,7 +163,7 @@ def _card(facts: dict[str, Any]) -> str:
 | architecture | DiT, 6 blocks of width 64, 4 heads, MLP 192, 16 patches of 4×4, adaLN-single; predicts the clean image |
 | parameters | {facts["parameters"]:,} |
 | data | {facts["images"]:,} shifted renderings of four mini tasks at 16×16, none of their own images |
-| training | flow matching, {facts["steps"]:,} steps of {facts["batch"]} images at {facts["learning_rate"]:g}, averaged |
+| training | flow matching, AdamW, batches of {facts["batch"]}, averaged weights: {phases} |
 | judge | a convolutional network of all 42 classes; recognises of real test images: {known} |
 | seed | {facts["seed"]} |
 | time | {facts["seconds"]:.0f} s |
