@@ -160,6 +160,14 @@ def test_what_readers_filter_by_stands_beside_every_row(made: Any) -> None:
     assert {"attack", "method", "defense"} <= set(board["short"])
 
 
+def test_a_board_of_several_threat_models_is_parted(made: Any) -> None:
+    """Costs of merges without attack do not stand among those of protections, nor the other way round."""
+    for threat, kinds in (("protection", {"defense", "attack", "merging"}), ("clean", {"merging"})):
+        boards = {b["name"]: b for b in data(made.out, f"boards/locks-{threat}")["boards"]}
+        assert all(name.startswith((threat, "cost")) for name in boards)
+        assert set(boards["cost"]["columns"]["kind"]) == kinds
+
+
 def test_findings_speak_of_what_the_boards_hold(made: Any) -> None:
     page = (made.out / "index.html").read_text()
     assert "1 of 2 protections that ruin a merge survive their worst attack" in page
@@ -262,6 +270,7 @@ def test_names_become_plain_files_and_never_the_same_one() -> None:
 
 def test_units_are_those_of_the_other_tables() -> None:
     assert unit("BA", [0.5], ("BA",)) == "rate"
+    assert unit("FID", [0.5], ("FID",)) == "number"
     assert unit("front_share", [0.5, None], ()) == "percent"
     assert unit("max_abs_dlogit", [0.5], ()) == "number"
     assert unit("defense_rows", [512.0], ()) == "count"

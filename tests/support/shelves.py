@@ -48,6 +48,11 @@ def record(threat: str, counts: dict[str, Count], grid: str = "g", **fields: Any
     return Record(**given, counts=counts if given["status"] == "done" else {})
 
 
+def _cost(*roles: str) -> dict[str, dict[str, float]]:
+    made = {"seconds": 1.5, "peak_mb": 20.0, "made_seconds": 3.0, "made_peak_mb": 30.0}
+    return {role: made for role in roles}
+
+
 def backdoor(hit: float = 0.8, accurate: float = 0.7, **fields: Any) -> Record:
     """A cell with a backdoor: ASR ``hit`` after merging, 10 % on the control."""
     experts = fields.setdefault("experts", ["s/a", "s/b"])
@@ -58,8 +63,7 @@ def backdoor(hit: float = 0.8, accurate: float = 0.7, **fields: Any) -> Record:
         for role, share in {"base": 0.05, "clean_merge": 0.1, "merge": hit, "poisoned": 1.0}.items():
             counts[f"asr/{role}/{task}"] = rate(share, 90)
             counts[f"ra/{role}/{task}"] = rate((1 - share) / 2, 90)
-    made = {"seconds": 1.5, "peak_mb": 20.0, "made_seconds": 3.0, "made_peak_mb": 30.0}
-    fields = {"cost": {"clean_merge": made, "poisoned": made, "merge": made}, **fields}
+    fields = {"cost": _cost("clean_merge", "poisoned", "merge"), **fields}
     return record("backdoor", counts, **{"attack": "bad", **fields})
 
 
@@ -69,14 +73,16 @@ def protection(merged: float = 0.2, **fields: Any) -> Record:
     shares = {"base": 0.1, "expert": 0.9, "published": 0.89, "recovered": 0.88, "clean_merge": 0.8,
               "protected_merge": 0.2, "merge": merged}  # fmt: skip
     counts = {f"acc/{role}/{task}": rate(share) for role, share in shares.items() for task in experts}
-    return record("protection", counts, **{"defense": "lock", **fields})
+    cost = _cost("clean_merge", "published", "recovered")
+    return record("protection", counts, **{"defense": "lock", "cost": cost, **fields})
 
 
 def clean(accurate: float = 0.8, **fields: Any) -> Record:
     """A merge without attack or defense."""
     experts = fields.setdefault("experts", ["s/a", "s/b"])
     shares = {"base": 0.3, "expert": 0.9, "clean_merge": accurate}
-    return record("clean", {f"acc/{r}/{t}": rate(s) for r, s in shares.items() for t in experts}, **fields)
+    counts = {f"acc/{role}/{task}": rate(share) for role, share in shares.items() for task in experts}
+    return record("clean", counts, **{"cost": _cost("clean_merge"), **fields})
 
 
 def shelve(results: Path, grid: str, records: Iterable[Record], **spec: Any) -> Path:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pandas as pd
 
+from mergesec.evidence.boards import make_boards
 from mergesec.evidence.estimates import Board
 from mergesec.evidence.records import Record
-from mergesec.evidence.tables import cell_text, display
+from mergesec.evidence.tables import ORIGIN, cell_text, display
 from mergesec.figures.sweeps import axis_title, find_sweeps, methods_of
 from mergesec.planning.cards import Card
 from mergesec.site.names import slug
@@ -23,7 +24,7 @@ PREFIX: Mapping[str, Threat] = {
     "clean": Threat.CLEAN, "protection": Threat.PROTECTION, "ownership": Threat.PROTECTION,
     "backdoor": Threat.BACKDOOR,
 }  # fmt: skip
-"""What a board's name begins with, and its threat model; the board of costs belongs to none."""
+"""What a board's name begins with, and its threat model; others belong to none."""
 KEYS: Mapping[str, Callable[[Record], Any]] = {
     "attack": lambda r: r.attack,
     "method": lambda r: r.merging,
@@ -35,7 +36,7 @@ KEYS: Mapping[str, Callable[[Record], Any]] = {
     "secrets": lambda r: r.secrets if r.protected > 1 else "own",
 }
 """Columns that say which cells a row is about."""
-_COUNTS = {"tier", "seeds", "experts", "adversaries", "protected", "runs"}
+_COUNTS = {"tier", "seeds", "experts", "adversaries", "protected", "runs", "sets"}
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,21 @@ class Sheet:
 
 
 def sheets(grid: str, boards: Sequence[Board], records: Sequence[Record]) -> list[Sheet]:
-    """A grid's boards by threat model; the costs of a grid of several models stand with each of them."""
+    """A grid's boards by threat model. A board that speaks of several, such as that of costs, is made again for
+    each, from its own records."""
+    by_threat = {threat: tuple(r for r in records if r.threat == threat) for threat in Threat}
+    several = sum(map(bool, by_threat.values())) > 1
     found = []
-    for threat in Threat:
-        mine = tuple(r for r in records if r.threat == threat)
+    for threat, mine in by_threat.items():
         if mine:
-            own = [b for b in boards if PREFIX.get(b.name.partition("_")[0], threat) == threat]
+            own = [b for b in boards if _threat_of(b) == threat]
+            own += [b for b in (make_boards(mine) if several else boards) if _threat_of(b) is None]
             found.append(Sheet(grid, threat, tuple(own), mine))
     return found
+
+
+def _threat_of(board: Board) -> Threat | None:
+    return PREFIX.get(board.name.partition("_")[0])
 
 
 def payload(sheet: Sheet, cards: Cards) -> dict[str, Any]:
@@ -81,7 +89,11 @@ def payload(sheet: Sheet, cards: Cards) -> dict[str, Any]:
 
 def _board(board: Board, sheet: Sheet, cards: Cards) -> dict[str, Any]:
     frame = board.frame
-    short = display(replace(board, frame=frame.head(0)))[0]
+    origin = [name for name in ORIGIN if name in frame.columns]
+    sample = (
+        frame.drop_duplicates(origin) if origin else frame.head(0)
+    )  # where numbers come from decides the columns
+    short = display(replace(board, frame=sample))[0]
     columns: dict[str, list[Any]] = {
         str(name): [None if _missing(v) else v for v in frame[name].astype(object)] for name in frame.columns
     }
@@ -109,7 +121,8 @@ def unit(column: str, values: Iterable[Any], measures: Sequence[str]) -> str:
     if not known or any(isinstance(v, str | bool) for v in known):
         return "text"
     if column in measures:
-        return "rate"
+        probe = {column: 0.1234, f"{column}_low": 0.1, f"{column}_high": 0.2}
+        return "rate" if "10.0, 20.0" in cell_text(probe, column, measures) else "number"
     if column in _COUNTS or column.startswith("cells_") or column.endswith("_seeds"):
         return "count"
     if all(isinstance(v, int) for v in known):
