@@ -14,7 +14,15 @@ EXTRAS = {
     "datasets": "hub", "huggingface_hub": "hub", "diffusers": "diffusion",
 }  # fmt: skip
 """The extra of ``mergesec`` that brings a package, by the package's import name."""
-WITHOUT_TORCHVISION = {"pyarrow", "numba", "matplotlib", "jinja2", "datasets", "huggingface_hub", "tokenizers"}
+WITHOUT_TORCHVISION = {
+    "pyarrow",
+    "numba",
+    "matplotlib",
+    "jinja2",
+    "datasets",
+    "huggingface_hub",
+    "tokenizers",
+}
 """Those whose import cannot meet a torchvision that was built for another torch."""
 
 

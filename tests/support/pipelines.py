@@ -63,6 +63,7 @@ def autoencoder(shifted: bool) -> Any:
 
 
 def encoder(width: int, projected: int, projects: bool) -> Any:
+    ensure_torchvision()
     import transformers
 
     config = transformers.CLIPTextConfig(
@@ -74,6 +75,7 @@ def encoder(width: int, projected: int, projects: bool) -> Any:
 
 def words() -> Any:
     """A tokenizer of CLIP's kind for the letters of a few words."""
+    ensure_torchvision()
     import transformers
 
     letters = ["<|startoftext|>", "<|endoftext|>", *"adfghkop", *(f"{c}</w>" for c in "adgkost")]
@@ -82,13 +84,14 @@ def words() -> Any:
     return transformers.CLIPTokenizer(vocab=folder_words, merges=[], model_max_length=LETTERS)
 
 
-def clip(folder: Path) -> Path:
+def clip(folder: Path, seed: int = 3) -> Path:
     """A CLIP with random weights, as transformers saves it."""
+    ensure_torchvision()
     import transformers
 
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
+        torch.manual_seed(seed)
         config = transformers.CLIPConfig(
             text_config={**sizes, "vocab_size": VOCABULARY, "max_position_embeddings": LETTERS, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1},
             vision_config={**sizes, "image_size": 16, "patch_size": 8},

@@ -60,6 +60,8 @@ CARD = {
 }
 
 ENCODERS = ("", "_2")
+ABSENT = 256
+"""Tokens of the encoder that is left out, as many as the pipeline has of it; zeros take part in the softmax, too."""
 
 
 class StableDiffusion3(Denoising):
@@ -99,7 +101,8 @@ class StableDiffusion3(Denoising):
             pooled.append(found.text_embeds)
         clip, width = torch.cat(states, dim=-1), int(self.told["joint_attention_dim"])
         padded = functional.pad(clip, (0, width - clip.shape[-1]))
-        return torch.cat([padded, torch.zeros_like(padded)], dim=1), torch.cat(pooled, dim=-1)
+        absent = padded.new_zeros(len(texts), ABSENT, width)
+        return torch.cat([padded, absent], dim=1), torch.cat(pooled, dim=-1)
 
     def scheduler(self) -> Any:
         """Euler along the flow, with the folder's shift of times."""
