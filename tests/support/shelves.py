@@ -31,7 +31,7 @@ def _first(many: int) -> Bits:
 def record(threat: str, counts: dict[str, Count], grid: str = "g", **fields: Any) -> Record:
     """A done record that agrees with itself."""
     given: dict[str, Any] = {
-        "grid": grid, "suite": "s", "backbone": "b", "protocol": "inductive", "threat": threat, "merging": "ta",
+        "grid": grid, "suite": "s", "backbone": "net(path=a-folder-of-a-long-name, resolution=56)", "protocol": "inductive", "threat": threat, "merging": "ta",
         "attack": "none", "defense": "none", "subject": "" if threat == "clean" else "s/a", "target_class": 0,
         "experts": ["s/a", "s/b"], "seed": 0, "status": "done", **fields,
     }  # fmt: skip
@@ -50,7 +50,7 @@ def record(threat: str, counts: dict[str, Count], grid: str = "g", **fields: Any
 
 def _cost(*roles: str) -> dict[str, dict[str, float]]:
     made = {"seconds": 1.5, "peak_mb": 20.0, "made_seconds": 3.0, "made_peak_mb": 30.0}
-    return {role: made for role in roles}
+    return dict.fromkeys(roles, made)
 
 
 def backdoor(hit: float = 0.8, accurate: float = 0.7, **fields: Any) -> Record:
