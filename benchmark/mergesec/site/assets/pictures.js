@@ -141,18 +141,44 @@ addEventListener("DOMContentLoaded", async () => {
       const options = groups.map((g) => [g, g]);
       const group = picked("contest", options);
       const mine = fronts.filter((r) => contest(r) === group).sort((a, b) => b.BA - a.BA || a.succession - b.succession);
-      const methods = distinct(mine.map((r) => r.method));
-      const points = mine.map((r, at) => ({ ...r, n: at + 1, pair: r.defense === "none" ? r.method : `${r.method} + ${r.defense}`, ...look(methods.indexOf(r.method)) }));
-      const controls = (boards.backdoor ?? []).filter((r) => r.defense === "none" && contest(r) === group && methods.includes(r.method) && known(r.CA) && known(r.succession_clean_merge))
-        .map((r) => ({ ...r, ...look(methods.indexOf(r.method)) }));
+      const by = distinct(mine.map((r) => r.method)).length > 1 ? "method" : "defense"; // what is told apart by its look
+      const kinds = distinct(mine.map((r) => r[by]));
+      const points = mine.map((r, at) => ({ ...r, n: at + 1, pair: r.defense === "none" ? r.method : `${r.method} + ${r.defense}`, ...look(kinds.indexOf(r[by])) }));
+      const controls = (boards.backdoor ?? []).filter((r) => r.defense === "none" && contest(r) === group && kinds.includes(r[by]) && known(r.CA) && known(r.succession_clean_merge))
+        .map((r) => ({ ...r, ...look(kinds.indexOf(r[by])) }));
       place.replaceChildren(make("div", { class: "filters wide" }, chooser("attack", "contest", options, group, (v) => choose("contest", v, draw))),
-        make("div", { class: "plot" }, scatterPlot(points, controls, place.clientWidth)), symbolKey(methods), pointTable(points),
+        make("div", { class: "plot" }, scatterPlot(points, controls, place.clientWidth)), symbolKey(kinds), pointTable(points),
         make("p", { class: "small" }, "Bars: 95 % intervals. The line is the Pareto front: nothing has more accuracy and less ASR at once. Hollow: the same merge of clean experts under the same trigger (control). Numbers are those of the table."));
     };
     draw();
     addEventListener("hashchange", draw);
     addEventListener("mergesec-theme", draw);
     return true;
+  }
+
+  /** Points with the numbers that stand at each: those that lie on each other share one label. */
+  function numbered(points) {
+    const span = (name) => Math.max(...points.map((p) => p[name])) - Math.min(...points.map((p) => p[name])) || 1;
+    const [wide, high] = [span("BA"), span("succession")];
+    const labels = [];
+    for (const p of points) {
+      const near = labels.find((l) => Math.abs(l.BA - p.BA) < wide / 60 && Math.abs(l.succession - p.succession) < high / 30);
+      if (near) near.numbers.push(p.n);
+      else labels.push({ BA: p.BA, succession: p.succession, front: p.front, numbers: [p.n] });
+    }
+    return labels;
+  }
+
+  /** Numbers as text, a run of three or more as its ends. */
+  function told(numbers) {
+    const parts = [];
+    for (let at = 0; at < numbers.length; ) {
+      let end = at;
+      while (numbers[end + 1] === numbers[end] + 1) end += 1;
+      parts.push(end - at > 1 ? `${numbers[at]}–${numbers[end]}` : numbers.slice(at, end + 1).join(", "));
+      at = end + 1;
+    }
+    return parts.join(", ");
   }
 
   function scatterPlot(points, controls, width) {
@@ -168,7 +194,7 @@ addEventListener("DOMContentLoaded", async () => {
         Plot.line(front, { x: (p) => percent(p, "BA"), y: (p) => percent(p, "succession"), curve: "step-after", stroke: "currentColor", strokeWidth: 1 }),
         Plot.dot(controls, { x: (p) => 100 * p.CA, y: (p) => 100 * p.succession_clean_merge, symbol: "symbol", stroke: "currentColor", strokeOpacity: 0.6, r: 5 }),
         Plot.dot(points, { x: (p) => percent(p, "BA"), y: (p) => percent(p, "succession"), symbol: "symbol", fill: "colour", r: 5 }),
-        Plot.text(points, { x: (p) => percent(p, "BA"), y: (p) => percent(p, "succession"), text: (p) => String(p.n), dx: 9, dy: -9, fill: "currentColor", stroke: "var(--paper)", strokeWidth: 4, fontWeight: (p) => (p.front === "yes" ? "bold" : "normal") }),
+        Plot.text(numbered(points), { x: (p) => percent(p, "BA"), y: (p) => percent(p, "succession"), text: (p) => told(p.numbers), textAnchor: "start", dx: 6, dy: -9, fill: "currentColor", stroke: "var(--paper)", strokeWidth: 4, fontWeight: (p) => (p.front === "yes" ? "bold" : "normal") }),
         Plot.tip(points, Plot.pointer({ x: (p) => percent(p, "BA"), y: (p) => percent(p, "succession"), title: (p) => `${p.n} ${p.pair}\naccuracy ${fixed(100 * p.BA)} ${interval(p, "BA")}\nASR ${fixed(100 * p.succession)} ${interval(p, "succession")}`, fill: "var(--paper)" })),
       ],
       symbol: { type: "identity" }, color: { type: "identity" },
