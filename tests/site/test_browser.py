@@ -259,6 +259,25 @@ def test_twenty_thousand_cells(page: Page, tmp_path: Path) -> None:
     page.until("document.querySelector('.count').textContent === '800 of 20000 cells'")
 
 
+def test_tasks_may_have_any_name(page: Page, tmp_path: Path) -> None:
+    """Names that mean something to JavaScript, to the pages or to a browser are columns like others."""
+    tasks = ["__proto__", "constructor", "c0", "text_", HOSTILE, "a/b/c"]
+    one = clean(0.8, experts=tasks)
+    shelve(tmp_path, "g", [one, clean(0.7, merging="avg", experts=tasks)])
+    out = mergesec.write_site(tmp_path).start.parent
+    page.go(f"{(out / 'boards' / 'g-clean.html').as_uri()}#cols=all")
+    page.until(SHOWN)
+    heads = page.ask("[...document.querySelectorAll('.tabulator-col')].map(c => c.textContent.trim())")
+    assert set(tasks) <= set(heads)
+    cells = page.ask("[...document.querySelectorAll('.tabulator-row')].map(r => r.textContent)")
+    assert all("undefined" not in text and "[object" not in text for text in cells)
+    assert sum("80.0" in text for text in cells) == 1 and sum("70.0" in text for text in cells) == 1
+    page.go(f"{(out / 'cell.html').as_uri()}#g/{one.cell}")
+    page.until("!!document.querySelector('h1.cell')")
+    assert set(tasks) <= set(page.ask("[...document.querySelectorAll('tbody th')].map(t => t.textContent)"))
+    assert page.ask("({}).expert === undefined")
+
+
 def test_what_is_of_no_board_is_told(page: Page, tmp_path: Path) -> None:
     """A grid none of whose cells is done still has its page."""
     shelve(tmp_path, "g", [clean(status="failed", reason="it broke")])

@@ -57,12 +57,11 @@ addEventListener("DOMContentLoaded", async () => {
     const chosen = state();
     board = data.boards.find((b) => b.name === chosen.get("board")) ?? data.boards[0];
     if (!board) { home.replaceChildren(make("p", {}, "This grid has no board: no cell is done.")); return; }
-    all = rows({ ...board.columns, ...board.told });
-    all.forEach((row, at) => { row.row_ = at; row.text_ = Object.values(row).filter((v) => typeof v === "string").join(" ").toLowerCase(); });
+    all = T.prepared(rows({ ...board.columns, ...board.told }));
     const which = chosen.get("cols") === "all" ? "all" : "short";
     const intervals = chosen.get("intervals") !== "no";
     columns = described(which, intervals);
-    const fields = { __proto__: null, ...Object.fromEntries(columns.map((c, at) => [c.name, `c${at}`])) };
+    const fields = { __proto__: null, ...Object.fromEntries(columns.map((c, at) => [c.name, T.field(at)])) };
     for (const row of all) for (const c of columns) row[fields[c.name]] = row[c.name];
     const count = make("p", { role: "status", class: "small count" });
     const place = make("div", { class: "board" });

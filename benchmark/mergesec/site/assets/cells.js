@@ -7,8 +7,7 @@ addEventListener("DOMContentLoaded", async () => {
   const FIRST = ["threat", "attack", "defense", "method", "status"];
   let data;
   try { data = await load(home.dataset.key); } catch (error) { failed(home, error); return; }
-  const all = rows(data.columns);
-  all.forEach((row, at) => { row.row_ = at; row.text_ = Object.values(row).filter((v) => typeof v === "string").join(" ").toLowerCase(); });
+  const all = T.prepared(rows(data.columns));
   const units = { accuracy: "percent", ASR: "percent", seed: "count", experts: "count", adversaries: "count", protected: "count" };
   const order = ["cell", "method", "attack", "defense", "subject", "seed", "accuracy", "ASR", "experts", "adversaries", "protected", "secrets", "target_task", "protocol", "contained", "status", "reason"];
   const varied = order.filter((name) => ["cell", "method", "seed", "accuracy"].includes(name) || MergeSec.distinct(all.map((r) => r[name])).filter((v) => v !== null && v !== "").length > 1);

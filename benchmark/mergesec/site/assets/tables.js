@@ -3,6 +3,17 @@
 MergeSec.tables = (() => {
   const { make, shown, interval, distinct, bare, fits } = MergeSec;
   const LABELS = new Set(["attack", "method", "defense", "name"]);
+  /** Fields of a row that are this page's own: no column of a record has a control character in its name. */
+  const [ROW, TEXT, field] = ["\u0001row", "\u0001text", (at) => `\u0001${at}`];
+
+  /** Number the rows and note their words. */
+  function prepared(data) {
+    data.forEach((row, at) => {
+      row[TEXT] = Object.values(row).filter((v) => typeof v === "string").join(" ").toLowerCase();
+      row[ROW] = at;
+    });
+    return data;
+  }
 
   function natural(a, b) {
     if (a === null || a === undefined || a === "") return 1;
@@ -27,12 +38,12 @@ MergeSec.tables = (() => {
     };
   }
 
-  /** The table itself. ``columns`` as Tabulator's, ``data`` with fields c0, c1 … and whatever else. */
+  /** The table itself. ``columns`` as Tabulator's, ``data`` with a field for each and whatever else. */
   function table(element, columns, data, sort, title) {
     return new Tabulator(element, {
       data, columns, layout: "fitData", maxHeight: "80vh", nestedFieldSeparator: false, placeholder: "No row fits the filters",
       initialSort: sort, columnDefaults: { resizable: "header", headerWordWrap: true }, printAsHtml: true, printRowRange: "active",
-      headerSortElement: () => make("span", { class: "arrow", "aria-hidden": "true" }), index: "row_", movableColumns: false,
+      headerSortElement: () => make("span", { class: "arrow", "aria-hidden": "true" }), index: ROW, movableColumns: false,
     });
   }
 
@@ -80,7 +91,7 @@ MergeSec.tables = (() => {
     for (const [key, wanted] of chosen) {
       if (key.startsWith("f.") && wanted && !fits(row[key.slice(2)], wanted)) return false;
     }
-    return words.every((word) => row.text_.includes(word));
+    return words.every((word) => row[TEXT].includes(word));
   }
 
   // ------------------------------------------------------------------ copies
@@ -145,5 +156,5 @@ MergeSec.tables = (() => {
     area.select();
   }
 
-  return { column, table, filters, facets, keeps, copied, copies, natural, shown, interval, LABELS };
+  return { prepared, field, column, table, filters, facets, keeps, copied, copies, natural, shown, interval, LABELS };
 })();
