@@ -21,6 +21,8 @@ from mergesec.anatomy import (
     symmetries,
 )
 from mergesec_methods.protection.defenses._gauges import Draw, move
+from mergesec_tasks.diffusion._network import HEADS as SINGLE_HEADS
+from mergesec_tasks.diffusion._network import WIDTH
 
 HEAD = {
     Kind.HEAD_ORDER,
@@ -86,7 +88,7 @@ def test_every_kind_of_part_is_found(name: str) -> None:
     anatomy = network.anatomy()
     assert {s.kind for s in symmetries(anatomy)} == GROUP[name]
     for block in anatomy.blocks:
-        assert all(a.heads == (4 if name == "single" else HEADS) for a in block.attentions)
+        assert all(a.heads == (SINGLE_HEADS if name == "single" else HEADS) for a in block.attentions)
         if name.startswith("unet"):
             assert [a.cross for a in block.attentions] == [False, True]
             keys = block.attentions[1].key.weight
@@ -129,9 +131,11 @@ def test_what_breaks_a_symmetry_is_refused_by_name(name: str, tensor: str, shape
 
 
 def test_a_table_that_does_not_fit_the_shared_map_is_refused_by_name() -> None:
-    shapes = {n: tuple(t.shape) for n, t in make("single").base.items()} | {"blocks.2.modulation": (6, 64)}
-    with pytest.raises(AnatomyError, match=r"blocks\.2\.modulation has shape \(6, 64\), expected \(6, 128\)"):
-        describe(shapes, 4)
+    shapes = {n: tuple(t.shape) for n, t in make("single").base.items()} | {"blocks.2.modulation": (6, 12)}
+    with pytest.raises(
+        AnatomyError, match=rf"blocks\.2\.modulation has shape \(6, 12\), expected \(6, {WIDTH}\)"
+    ):
+        describe(shapes, SINGLE_HEADS)
 
 
 def test_heads_are_asked_for_by_attention() -> None:

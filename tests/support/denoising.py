@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from mergesec.anatomy import Anatomy, describe, describe_denoiser
 from mergesec.compat import ensure_torchvision
 from mergesec.contracts import ProtectContext, RecoverContext
-from mergesec_tasks.diffusion._network import Generator
+from mergesec_tasks.diffusion._network import HEADS as SINGLE_HEADS
+from mergesec_tasks.diffusion._network import SIDE, Generator
 
 CPU = torch.device("cpu")
 HEADS, GROUPS, TEXT, POOLED = 2, 4, 12, 10
@@ -67,11 +68,10 @@ class Denoiser:
         nn.Module.to(self.network, dtype)  # diffusers' own method warns
         self.network.load_state_dict(weights, strict=True)
         if self.name == "single":
-            asked, moments = torch.tensor([[1, -1], [4, 7]]), torch.tensor([0.1, 0.8]).to(dtype)
+            images = torch.randn(2, 3, SIDE, SIDE, generator=generator).to(dtype)
+            moments, asked = torch.tensor([0.1, 0.8]).to(dtype), torch.tensor([[1, -1], [4, 7]])
             with torch.no_grad():
-                found: Tensor = self.network.eval()(
-                    x.view(2, -1)[:, :256].repeat(1, 3).view(2, 3, 16, 16), moments, asked
-                )
+                found: Tensor = self.network.eval()(images, moments, asked)
             return found.double().flatten(1)
         inputs: dict[str, Any] = {
             "hidden_states": x,
@@ -143,5 +143,5 @@ def make(name: str) -> Denoiser:
     base = random_weights(network, generator)
     expert = {n: w + 0.02 * w.std() * torch.randn(w.shape, generator=generator) for n, w in base.items()}
     shapes = {n: tuple(w.shape) for n, w in base.items()}
-    anatomy = describe(shapes, 4) if name == "single" else describe_denoiser(shapes, HEADS, GROUPS)
+    anatomy = describe(shapes, SINGLE_HEADS) if name == "single" else describe_denoiser(shapes, HEADS, GROUPS)
     return Denoiser(name, network, anatomy, base, expert)
