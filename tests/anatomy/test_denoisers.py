@@ -43,7 +43,10 @@ GROUP = {
     "mmdit_normed": HEAD | ADAPTIVE | NORMED,
     "single": HEAD | ADAPTIVE | {Kind.QUERY_KEY, Kind.KEY_SHIFT},
 }
-PAIRS = [(name, kind) for name in NAMES for kind in Kind if kind in GROUP[name]]
+PAIRS = [
+    (name, kind) for name in ("unet", "dit", "mmdit_normed", "single") for kind in Kind if kind in GROUP[name]
+]
+PAIRS += [("mmdit", Kind.QUERY_KEY), ("mmdit", Kind.KEY_SHIFT), ("unet_linear", Kind.CHANNEL_ORDER)]
 DEAD = ("transformer_blocks.1.attn.add_q_proj", "transformer_blocks.1.attn.norm_added_q")
 """The last block of an MMDiT asks for queries of the text and drops what they find."""
 

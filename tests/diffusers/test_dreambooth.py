@@ -14,8 +14,11 @@ from PIL import Image
 
 from mergesec.contracts import Context, ContractError, DataContext, load_network
 from mergesec.contracts import Model as Loaded
-from mergesec_tasks.diffusers._backbone import texts_of
+from mergesec.recipes import Recipe
+from mergesec.training import fit
+from mergesec_tasks.diffusers._backbone import Denoising, texts_of
 from mergesec_tasks.diffusers.dreambooth import CARDS, Subject
+from mergesec_tasks.diffusers.sd3 import StableDiffusion3
 from mergesec_tasks.diffusers.unet import Unet
 
 needs("diffusers")
@@ -82,6 +85,25 @@ def test_alignment_is_the_mean_cosine_with_what_was_asked_for(
     assert sum(halves) / 2 == pytest.approx(value, abs=1e-6)
     assert torch.equal(found.predictions, task.predictions(cosines))
     assert found.kept["images"].shape == (4, 3, 16, 16)
+
+
+@pytest.mark.parametrize("kind", [Unet, StableDiffusion3])
+def test_experts_are_trained_whole_or_as_low_rank_updates(
+    photographs: Path, judge: Path, pipeline: Callable[[str], Path], kind: type[Denoising]
+) -> None:
+    backbone = kind(str(pipeline("unet" if kind is Unet else "mmdit_normed")), 2, 2.0)
+    task, base = subject(judge), backbone.base_weights()
+    splits = loaded(task, photographs)
+    for rank in (0, 2):
+        recipe = Recipe(steps=2, batch_size=2, learning_rate=1e-3, lora_rank=rank)
+        expert = fit(backbone, task, base, {}, splits["train"], recipe, 0, CPU)
+        changed = {n for n, t in expert.items() if not torch.equal(t, base[n])}
+        if not rank:
+            assert len(changed) > 0.9 * len(base) - 10
+            continue
+        assert changed <= set(backbone.anatomy().matrices) and len(changed) > 10
+        name = sorted(changed)[0]
+        assert torch.linalg.matrix_rank((expert[name] - base[name]).double(), rtol=1e-4) <= rank
 
 
 def test_a_judge_that_sees_no_subject_is_none(photographs: Path, judge: Path) -> None:
