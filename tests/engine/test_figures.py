@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import builtins
+import importlib.util
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,13 @@ import pytest
 
 from mergesec.errors import UsageError
 from mergesec.evidence.boards import make_boards
-from mergesec.evidence.records import Component, Count, Record, count
+from mergesec.evidence.records import Component, Count, Record, count, read_records
 from mergesec.figures.backdoor import mask_sparsity
 from mergesec.figures.canvas import Caption, Picture, limits, look_of, require_matplotlib
 from mergesec.figures.gallery import chosen, make_figures, write_figures
 from mergesec.figures.sweeps import find_sweeps
 
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("query", "up", "all")
 
 
@@ -488,3 +491,22 @@ def test_whiskers_of_equal_distances_do_not_reach_below_nothing() -> None:
         for r in records
     ]
     assert "protection-distances" in _drawn(records)
+
+
+def test_pages_show_pictures_that_are_drawn_from_shipped_records() -> None:
+    """docs/pictures.py draws what pages show, and nothing else; the fast ones are what it would draw now."""
+    spec = importlib.util.spec_from_file_location("pictures", ROOT / "docs" / "pictures.py")
+    assert spec and spec.loader
+    pictures = importlib.util.module_from_spec(spec)
+    sys.modules["pictures"] = pictures
+    spec.loader.exec_module(pictures)
+    pages = "".join(path.read_text() for path in (ROOT / "docs" / "results").glob("*.md"))
+    assert set(pictures.SHOWN) == set(re.findall(r"\(\.\./figures/([\w-]+)\.svg\)", pages))
+    assert set(pictures.SHOWN) <= {path.stem for path in pictures.FOLDER.glob("*.svg")}
+    shown = pictures.SHOWN["backdoor-experts"]
+    records = read_records(ROOT / "results" / "records", shown.grid)
+    (picture,) = [p for p in make_figures(records, shown.width) if p.name == shown.picture]
+    title = " ".join(picture.figure.get_suptitle().split())
+    assert shown.grid in title
+    with pytest.raises(UsageError, match="did you mean 'backdoor-experts'"):
+        pictures.main(["backdoor-expert"])

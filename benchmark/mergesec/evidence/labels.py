@@ -23,7 +23,9 @@ def label_key(short: Mapping[str, str]) -> list[str]:
 
 
 def _told_apart(name: str, labels: Sequence[str], most: int) -> list[tuple[str, str]]:
-    given = {label: _parameters(label) for label in labels}
+    given = {
+        label: _parameters(label) for label in sorted(labels)
+    }  # the same names in whatever order they come
     keys = _deciding(list(given.values()))
     found = []
     for number, (label, parameters) in enumerate(given.items(), 1):

@@ -247,7 +247,7 @@ NOTHING = (float("nan"),) * 3
 
 # --------------------------------------------------------------------------- heat maps
 
-_ROW, _LEAST, _MOST = 0.28, 0.37, 0.75
+_ROW, _LEAST, _MOST = 0.28, 0.36, 0.75
 """Inches: a cell's height, the least width in which its numbers can be read, the most that it needs."""
 _LETTER = 0.058
 _BETWEEN = 0.12
@@ -476,7 +476,7 @@ def curve_sheets(
         for i, line in enumerate(chunk):
             for j, panel in enumerate(line):
                 panels.append(figure.add_subplot(grid[i, j]))
-                _curve_panel(panels[-1], panel, int(caption.width / most * 13))
+                _curve_panel(panels[-1], panel, int(caption.width / most * 14.5))
         put_legend(figure.add_subplot(grid[-1, :]), handles_of(panels), columns)
         yield Picture(numbered(name, page, len(pages)), figure)
 
