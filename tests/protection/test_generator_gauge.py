@@ -10,6 +10,8 @@ import torch
 from denoising import NAMES, Denoiser, make
 
 from mergesec.anatomy import UP_TO_EPSILON, Kind, symmetries
+from mergesec.contracts import Expert
+from mergesec_methods.merging.git_rebasin import GitRebasin
 from mergesec_methods.protection.attacks.aga import Aga
 from mergesec_methods.protection.attacks.coupled import Coupled
 from mergesec_methods.protection.attacks.realign import Realign
@@ -155,3 +157,15 @@ def test_every_element_of_the_whole_group_is_undone(name: str, seed: int) -> Non
     assert gap(network, recovered, network.expert) < 3e-4
     assert distance(recovered, unprotected(name)) < 2e-3 * tau
     assert off(network, recovered) < 0.05
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_git_rebasin_moves_only_what_may_be_moved(name: str) -> None:
+    """Hidden units and heads of every attention, but of two streams with one softmax, and of norms that heads share."""
+    network = make(name)
+    published = RandomPermutation().protect(network.expert, network.protect_context()).weights
+    (aligned,), moved = GitRebasin("ties", "base", "inner").align(
+        network.base, [Expert("victim", published)], network.anatomy()
+    )
+    assert moved["victim"] > 0
+    assert gap(network, dict(aligned.weights), network.expert) < 3e-4

@@ -172,11 +172,14 @@ def distances(backbone: Any, weights: Weights, reference: Weights) -> dict[str, 
     kinds: dict[str, str] = {}
     try:
         for block in backbone.anatomy().blocks:
-            attention, mlp = block.attention, block.mlp
-            for kind, linear in (
-                ("query", attention.query), ("key", attention.key), ("value", attention.value),
-                ("output", attention.output), ("up", mlp.up), ("gate", mlp.gate), ("down", mlp.down),
-            ):  # fmt: skip
+            named = [
+                (kind, getattr(side, kind))
+                for attention in block.attentions
+                for side in attention.sides
+                for kind in ("query", "key", "value", "output")
+            ]
+            named += [(kind, getattr(mlp, kind)) for mlp in block.mlps for kind in ("up", "gate", "down")]
+            for kind, linear in named:
                 if linear is not None:
                     kinds.setdefault(linear.weight, kind)
     except AnatomyError:

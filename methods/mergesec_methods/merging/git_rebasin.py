@@ -253,12 +253,16 @@ def match_group(group: Group, base: Weights, experts: Sequence[Weights], referen
 
 
 def groups(anatomy: Anatomy, attention: str) -> list[Group]:
-    """All groups of a network; ``attention`` is ``"none"``, ``"heads"`` or ``"inner"``."""
+    """All groups of a network; ``attention`` is ``"none"``, ``"heads"`` or ``"inner"``.
+
+    Two streams with one softmax stay as they are; normed queries and keys keep the order of their coordinates.
+    """
     found: list[Group] = []
     for block in anatomy.blocks:
-        found.append(HiddenUnits(block.mlp))
-        if attention != "none":
-            found.append(Heads(block.attention, attention == "inner"))
+        found += [HiddenUnits(mlp) for mlp in block.mlps]
+        for part in block.attentions if attention != "none" else ():
+            if part.joint is None:
+                found.append(Heads(part, attention == "inner" and part.head_norm is None))
     return found
 
 

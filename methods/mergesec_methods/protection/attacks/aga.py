@@ -6,7 +6,9 @@ is an anchor for the unknown transform. In this order:
 * Attention. For each head and each of Q, K, V (transposed rows) and O (columns), with X the protected
   slice ``[d_model, head_dim]`` and X_base the base's: ``T = (XᵀX + ρI)⁻¹ Xᵀ X_base``, ``X ← X T``, and for
   Q, K, V ``b ← b T``; the output bias stays. The four are solved independently, as published, so
-  the function is kept only approximately; ``X T`` is X_base projected on the expert's column space.
+  the function is kept only approximately; ``X T`` is X_base projected on the expert's column space. Both streams of a
+  joint attention have maps of their own, fitted each by itself; norms on queries and keys are not in the paper, and
+  are not minded.
 * MLP. Cost ``−cos(up row i, base up row j)``, linear assignment, rows and biases of up and columns of
   down put in the base's order.
 
