@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from mergesec.planning.catalog import Entry
 
 
-EXTRAS = {"transformers": "real", "open_clip_torch": "clip", "fusion-bench": "fusionbench", "numba": "fast"}
+EXTRAS = {
+    "transformers": "real", "open_clip_torch": "clip", "fusion-bench": "fusionbench", "numba": "fast",
+    "diffusers": "diffusion",
+}  # fmt: skip
 """Optional packages → the extra that brings each."""
 
 
