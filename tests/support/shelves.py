@@ -43,9 +43,10 @@ def record(threat: str, counts: dict[str, Count], grid: str = "g", **fields: Any
     shown = readable_name(threat, *parts.values(), given["subject"], given["seed"])
     text = json.dumps({k: str(v) for k, v in given.items()}, sort_keys=True)
     given["cell"] = f"{shown}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
-    roles = {name.split("/")[1] for name in counts} if given["status"] == "done" else set()
-    given.setdefault("steps", {role: f"{role}-key" for role in sorted(roles)})
-    return Record(**given, counts=counts if given["status"] == "done" else {})
+    if given["status"] != "done":
+        return Record(**{**given, "cost": {}})
+    given.setdefault("steps", {role: f"{role}-key" for role in sorted({n.split("/")[1] for n in counts})})
+    return Record(**given, counts=counts)
 
 
 def _cost(*roles: str) -> dict[str, dict[str, float]]:
