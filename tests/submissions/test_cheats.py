@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mergesec.evidence.records import SUBMISSION, Count, count
+from mergesec.evidence.records import SUBMISSION, Count, count, read_records
+from mergesec.submissions import rerun
 from mergesec.submissions.findings import Finding
 from mergesec.submissions.packing import pack
 
@@ -81,6 +82,21 @@ def test_a_record_edited_and_packed_again_does_not_survive_a_rerun(desk: Any, en
     reasons = desk.refusals(entry, rerun=True, full=True)
     assert len(reasons) == 1
     assert "acc of merge on micro/blobs: submitted 100.0, run again" in reasons[0]
+
+
+def test_a_count_left_out_and_a_value_that_was_never_measured(desk: Any, entry: Path) -> None:
+    def change(fields: dict[str, Any]) -> None:
+        del fields["counts"]["acc/merge/micro/blobs"]
+        fields["values"]["screen/caught"] = 1.0
+
+    shutil.copytree(entry, desk.home / "before")
+    edit(cell(entry, DEFENDED), change)
+    old = read_records(entry / "records", "halfback")
+    new = {r.cell: r for r in read_records(desk.home / "before" / "records", "halfback")}
+    (told,) = rerun.lacking({r.cell: r for r in old}, new)
+    assert told.endswith("acc/merge/micro/blobs: counted on one side alone")
+    (told,) = rerun.other_values({r.cell: r for r in old}, new)
+    assert told.endswith("screen/caught: submitted 1, run again nan")
 
 
 def test_a_control_edited_in_one_of_the_cells_that_share_it(desk: Any, entry: Path) -> None:

@@ -143,6 +143,10 @@ def _rerun(
         return
     report.findings.pop()  # said again below, with the numbers
     report.rerun = tuple(again)
+    if wrong := rerun.lacking(records, again):
+        report.told(title, wrong)
+        return
+    report.findings += [Finding("no rates", "note", why) for why in rerun.other_values(records, again)]
     found = rerun.pairs(records, again)
     report.differences = tuple(rerun.differences(found))
     report.told(title, rerun.too_far(found) or rerun.drifted(report.differences))

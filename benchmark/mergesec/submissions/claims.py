@@ -197,27 +197,33 @@ def _axes(cell: Cell, grid: Grid) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def outcomes(record: Record) -> dict[tuple[str, str, str], Count]:
-    """A record's counts by (key of the step that measured them, metric, task)."""
-    found = {}
-    for key, counted in record.counts.items():
-        metric, role, task = key.split("/", 2)
-        ends = TRIGGERED if metric in ("asr", "ra") else ""
-        names = [Role.VERIFY.of(role)] if metric == "mark" else [f"{role}{ends}", f"{role}:{task}{ends}"]
-        step = next((record.steps[name] for name in names if name in record.steps), record.cell)
-        found[step, metric, task] = counted
-    return found
+class Measured(NamedTuple):
+    """What was measured where: by which step, what, on which task."""
+
+    step: str
+    metric: str
+    task: str
+
+
+def measured(record: Record, key: str) -> Measured:
+    """What a record's count is of. Cells, and roles of one cell, may share a step."""
+    metric, role, task = key.split("/", 2)
+    ends = TRIGGERED if metric in ("asr", "ra") else ""
+    names = [Role.VERIFY.of(role)] if metric == "mark" else [f"{role}{ends}", f"{role}:{task}{ends}"]
+    step = next((record.steps[name] for name in names if name in record.steps), record.cell)
+    return Measured(step, metric, task)
 
 
 def _two_outcomes(records: Iterable[Record]) -> list[str]:
     """Cells share their controls: what one step measured must be the same wherever it is told."""
-    first: dict[tuple[str, str, str], tuple[Count, str]] = {}
+    first: dict[Measured, tuple[Count, str]] = {}
     wrong: dict[str, None] = {}
     for record in records:
-        for place, counted in outcomes(record).items():
+        for key, counted in record.counts.items():
+            place = measured(record, key)
             before, cell = first.setdefault(place, (counted, record.cell))
             if before != counted:
-                told = f"{place[1]} on {brief(place[2])} of one and the same step"
+                told = f"{place.metric} on {brief(place.task)} of one and the same step"
                 wrong[f"{cell} and {record.cell} tell of {told} differently"] = None
     return list(wrong)[:SHOWN]
 

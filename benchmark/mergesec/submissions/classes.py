@@ -34,13 +34,16 @@ def _own(cls: type[Any], base: type[Any], name: str) -> bool:
 
 
 def _parameters(cls: type[Any], told: set[str]) -> list[str]:
-    """Parameters of the card that the class does not take, and those it takes that the card does not tell of."""
+    """Parameters of the card that the class does not take, and those it needs that the card does not tell of."""
     if cls.__init__ is object.__init__:
         return [f"the class takes no parameter {name!r}" for name in sorted(told)]
     signature = inspect.signature(cls).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in signature):
         return []
-    taken = {p.name for p in signature if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    return [f"the class takes no parameter {name!r}" for name in sorted(told - taken)] + [
-        f"the class takes {name!r}, which the card does not tell of" for name in sorted(taken - told)
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    taken = {p.name: p.default is p.empty for p in signature if p.kind in kinds}
+    return [f"the class takes no parameter {name!r}" for name in sorted(told - taken.keys())] + [
+        f"the class needs {name!r}, which the card does not tell of"
+        for name, needed in sorted(taken.items())
+        if needed and name not in told
     ]

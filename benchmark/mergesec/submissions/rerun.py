@@ -18,7 +18,7 @@ from mergesec.execution.scheduler import Reporter
 from mergesec.execution.session import Session, run_session
 from mergesec.execution.store import CorruptArtifact
 from mergesec.planning.plan import CellPlan, needed_steps
-from mergesec.submissions.claims import outcomes, takes_part
+from mergesec.submissions.claims import Measured, measured, takes_part
 from mergesec.submissions.findings import Difference
 
 SHARE = 10
@@ -101,13 +101,33 @@ class Pair(NamedTuple):
 
 def pairs(submitted: Mapping[str, Record], again: Mapping[str, Record]) -> list[Pair]:
     """Every count of the cells that were run again; of a step that several cells share, once."""
-    found: dict[tuple[str, str, str], Pair] = {}
+    found: dict[Measured, Pair] = {}
     for cell, new in again.items():
-        old = submitted[cell]
-        for (place, ours), key in zip(outcomes(new).items(), new.counts, strict=True):
+        for key, ours in new.counts.items():
             metric, role, task = key.split("/", 2)
-            found.setdefault(place, Pair(metric, role, task, new.seed, cell, old.counts[key], ours))
+            pair = Pair(metric, role, task, new.seed, cell, submitted[cell].counts[key], ours)
+            found.setdefault(measured(new, key), pair)
     return list(found.values())
+
+
+def lacking(submitted: Mapping[str, Record], again: Mapping[str, Record]) -> list[str]:
+    """Counts that a cell has here and not in what was submitted, or the other way round."""
+    odd = {cell: submitted[cell].counts.keys() ^ new.counts.keys() for cell, new in again.items()}
+    return [
+        f"{cell}: {', '.join(sorted(keys))}: counted on one side alone" for cell, keys in odd.items() if keys
+    ]
+
+
+def other_values(submitted: Mapping[str, Record], again: Mapping[str, Record]) -> list[str]:
+    """Numbers that are no rates and differ by more than the tolerance, of 1 or of themselves."""
+    told = []
+    for cell, new in again.items():
+        old = submitted[cell].values
+        for name in sorted(old.keys() | new.values.keys()):
+            a, b = old.get(name, math.nan), new.values.get(name, math.nan)
+            if not abs(a - b) <= TOLERANCE * max(1.0, abs(b)):
+                told.append(f"{cell}: {name}: submitted {a:.4g}, run again {b:.4g}")
+    return told
 
 
 def differences(found: Iterable[Pair]) -> list[Difference]:

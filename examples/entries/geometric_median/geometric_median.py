@@ -37,8 +37,9 @@ class GeometricMedian(MergeMethod):
         self.steps = steps
 
     def merge(self, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> Merged:
-        """Integer buffers keep the base's value."""
-        names = [name for name, tensor in base.items() if tensor.is_floating_point()]
+        """Integer buffers keep the base's value. Names are sorted: what order a mapping has is not promised, and
+        sums of floats depend on it."""
+        names = sorted(name for name, tensor in base.items() if tensor.is_floating_point())
         vectors = torch.stack(
             [torch.cat([(e.weights[n] - base[n]).float().flatten() for n in names]) for e in experts]
         )

@@ -31,7 +31,8 @@ CARD = {
 
 
 class Jitter(Attack):
-    """w ← w + noise · std(w) · ε, ε ~ N(0, 1), tensor by tensor in their order."""
+    """w ← w + noise · std(w) · ε, ε ~ N(0, 1), tensor by tensor in the order of their names: a mapping's own is not
+    promised."""
 
     def __init__(self, noise: float) -> None:
         self.noise = noise
@@ -40,7 +41,7 @@ class Jitter(Attack):
         """Tensors of fewer than two numbers have no spread and stay as they are."""
         generator = ctx.generator()
         recovered = dict(published)
-        for name, w in published.items():
+        for name, w in sorted(published.items()):
             if w.is_floating_point() and w.numel() > 1:
                 drawn = torch.randn(w.shape, generator=generator).to(w)
                 recovered[name] = w + self.noise * w.std() * drawn
