@@ -270,6 +270,16 @@ def test_weights_of_another_pipeline_are_named(pipeline: Pipeline, tmp_path: Pat
         inspect("diffusers-unet", {"path": str(tmp_path / "broken")}, "suite.backbone", {})
 
 
+def test_an_expert_of_another_size_is_named(pipeline: Pipeline, tmp_path: Path) -> None:
+    shutil.copytree(pipeline("dit"), tmp_path / "wide")
+    file = tmp_path / "wide" / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({**load_file(file), "proj_out_2.weight": torch.zeros(16, 20)}, file)
+    base, experts = {"path": str(pipeline("dit"))}, {"suite.experts.one": str(tmp_path / "wide")}
+    told = r"suite\.experts\.one.*'proj_out_2.weight' is \[16, 20\], of the base it is"
+    with pytest.raises(UsageError, match=told):
+        inspect("diffusers-dit", base, "suite.backbone", experts)
+
+
 def test_only_safetensors_are_read(pipeline: Pipeline, tmp_path: Path) -> None:
     folder = tmp_path / "pickled"
     shutil.copytree(pipeline("unet"), folder)
@@ -301,6 +311,8 @@ def test_factors_for_another_base_are_named(pipeline: Pipeline, tmp_path: Path) 
         with pytest.raises(UsageError) as error:
             backbone.published(str(file))
         assert told in str(error.value) and file.name in str(error.value)
+        with pytest.raises(UsageError, match=r"suite\.experts\.one"):  # the plan finds it, too
+            inspect("diffusers-unet", {"path": str(backbone.path)}, "x", {"suite.experts.one": str(file)})
     save_file(good, tmp_path / "dora.safetensors", {"lora_adapter_metadata": '{"unet.use_dora": true}'})
     with pytest.raises(UsageError, match="use_dora is set"):
         backbone.published(str(tmp_path / "dora.safetensors"))

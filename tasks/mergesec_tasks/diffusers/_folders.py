@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from mergesec.errors import UsageError, nearest
 from mergesec.files import brief, is_file, is_folder
 from mergesec.modelfiles import CONFIG, PICKLES, Stored, header, read_json, shown
+from mergesec_tasks.diffusers._factornames import alphas, places
 
 INDEX = "model_index.json"
 SINGLE = "diffusion_pytorch_model.safetensors"
@@ -196,7 +197,10 @@ def is_factors(place: Path) -> bool:
 def check_expert(place: Path, base: Path, kind: Kind, who: str) -> None:
     """UsageError unless an expert is the base's network with other weights, or factors for it."""
     if is_factors(place):
-        header(place if is_file(place) else place / FACTORS, who)
+        file = place if is_file(place) else place / FACTORS
+        shapes = {name: tensor.shape for name, tensor in stored(base / kind.part, who).items()}
+        places(file, shapes, kind.part, who)
+        alphas(file, kind.part, who)
         return
     if is_file(place / ADAPTER):
         return  # read by mergesec.adapters, which names what does not fit
