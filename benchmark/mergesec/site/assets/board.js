@@ -71,8 +71,9 @@ addEventListener("DOMContentLoaded", async () => {
       ...(board.note ? [make("p", { class: "note" }, board.note.split("`").map((part, at) => (at % 2 ? make("code", {}, part) : part)))] : []),
     );
     const wide = matchMedia("(min-width: 700px)").matches;
+    const widest = (c) => (T.LABELS.has(c.name) ? (wide ? 340 : 180) : c.unit === "text" ? (wide ? 420 : 240) : undefined);
     const made = columns.map((c, at) => T.column(fields[c.name], c.title, {
-      numeric: c.unit !== "text", width: T.LABELS.has(c.name) ? 340 : c.unit === "text" ? 420 : undefined, frozen: wide && at === 0 && T.LABELS.has(c.name),
+      numeric: c.unit !== "text", width: widest(c), frozen: wide && at === 0 && T.LABELS.has(c.name),
       content: (row) => content(c.name, row, intervals),
     }));
     made.push(T.column("cells_done", "cells", { numeric: true, content: cellsOf }));
