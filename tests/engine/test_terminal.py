@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
 
+from mergesec.cli import progress as told
 from mergesec.cli import show
 from mergesec.cli.progress import Progress
 from mergesec.cli.run_verb import print_boards
@@ -166,6 +168,7 @@ def test_a_bar_tells_steps_cells_and_time(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _on_a_terminal(monkeypatch)
+    monkeypatch.setattr(told, "time", SimpleNamespace(monotonic=lambda: 100.0))
     progress = Progress()
     progress.start(4, 2, Reached(1, 3, None))
     assert progress._told() == "0/4 steps, 1/3 cells, 0.0s"

@@ -200,7 +200,7 @@ def blank(size: tuple[float, float], what: str, caption: Caption, note: str = ""
             *textwrap.wrap(f"{caption.grid} · {caption.facts}", int(width * 12)),
         ]
     )
-    foot = "\n".join(textwrap.wrap(f"{note} {caption.partial}".strip(), int(width * 20)))
+    foot = "\n".join(textwrap.wrap(f"{note} {caption.partial}".strip(), int(width * 18.5)))
     extra = 0.35 + 0.15 * title.count("\n") + 0.115 * (foot.count("\n") + 1)
     figure = Figure(figsize=(width, height + extra), layout=ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.05))
     figure.suptitle(title, x=0.01, ha="left", fontsize=9)
