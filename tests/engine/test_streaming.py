@@ -285,7 +285,7 @@ OUT = ["--out", "out.safetensors"]
         (["ties", *ONE, *OUT], "--base"),
         (["ties", *BASE, *OUT], "--expert"),
         (["ties", *GOOD], "--out"),
-        (["ties", *BASE, "--expert", "expert0.safetensors", *OUT], "not NAME=PATH"),
+        (["ties", *BASE, "--expert", "=expert0.safetensors", *OUT], "neither NAME=PATH nor a path"),
         (["ties", *BASE, *ONE, *ONE, *OUT], "two experts are called 'a'"),
         (["ties", *BASE, "--expert", "a=absent.safetensors", *OUT], "absent.safetensors"),
         (["ties", *BASE, "--expert", "a=pickled.bin", *OUT], "pickle"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from mergesec.cli.complete import merge_names
 from mergesec.cli.options import Plugins
 from mergesec.errors import UsageError, nearest
 from mergesec.files import brief, plain
+from mergesec.streaming.beside import check_copies, copy_beside
 
 if TYPE_CHECKING:
     from mergesec.planning.catalog import Catalog
@@ -30,11 +32,14 @@ def main(
     method: Annotated[
         str, typer.Argument(help="a merge method that needs no data", autocompletion=merge_names)
     ],
-    parameters: Annotated[list[str] | None, typer.Argument(help="key=value, see bench info METHOD")] = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PATH|KEY=VALUE", help="experts; then parameters, see bench info METHOD"),
+    ] = None,
     base: Annotated[
         Path | None, typer.Option(help="the base: a .safetensors file, or a folder with one or with shards")
     ] = None,
-    expert: Annotated[list[str] | None, typer.Option(help="NAME=PATH, once per expert")] = None,
+    expert: Annotated[list[str] | None, typer.Option(help="NAME=PATH or PATH, once per expert")] = None,
     out: Annotated[Path | None, typer.Option(help="a .safetensors file or a folder")] = None,
     shard_size: Annotated[str, typer.Option(help="largest file, e.g. 5GB; empty = one file")] = "",
     seed: Annotated[int, typer.Option(help="for methods that draw at random")] = 0,
@@ -42,17 +47,23 @@ def main(
         int | None, typer.Option(help="threads, of linear algebra too (default: all cores)")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace what is there")] = False,
+    copy_config: Annotated[
+        bool,
+        typer.Option("--copy-config", help="put the base's configuration and tokenizer beside the result"),
+    ] = False,
     plugin: Plugins = None,
 ) -> None:
     from mergesec.planning.catalog import load_catalog
 
     catalog = load_catalog(plugin or ())
     entry = catalog.get("merging", method, "METHOD")
-    bound = entry.card.bind(method, _values(parameters or ()))
-    if base is None or out is None or not expert:
-        missing = "--base" if base is None else "--expert" if not expert else "--out"
-        raise UsageError(missing, "is needed; bench merge METHOD --base PATH --expert NAME=PATH --out PATH")
-    paths = _experts(expert)
+    bare, pairs = _told_apart(words or ())
+    bound = entry.card.bind(method, _values(pairs))
+    given = [*bare, *(expert or ())]
+    if base is None or out is None or not given:
+        missing = "--base" if base is None else "--expert" if not given else "--out"
+        raise UsageError(missing, "is needed; bench merge METHOD PATH... --base PATH --out PATH")
+    paths = _experts(given)
     _check_count(method, entry.card.experts, len(paths))
     limit = _bytes(shard_size) if shard_size else None
     if limit is not None and out.suffix == ".safetensors":
@@ -61,8 +72,10 @@ def main(
         raise UsageError("--threads", f"must be at least 1, got {threads}")
 
     from mergesec.streaming.merging import unfit
-    from mergesec.streaming.reading import open_weights
+    from mergesec.streaming.reading import open_expert, open_weights
 
+    if copy_config:
+        check_copies(base, out, force)
     if reason := unfit(entry.load(), entry.card.output, entry.card.wraps):
         raise UsageError("METHOD", f"{method} {reason}{nearest(method, _streaming(catalog))}")
     if bound.get("scaling") == "tuned":
@@ -70,8 +83,10 @@ def main(
     if threads is not None:
         _limit(threads)
     weights = open_weights(base, "--base")
-    experts = {name: open_weights(path, f"--expert {name}") for name, path in paths.items()}
+    experts = {name: open_expert(path, weights, f"--expert {name}") for name, path in paths.items()}
     _merge(entry.create(bound), bound, weights, experts, out, limit, seed, force)
+    for path in copy_beside(base, out) if copy_config else ():
+        print(plain(str(path)))
 
 
 def _merge(
@@ -138,7 +153,7 @@ def _values(pairs: list[str] | tuple[str, ...]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, _ = pair.partition("=")
         if not equals or not key.isidentifier():
-            raise UsageError("parameter", f"{brief(pair)!r} is not key=value")
+            raise UsageError("parameter", f"{brief(pair)!r} is not key=value, nor a file or folder")
         if key in found:
             raise UsageError("parameter", f"{key} is given twice")
         try:
@@ -150,20 +165,35 @@ def _values(pairs: list[str] | tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
-def _experts(given: list[str]) -> dict[str, Path]:
+def _told_apart(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Paths of experts, and parameters: what looks like one is a parameter unless a file or folder is called so."""
+    pairs = [word for word in words if re.match(r"[A-Za-z_]\w*(=|$)", word) and not Path(word).exists()]
+    return [word for word in words if word not in pairs], pairs
+
+
+def _experts(given: Sequence[str]) -> dict[str, Path]:
+    """NAME=PATH, or a path, whose name is the expert's."""
     paths: dict[str, Path] = {}
     for text in given:
         name, equals, path = text.partition("=")
-        if not (equals and name and path):
-            raise UsageError("--expert", f"{brief(text)!r} is not NAME=PATH")
+        if not equals or Path(text).exists():
+            name, path = _stem(Path(text)), text
+        if not (name and path):
+            raise UsageError("--expert", f"{brief(text)!r} is neither NAME=PATH nor a path")
         if plain(name) != name or len(name) > _LETTERS:
             raise UsageError(
                 "--expert", f"the name {brief(name)!r} cannot be printed or exceeds {_LETTERS} characters"
             )
         if name in paths:
-            raise UsageError("--expert", f"two experts are called {name!r}")
+            raise UsageError("--expert", f"two experts are called {name!r}; give NAME=PATH")
         paths[name] = Path(path)
     return paths
+
+
+def _stem(path: Path) -> str:
+    """What an expert is called by its path: the folder's name, where files in folders are called alike."""
+    alike = path.name in ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+    return path.resolve().parent.name if alike else path.name.removesuffix(".safetensors")
 
 
 def _check_count(method: str, bounds: tuple[int, int], count: int) -> None:

@@ -60,6 +60,21 @@ class Extent:
         return torch.frombuffer(view, dtype=self.dtype, count=count, offset=skip).view(self.shape)
 
 
+@dataclass(frozen=True)
+class Changed(Extent):
+    """A tensor of a file as somebody's factors change it, made anew at every look; float32."""
+
+    change: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def of(cls, extent: Extent, change: Callable[[Tensor], Tensor]) -> Changed:
+        return cls(extent.file, extent.stamp, extent.start, extent.dtype, extent.shape, change)
+
+    def read(self) -> Tensor:
+        """The changed tensor."""
+        return self.change(super().read())
+
+
 def _stamp(file: Path | int) -> tuple[int, int, int]:
     found = os.stat(file)
     return found.st_ino, found.st_size, found.st_mtime_ns

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergesec.adapterconfig import FACTORS, is_adapter
+from mergesec.adapters import changes
 from mergesec.errors import UsageError
 from mergesec.files import brief, is_file, is_folder, plain
-from mergesec.streaming.mapped import Extent, LazyWeights, read_file
+from mergesec.streaming.mapped import Changed, Extent, LazyWeights, read_file
 from mergesec.streaming.meaning import check_config, check_tensors
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -44,6 +46,17 @@ def open_weights(path: Path, field: str) -> LazyWeights:
         raise UsageError(field, f"{path} holds no tensors")
     check_tensors(weights, field)
     return LazyWeights(weights.extents, weights.metadata, config)
+
+
+def open_expert(path: Path, base: LazyWeights, field: str) -> LazyWeights:
+    """What ``open_weights`` opens, or ``base`` with the adapter in a folder, whose maps are made when they are read."""
+    folder = path.parent if path.name == FACTORS else path
+    if not is_adapter(folder, field):
+        return open_weights(path, field)
+    extents = dict(base.extents)
+    for name, change in changes(base, folder, field).items():
+        extents[name] = Changed.of(extents[name], change)
+    return LazyWeights(extents, base.metadata, base.config)
 
 
 def _read(path: Path, field: str) -> LazyWeights:
