@@ -155,6 +155,19 @@ def test_what_cannot_be_compared_is_told_with_the_reason(
     assert found.pairs == 8
 
 
+def test_numbers_that_are_no_rates_are_told_without_an_interval(
+    sides: tuple[Path, Path], bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _change(sides[0], lambda r: r.update(values={"distance/x": 1.0, "same": 2.0, "gone": 3.0}))
+    cell = _change(sides[1], lambda r: r.update(values={"distance/x": 1.5, "same": 2.0 + 1e-9}))
+    found = _compared(sides)
+    assert found.alike == 9 and not found.beyond(0)
+    told = {r["measure"]: (r["cell"], r["A"], r["B"]) for r in found.of("value")}
+    assert told == {"distance/x": (cell, 1.0, 1.5), "gone": (cell, 3.0, None)}
+    assert bench(["compare", *map(str, sides), "--tolerance", "0"]) == 0
+    assert f"{cell}: gone 3, absent" in capsys.readouterr().out
+
+
 def test_other_test_samples_are_no_pair(sides: tuple[Path, Path]) -> None:
     def fewer(record: dict[str, Any]) -> None:
         name = "acc/base/mini/cars"

@@ -79,6 +79,17 @@ def _tell(found: Comparison, most: int) -> None:
         told = "paired by test sample and seed; (): one seed, its spread is not known; *: 0 lies outside"
         show.table(f"Rows that differ ({told})", header, [_difference(r) for r in changed[:most]])
         _more(len(changed), most)
+    if values := found.of("value"):
+        counted = Counter(line["measure"].partition("/")[0] for line in values)
+        told = ", ".join(f"{n} {name}" for name, n in counted.most_common(6))
+        show.prose(
+            f"Numbers that are no rates and differ (no paired interval, not held to --tolerance): {told}"
+        )
+        for line in values[: most if most > SHOWN else 3]:
+            show.prose(
+                f"  {line['cell']}: {line['measure']} {_number(line['A'])}, {_number(line['B'])}", hang=4
+            )
+        _more(len(values), most if most > SHOWN else 3)
     if tiers := found.of("tier"):
         lines = [[r["board"], _who(r), _tier(r["A"]), _tier(r["B"])] for r in tiers]
         show.table("Tiers that changed", ["board", "row", "A", "B"], lines[:most])
@@ -101,6 +112,10 @@ def _difference(row: Row) -> list[str]:
 
 def _who(row: Row) -> str:
     return ", ".join(f"{name} {row[name]}" for name in _WHO if name in row and row[name] not in _USUAL)
+
+
+def _number(value: float | None) -> str:
+    return "absent" if value is None else f"{value:g}"
 
 
 def _tier(value: float) -> str:

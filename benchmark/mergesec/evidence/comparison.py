@@ -37,8 +37,8 @@ class Pair(NamedTuple):
 
     @property
     def alike(self) -> bool:
-        """Whether every outcome is the same."""
-        return (self.a.counts, self.a.values) == (self.b.counts, self.b.values)
+        """Whether the outcome of every test sample is the same."""
+        return self.a.counts == self.b.counts
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
 
     def of(self, kind: str) -> list[Row]:
-        """Lines of one kind: ``row``, ``cell``, ``tier``, ``missing``, ``incomparable``."""
+        """Lines of one kind: ``row``, ``cell``, ``value``, ``tier``, ``missing``, ``incomparable``."""
         return [line for line in self.lines if line["kind"] == kind]
 
     @property
@@ -71,6 +71,8 @@ class Comparison:
 
 
 ROUNDING = 1e-12
+SAME = 1e-6
+"""Numbers that are no rates and differ by less, relatively, are the same."""
 COLUMNS = (
     "kind", "grid", "board", "cell", "seed", *NAMES[2:], "measure", "A", "B", "difference", "low", "high", "seeds",
     "cells", "why",
@@ -90,6 +92,7 @@ def compare(a: Side, b: Side, across_versions: bool = False) -> Comparison:
         for kind, groups in (("row", _rows(pairs)), ("cell", [[p] for p in pairs])):
             for group in groups:
                 result.lines += _lines(kind, mine, group, reader)
+        result.lines += [line for pair in pairs for line in _values(mine, pair)]
         if any(not pair.alike for pair in pairs) or len(before) != len(after):
             result.lines += _tiers(mine, before, after)
         result.notes += _machines(pairs)
@@ -228,6 +231,18 @@ def _lines(kind: str, grid: str, pairs: Sequence[Pair], reader: Reader) -> list[
                 {**opening, "kind": "incomparable", "measure": measure, "why": f"undefined in {side}"}
             )
     return found
+
+
+def _values(grid: str, pair: Pair) -> list[Row]:
+    """A line for each number of a cell that is no rate and differs: distances, marks, how generated images look.
+    They are not of single test samples, so there is no paired interval."""
+    before, after = pair.a.values, pair.b.values
+    return [
+        {**_about(pair.a, grid, "value", ""), "measure": name, "A": before.get(name), "B": after.get(name),
+         "difference": after.get(name, math.nan) - before.get(name, math.nan)}
+        for name in dict.fromkeys([*before, *after])
+        if not math.isclose(before.get(name, math.nan), after.get(name, math.nan), rel_tol=SAME, abs_tol=SAME)
+    ]  # fmt: skip
 
 
 # --------------------------------------------------------------------------- tiers and machines
