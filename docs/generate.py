@@ -13,7 +13,8 @@ component share. A number in a sentence, of the one row that fits::
     <!-- n: mini-backdoor/backdoor attack=badnets method=ties column=succession -->6.4<!-- /n -->
 
 ``take=min|max|mean|count`` speaks of all rows that fit, ``minus=COLUMN`` subtracts, ``interval=yes`` adds the interval.
-``<!-- claims: SECTION -->`` holds the claims of ``docs/claims.py``.
+``<!-- claims: SECTION -->`` holds the claims of ``docs/claims.py``, ``<!-- scan: BACKBONE -->`` how often ``bench scan``
+is wrong by the table of that base.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ import pandas as pd
 
 from mergesec.errors import UsageError, nearest
 from mergesec.evidence.tables import cell_text
+from mergesec.scanning.reference import read_reference, shipped
 
 ROOT = Path(__file__).resolve().parents[1]
 BOARDS = ROOT / "results" / "leaderboards"
 MARKER = re.compile(
-    r"^ *```.*?^ *```|<!--\s*(board|n|claims):\s(.*?)-->(.*?)<!--\s*/\1\s*-->", re.DOTALL | re.MULTILINE
+    r"^ *```.*?^ *```|<!--\s*(board|n|claims|scan):\s(.*?)-->(.*?)<!--\s*/\1\s*-->", re.DOTALL | re.MULTILINE
 )
 """A block of code, which is left alone, or a marker: its kind, its words, what it holds."""
 INTERVAL = re.compile(r" [\[(]-?\d+\.\d, -?\d+\.\d[\])]$")
@@ -45,6 +47,7 @@ _OPTIONS = {
     "board": {"columns", "across", "value", "sort", "first", "intervals", "settings"},
     "n": {"column", "take", "minus", "interval"},
     "claims": set[str](),
+    "scan": set[str](),
 }
 
 
@@ -115,10 +118,28 @@ def read(kind: str, said: str) -> Marker:
 
 def content(marker: Marker) -> str:
     """What belongs between a marker and its end."""
+    if marker.kind == "scan":
+        return f"\n\n{error_rates(marker.board)}\n\n"
     if marker.kind == "claims":
         return f"\n\n{claims().content(marker.board, rows)}\n\n"
     frame = _chosen(marker)
     return _number(marker, frame) if marker.kind == "n" else f"\n\n{_table(marker, frame)}\n\n"
+
+
+def error_rates(backbone: str) -> str:
+    """How many known experts each test of a scan flags, by what they are."""
+    found = [table for table in map(read_reference, shipped()) if table.backbone == backbone]
+    if not found:
+        raise UsageError(f"scan: {backbone}", "no reference table of this base")
+    tests = list(found[0].rates)
+    rows = [
+        "| experts | of them | " + " | ".join(f"`{t}`" for t in tests) + " |",
+        "|---" * (2 + len(tests)) + "|",
+    ]
+    for kind, maker in found[0].rates[tests[0]]:
+        cells = [str(found[0].rates[t].get((kind, maker), "not measured")) for t in tests]
+        rows.append(f"| {kind} | {maker or 'fine-tuned'} | {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 @cache

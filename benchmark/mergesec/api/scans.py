@@ -176,13 +176,12 @@ def calibrate(
     What the store lacks is trained here, one after another; ``bench run`` on the same grid first does it in parallel.
     ``cached``: leave out what the store lacks. What ``out`` has of the same experts already is kept.
     """
-    from mergesec.files import write_atomic
     from mergesec.scanning.realigning import coupled, laid
-    from mergesec.scanning.reference import Reference
 
     at, spec = _calibrating(grid, desk)
     backbone = at.bench.component(spec.backbone)
     ground = laid(at.done(at.planner.base())[0], backbone.anatomy(), spec.backbone.name)
+    made = _made(spec, ground, at.desk.catalog)
     realign, had, found = coupled(at.desk.catalog), _measured_before(Path(out), ground), []
     for key, known in _population(at.planner, spec):
         if cached and not at.desk.store.has(at.planner.steps[key].kind, key):
@@ -192,11 +191,19 @@ def calibrate(
             report(" ".join(map(str, known)))
             had[key] = _measured(known, ground, at, key, realign)
             at.bench.forget(key)
+            _write(Path(out), tuple(had.values()), ground, made)
         found.append(had[key])
-        table = Reference(ground.backbone, ground.digest, _made(spec, ground, at.desk.catalog), tuple(found))
-        write_atomic(Path(out), (json.dumps(table.as_json(), indent=1) + "\n").encode())
     if not any(s.kind == "honest" for s in found):
         raise UsageError("--calibrate", "no honest expert to compare with; run the grid first")
+    return _write(Path(out), tuple(found), ground, made)
+
+
+def _write(out: Path, specimens: tuple[Specimen, ...], ground: Laid, made: Mapping[str, Any]) -> Reference:
+    from mergesec.files import write_atomic
+    from mergesec.scanning.reference import Reference
+
+    table = Reference(ground.backbone, ground.digest, made, specimens)
+    write_atomic(out, (json.dumps(table.as_json(), indent=1) + "\n").encode())
     return table
 
 
