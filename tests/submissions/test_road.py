@@ -48,9 +48,10 @@ def test_a_new_entry_keeps_the_contracts_runs_and_is_accepted(kind: str, desk: A
     checks = check_file(entry / f"own_{kind}.py", load_catalog(WORLDS))
     assert checks and not [f"{c.name}: {c.message}" for _, c in checks if not c.passed]
     desk.run(entry)
-    report = desk.check(entry).report
+    again = kind == "task"  # of the other kinds there is a shipped entry that goes the whole way
+    report = desk.check(entry, rerun=again).report
     assert not report.refused, report.findings
-    assert report.verified == bool(report.rerun) is True
+    assert report.verified == bool(report.rerun) == again
 
 
 @pytest.mark.slow

@@ -24,7 +24,9 @@ def card_against_class(entry: Entry) -> list[str]:
             f"hook {m}: {card.class_name} has no {m}()" for m in sorted(needed) if not _own(cls, base, m)
         ]
         every = {str(hook) for hooks in HOOKS.values() for hook in hooks}
-        silent = [h for h in sorted(every - set(card.hooks)) if _own(cls, base, h)]
+        silent = [
+            h for h in sorted(every - set(card.hooks)) if h in vars(cls)
+        ]  # what is inherited is not meant
         wrong += [f"{card.class_name} has {h}(), which the card's hooks do not name" for h in silent]
     return wrong + _parameters(cls, set(card.parameters))
 
