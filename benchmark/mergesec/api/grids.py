@@ -188,8 +188,9 @@ def _session(
     grid: GridLike, overrides: Mapping[str, Any], plugins: str | Path | Iterable[str | Path],
     data_root: str | Path | None, store: str | Path | None,
 ) -> Session:  # fmt: skip
-    from mergesec.execution.session import open_desk, placed_grid, planned
-    from mergesec.planning.gridspec import parse_grid
+    from mergesec.execution.session import open_desk, planned, with_plugins
+    from mergesec.planning.gridspec import load_grid, parse_grid
+    from mergesec.planning.places import placed
 
     desk = open_desk(
         plugin_files(plugins),
@@ -200,9 +201,12 @@ def _session(
         fields = with_overrides({"name": "custom", **grid}, overrides)
         if isinstance(fields.get("suite"), str):
             fields["suite"] = suite_fields(fields["suite"])
-        return planned(desk, parse_grid(fields, "grid"))
+        spec = parse_grid(fields, "grid")
+        return planned(with_plugins(desk, spec), spec)
     words, rest = as_words(overrides)
-    spec = placed_grid(desk, str(grid), words)
+    spec = load_grid(str(grid), words)
+    desk = with_plugins(desk, spec, str(grid))
+    spec = placed(spec, str(grid), words, desk.catalog)
     if rest:
         spec = parse_grid(with_overrides(spec.model_dump(mode="json"), rest), f"grid {grid}")
     return planned(desk, spec)

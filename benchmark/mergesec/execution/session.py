@@ -23,7 +23,7 @@ from mergesec.execution.harvest import make_records, read_evaluation, write_reco
 from mergesec.execution.scheduler import History, Outcome, Reporter, Scheduler, completed
 from mergesec.execution.store import CorruptArtifact, Store
 from mergesec.files import check_writable, default_root, fingerprint
-from mergesec.planning.catalog import Catalog, importable, load_catalog
+from mergesec.planning.catalog import Catalog, add_plugin, importable, load_catalog
 from mergesec.planning.gridspec import GridSpec, load_grid
 from mergesec.planning.places import placed
 from mergesec.planning.plan import Plan, Step, make_plan, needed_steps, read_facts
@@ -54,7 +54,9 @@ def open_session(
 ) -> Session:
     """Read, resolve and plan a grid; UsageError for anything the user can mend."""
     desk = open_desk(plugins, data_root, store)
-    return planned(desk, placed_grid(desk, source, overrides))
+    spec = load_grid(source, overrides)
+    desk = with_plugins(desk, spec, source)
+    return planned(desk, placed(spec, source, overrides, desk.catalog))
 
 
 class Desk(NamedTuple):
@@ -74,6 +76,19 @@ def open_desk(plugins: Iterable[str] = (), data_root: str | None = None, store: 
     home = store or default_root()
     check_writable(home, "MERGESEC_CACHE")
     return Desk(catalog, Store(home), plugins, root)
+
+
+def with_plugins(desk: Desk, spec: GridSpec, source: str = "") -> Desk:
+    """The desk with the plugins that a grid names itself; their paths start where its file lies."""
+    home = Path(source).resolve().parent if Path(source).is_file() else Path()
+    named = [(home / plugin).resolve() for plugin in spec.plugins]
+    lost = [plugin for plugin, path in zip(spec.plugins, named, strict=True) if not path.is_file()]
+    if lost:
+        raise UsageError("plugins", f"no file {lost[0]!r}")
+    fresh = [path for path in dict.fromkeys(named) if str(path) not in desk.plugins]
+    for path in fresh:
+        add_plugin(desk.catalog, path)
+    return desk._replace(plugins=(*desk.plugins, *map(str, fresh)))
 
 
 def placed_grid(desk: Desk, source: str, overrides: Sequence[str] = ()) -> GridSpec:

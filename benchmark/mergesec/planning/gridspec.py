@@ -61,6 +61,8 @@ class GridSpec(_Strict):
     threats: tuple[Literal["clean", "protection", "backdoor"], ...] = ("clean", "protection", "backdoor")
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     protocol: Literal["inductive", "transductive"] = "inductive"
+    plugins: tuple[str, ...] = ()
+    """Files with components and their cards, beside those of ``--plugin``."""
     recipe: dict[str, Any] = Field(default_factory=dict)
     include: tuple[dict[str, Any], ...] = ()
     exclude: tuple[dict[str, Any], ...] = ()

@@ -59,6 +59,20 @@ CARDS: list[dict[str, Any]] = [
     },
     {
         "extends": "_folder",
+        "name": "image-folder",
+        "class": "ImageFolder",
+        "title": "A folder of images of your own",
+        "summary": "train/<class>/*.jpg and test/<class>/*.jpg, or parquet files, at path; no code",
+        "source": "the folder at path",
+        "licence": "yours",
+        "local": False,
+        "parameters": {
+            "path": {"type": "path", "default": None, "doc": "the folder; it counts by content"},
+            "revision": None,
+        },
+    },
+    {
+        "extends": "_folder",
         "name": "mnist",
         "title": "MNIST",
         "paper": "LeCun et al., Gradient-based learning applied to document recognition, 1998",
@@ -318,7 +332,7 @@ class FolderTask(FolderSplits, ImageTask):
         """
         lacking = bare(self.classes, {"train": source.train.targets, "test": source.test.targets})
         card = self._card()
-        if not card:
+        if "classes" not in card:
             return ", ".join(lacking)
         if self.label_column == "label" and len(self.classes) < card["classes"]:
             lacking.append(f"{len(self.classes)} of {card['classes']} classes")
@@ -332,3 +346,17 @@ class FolderTask(FolderSplits, ImageTask):
     def prompts(self, templates: Sequence[str]) -> list[list[str]]:
         """Sentences per class, with the words that CLIP's prompts use for it."""
         return [[t.format(phrase(self.name, name)) for t in templates] for name in self.classes]
+
+
+class ImageFolder(FolderTask):
+    """A folder named in the grid file instead of one under the data root."""
+
+    def __init__(self, path: str | None, **parameters: Any) -> None:
+        super().__init__(**parameters)
+        self.path = path
+
+    def load(self, ctx: DataContext) -> dict[str, Split]:
+        """As of a folder under the data root; ContractError without a path."""
+        if self.path is None:
+            raise ContractError(f"{self.name}: needs a path, {{name: {self.name}, path: FOLDER}}")
+        return super().load(DataContext(ctx.device, ctx.seed, self.path))
