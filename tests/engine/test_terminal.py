@@ -14,15 +14,18 @@ import pandas as pd
 import pytest
 
 from mergesec.cli import progress as told
-from mergesec.cli import show
+from mergesec.cli import show, status_verb
 from mergesec.cli.progress import Progress
 from mergesec.cli.run_verb import print_boards
 from mergesec.errors import UsageError, nearest
 from mergesec.evidence.estimates import Board
 from mergesec.evidence.fitting import fitted, header_lines, short_names
 from mergesec.evidence.labels import label_key, shortened
+from mergesec.execution import session
+from mergesec.execution.claims import Claims
 from mergesec.execution.engines.worker import Answer
 from mergesec.execution.scheduler import History, Reached
+from mergesec.execution.store import Store
 from mergesec.planning.plan import Step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -189,6 +192,47 @@ def test_no_estimate_before_there_is_history(tmp_path: Path) -> None:
     assert history.left([(training, 10), (merging, 10)]) == pytest.approx(320)
     assert history.left([(training, 10)], pace=1.5) == pytest.approx(450)
     assert history.left([]) == 0
+
+
+def test_status_tells_what_runs_how_fast_and_how_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = [
+        session.Pace([("expert a", 200.0), ("merge b", 1.0)], 12, 90.0),
+        session.Pace([("expert a", 3.0)], 0, None),
+        session.Pace([], 0, 90.0),
+    ]
+    monkeypatch.setattr(session, "pace_of", lambda *_: found.pop(0))
+    opened: Any = None
+    for _ in range(3):
+        status_verb._pace(opened, {})
+    assert capsys.readouterr().out.splitlines() == [
+        "running: 2 steps at once; 12 steps in the last 10 minutes; about 1m30s left",
+        "  expert a, for 3m20s",
+        "  merge b, for 1.0s",
+        "running: 1 step at once; 0 steps in the last 10 minutes; too little is measured to say how long",
+        "  expert a, for 3.0s",
+        "no run is at it now; about 1m30s left, one step at a time",
+    ]
+
+
+def test_steps_of_other_runs_and_recent_ones_are_known_from_the_store_alone(tmp_path: Path) -> None:
+    mine, other = Claims(tmp_path), Claims(tmp_path)
+    running, killed = "a" * 40, "b" * 40
+    assert other.take(running)
+    (tmp_path / "claims" / f"{killed}.lock").touch()  # nobody holds it
+    found = mine.elsewhere()
+    assert list(found) == [running] and found[running] < 60
+    assert not (tmp_path / "claims" / f"{killed}.lock").exists()
+    assert not other.elsewhere()
+    other.release_all()
+    assert not mine.elsewhere()
+    store = Store(tmp_path)
+    for kind in ("merge", "data"):
+        (tmp_path / "artifacts" / kind).mkdir(parents=True)
+        (tmp_path / "artifacts" / kind / "k.json").touch()
+    os.utime(tmp_path / "artifacts" / "data" / "k.json", (1.0, 1.0))
+    assert store.made_since([("merge", "k"), ("data", "k"), ("merge", "absent")], 600) == 1
 
 
 @pytest.mark.skipif(shutil.which("script") is None, reason="util-linux's script makes the terminal")

@@ -98,13 +98,12 @@ def _pace(session: Session, wanted: Mapping[str, Step]) -> None:
     from mergesec.execution.session import RECENT, pace_of
 
     pace = pace_of(session, wanted)
+    known = pace.left is not None
     left = (
-        f"about {show.duration(pace.left)} left"
-        if pace.left is not None
-        else "too little measured to say how long"
+        f"about {show.duration(pace.left or 0.0)} left" if known else "too little is measured to say how long"
     )
     if not pace.running:
-        print(f"no run is at it now; {left} for one step at a time")
+        print(f"no run is at it now; {left}" + (", one step at a time" if known else ""))
         return
     rate = f"{show.many(pace.recent, 'step')} in the last {RECENT / 60:.0f} minutes"
     print(f"running: {show.many(len(pace.running), 'step')} at once; {rate}; {left}")
