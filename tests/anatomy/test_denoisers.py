@@ -20,6 +20,7 @@ from mergesec.anatomy import (
     describe_denoiser,
     symmetries,
 )
+from mergesec.surgery import change_heads, reorder_coordinates
 from mergesec_methods.protection.defenses._gauges import Draw, move
 from mergesec_tasks.diffusion._network import HEADS as SINGLE_HEADS
 from mergesec_tasks.diffusion._network import WIDTH
@@ -204,17 +205,23 @@ def test_factors_above_one_cost_no_more_than_the_epsilon_of_a_norm(name: str) ->
     assert 0 < gap(network, published, expert) < 1e-3
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [("mmdit_normed", Kind.QUERY_KEY), ("unet", Kind.KEY_SHIFT), ("dit", Kind.READER_MEAN)]
-)
-def test_what_is_not_listed_would_change_the_function(name: str, kind: Kind) -> None:
-    """The moves of kinds that the network lacks, done all the same."""
-    from mergesec_methods.protection.defenses._gauges import MOVES
-
-    network, expert = make(name), doubled(make(name).expert)
+def test_a_matrix_on_normed_queries_and_keys_would_change_the_function() -> None:
+    """What commutes with the norm does not; so only that is listed."""
+    network, expert = make("mmdit_normed"), doubled(make("mmdit_normed").expert)
     attention = network.anatomy().blocks[0].attention
-    if kind is Kind.QUERY_KEY:
-        assert gap(network, MOVES[kind](expert, attention, draw()), expert) > 1e-3
-    else:
-        with pytest.raises((ValueError, AttributeError)):
-            MOVES[kind](expert, attention, draw())
+    eye = torch.eye(attention.head_dim, dtype=torch.float64).expand(attention.heads, -1, -1)
+    matrix = draw().matrices(attention.heads, attention.head_dim)
+    changed = change_heads(
+        expert, attention, query=matrix, key=torch.linalg.inv(matrix).mT, value=eye, output=eye
+    )
+    assert gap(network, changed, expert) > 1e-3
+    signs = eye * draw().coins(attention.heads, attention.head_dim)[:, None]
+    kept = change_heads(expert, attention, query=signs, key=signs, value=eye, output=eye)
+    assert gap(network, kept, expert) < 1e-9
+
+
+def test_an_order_across_groups_would_change_the_function() -> None:
+    network, expert = make("unet"), doubled(make("unet").expert)
+    channels = next(p for p in network.anatomy().outside if isinstance(p, Coordinates) and p.signed)
+    order = torch.randperm(channels.size, generator=torch.Generator().manual_seed(0))
+    assert gap(network, reorder_coordinates(expert, channels, order), expert) > 1e-3
