@@ -19,7 +19,7 @@ addEventListener("DOMContentLoaded", async () => {
     const ends = new Set(board.measures.flatMap((m) => [`${m}_low`, `${m}_high`, `${m}_seeds`]));
     const inner = Object.keys(board.columns).filter((n) => !ends.has(n) && !["cells_done", "cells_expected"].includes(n));
     const short = board.short.filter((n) => n !== "cells" && n in board.columns);
-    return which === "all" ? [...inner, ...Object.keys(board.told)] : [...short, ...inner.filter((n) => ["verified", "contained", "external", "external_by"].includes(n) && !short.includes(n))];
+    return which === "all" ? [...inner, ...Object.keys(board.told).filter((n) => !inner.includes(n))] : [...short, ...inner.filter((n) => ["verified", "contained", "external", "external_by"].includes(n) && !short.includes(n))];
   }
 
   function href(kind, text) {
