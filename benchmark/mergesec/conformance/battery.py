@@ -154,6 +154,9 @@ def check_component(entry: Entry, catalog: Catalog, data_root: Path | None = Non
     if not battery.check("loads and takes its defaults", create):
         return battery.checks
     kind = entry.card.kind
+    if any(p.type == "path" and p.default is None for p in entry.card.parameters.values()):
+        battery.skip("runs", "reads files that a grid gives it")
+        return battery.checks
     if kind == "task":
         _check_task(entry, made[0], battery, data_root)
     elif kind == "backbone":
@@ -359,9 +362,6 @@ def _first_input(plan: Plan, bench: Bench) -> Any:
 
 def _check_task(entry: Entry, task: Task, battery: Battery, data_root: Path | None) -> None:
     folder = data_root / entry.card.name if data_root is not None else None
-    if any(p.type == "path" and p.default is None for p in entry.card.parameters.values()):
-        battery.skip("loads", "reads the folder that a grid gives it")
-        return
     if entry.card.local and folder is None:
         battery.skip("loads", f"reads a local folder: give --data-root DIR with DIR/{entry.card.name}/ in it")
         return
