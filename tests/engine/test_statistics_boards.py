@@ -461,7 +461,7 @@ def test_what_is_missing_is_visible_and_not_averaged_away() -> None:
     header, rows = display(board)
     shown = {r[0]: dict(zip(header, r, strict=True)) for r in rows}
     assert shown["ta"]["cells"].startswith("1/2 incomplete (1 failed: ")
-    assert shown["gone"]["cells"] == "0/1 incomplete"
+    assert shown["gone"]["cells"] == "0/1 incomplete (1 failed: ValueError: no)"
     assert shown["gone"]["accuracy"] == "–"
     assert "1/2 incomplete" in markdown(board)
 

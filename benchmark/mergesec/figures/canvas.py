@@ -485,7 +485,10 @@ def _curve_panel(ax: Axes, panel: Curves, letters: int) -> None:
     for series in panel.series:
         curve(ax, series)
     ends = limits(100 * series.points for series in panel.series)
-    ax.set(title="\n".join(wrapped(panel.title, letters)), xlabel=panel.x, ylabel=panel.y, ylim=ends)
+    title, below = ("\n".join(wrapped(text, letters)) for text in (panel.title, panel.x))
+    ax.set(title=title, xlabel=below, ylabel=panel.y, ylim=ends)
+    if all(float(x).is_integer() for series in panel.series for x in series.x):
+        ax.locator_params(axis="x", integer=True)  # half an expert is none
 
 
 # --------------------------------------------------------------------------- files
