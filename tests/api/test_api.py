@@ -216,9 +216,7 @@ def test_wrong_input_is_told_by_field(
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "script", sorted(p.name for p in (ROOT / "examples").glob("*.py"))
-)
+@pytest.mark.parametrize("script", sorted(p.name for p in (ROOT / "examples").glob("*.py")))
 def test_examples_run(script: str, tmp_path: Path) -> None:
     environment = {
         **os.environ,
