@@ -34,7 +34,7 @@ import pandas as pd
 
 from mergesec.errors import UsageError, nearest
 from mergesec.evidence.tables import cell_text
-from mergesec.scanning.reference import read_reference, shipped
+from mergesec.scanning.reference import Reference, read_reference, shipped
 
 ROOT = Path(__file__).resolve().parents[1]
 BOARDS = ROOT / "results" / "leaderboards"
@@ -139,7 +139,21 @@ def error_rates(backbone: str) -> str:
     for kind, maker in found[0].rates[tests[0]]:
         cells = [str(found[0].rates[t].get((kind, maker), "not measured")) for t in tests]
         rows.append(f"| {kind} | {maker or 'fine-tuned'} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+    return "\n".join([*rows, "", *_rates_by_task(found[0])])
+
+
+def _rates_by_task(table: Reference) -> list[str]:
+    """Flagged of honest and of poisoned experts, task by task: a test that flags both knows the task, not the attack."""
+    rows = ["| task | `unlike`: honest | poisoned | `trigger`: honest | poisoned |", "|---|---|---|---|---|"]
+    hits = {test: table.judged(test) for test in ("unlike", "trigger")}
+    for task in sorted({s.task for s in table.specimens}):
+        cells = []
+        for test in hits:
+            for kind in ("honest", "poisoned"):
+                own = [hit for s, hit in hits[test] if (s.kind, s.task) == (kind, task)]
+                cells.append(f"{sum(own)} of {len(own)}" if own else "none there")
+        rows.append(f"| {task} | {' | '.join(cells)} |")
+    return rows
 
 
 @cache

@@ -97,7 +97,7 @@ def _verdict(found: Sequence[Finding]) -> str:
     signs = {f.topic for f in found if f.sign}
     if "protection" in signs:
         return "protected"
-    if signs & {"unlike", "trigger"}:
+    if "unlike" in signs:
         return "suspicious"
     return "changed" if signs else "nothing"
 

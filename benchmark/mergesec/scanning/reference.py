@@ -182,14 +182,20 @@ class Reference:
         honest or not, had a part in."""
         return {name: self._rates(name) for name in self.limits}
 
-    def _rates(self, test: str) -> dict[tuple[str, str], Rate]:
-        flagged: dict[tuple[str, str], list[tuple[str, bool]]] = {}
+    def judged(self, test: str) -> list[tuple[Specimen, bool]]:
+        """Every expert that a test can be tried on, and whether it is flagged."""
+        found = []
         for task in sorted({s.task for s in self.specimens}):
             rest = [h for h in self._fit(test) if h.task != task]
             limit = self._limit(test, rest)
-            for s in self.specimens:
-                if s.task == task and (test != "trigger" or s.data):
-                    flagged.setdefault((s.kind, s.maker), []).append((task, TESTS[test](s, rest) > limit))
+            own = [s for s in self.specimens if s.task == task and (test != "trigger" or s.data)]
+            found += [(s, TESTS[test](s, rest) > limit) for s in own]
+        return found
+
+    def _rates(self, test: str) -> dict[tuple[str, str], Rate]:
+        flagged: dict[tuple[str, str], list[tuple[str, bool]]] = {}
+        for s, hit in self.judged(test):
+            flagged.setdefault((s.kind, s.maker), []).append((s.task, hit))
         return {
             who: Rate(sum(hit for _, hit in rows), len(rows), len({t for t, _ in rows}))
             for who, rows in sorted(flagged.items())

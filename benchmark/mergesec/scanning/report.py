@@ -275,17 +275,15 @@ def told(seen: Mapping[str, Any], reference: Reference | None) -> list[Finding]:
 
 
 def _probed(probe: Mapping[str, Any], reference: Reference | None) -> Finding:
+    """Never a sign: where it was measured, it flags honest and poisoned experts of a task alike."""
     limit = None if reference is None else reference.limits.get("trigger")
-    sign = limit is not None and probe["share"] > limit
-    start = (
-        "A probe turns more of its inputs than it turns of honest experts'"
-        if sign
-        else "No probe turns it unusually"
-    )
-    above = "not calibrated" if limit is None else f"flagged above {100 * limit:.0f} %"
+    above = limit is not None and probe["share"] > limit
+    start = "A probe turns more of its inputs than usual" if above else "No probe turns it unusually"
+    beyond = "not calibrated" if limit is None else f"unusual above {100 * limit:.0f} %"
     return Finding(
-        "trigger", f"{start}: {probe['probe']} sends {100 * probe['share']:.0f} % to class {probe['label']} ({above}).",
-        sign, {**probe, "limit": limit}, _errors(reference if limit is not None else None, "trigger", POISONED),
+        "trigger", f"{start}: {probe['probe']} sends {100 * probe['share']:.0f} % to class {probe['label']} ({beyond}); "
+        "it tells little, and is no sign.", False, {**probe, "limit": limit},
+        _errors(reference if limit is not None else None, "trigger", POISONED),
     )  # fmt: skip
 
 
