@@ -266,7 +266,9 @@ def test_sheets_are_the_same_bytes_again_and_parted_where_tall(made: Any, tmp_pa
         assert path.read_bytes() == (tmp_path / "2" / path.name).read_bytes()
     samples.rows *= 10
     names = [p.name for p in _pictures([samples])]
-    assert names == [f"backdoor-samples-micro_bars-2-{n}" for n in range(1, len(names) + 1)] and len(names) > 1
+    assert (
+        names == [f"backdoor-samples-micro_bars-2-{n}" for n in range(1, len(names) + 1)] and len(names) > 1
+    )
 
 
 def test_samples_of_the_last_time_are_spared_only_if_asked(tmp_path: Path) -> None:
