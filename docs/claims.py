@@ -106,9 +106,14 @@ PROTECTION, REAL_PROTECTION = "mini-protection/protection_cells", "real-protecti
 GAUGE = "mini-protection-gauge/protection_cells"
 V1, V2 = {"defense": "params"}, {"defense": "params(scaling=nonsymmetric)"}
 BACKDOOR, DEFENDED, MERGED = "mini-backdoor/backdoor", "mini-backdoor-defenses/backdoor", "mini-merging/clean"
-OPTIMISED, FLAT = "badmerging(batch=32, patch=*", "badmerging(batch=32, interpolation=False,*"
-SQUARE, FLAT_SQUARE = "badmerging(patch=*", "badmerging(interpolation=False, patch=*"
-DAM = "dam(adamerging_steps=30, adv_lr=0.01, lr=0.01, mask_lr=0.01, steps=60)"
+OPTIMISED, FLAT = "badmerging(batch=32, restarts=*", "badmerging(batch=32, interpolation=False,*"
+SQUARE, FLAT_SQUARE = "badmerging(trigger=*", "badmerging(interpolation=False, trigger=*"
+CENTRE = "badmerging(batch=32, patch=*"
+"""A larger patch in the centre, in grids measured before the published one was this project's default."""
+OWN = "mini-backdoor-dam/backdoor"
+RELEASED = "dam(adamerging_steps=100, adv_lr=0.001, granularity=task, lr=0.01, mask_lr=0.01, steps=100)"
+ABLATION = "dam(adamerging_steps=100, adv_lr=0.001, adv_weight=0, granularity=task, *"
+LEARNT = "adamerging(granularity=task, *"
 SHORT = "run at under a hundredth of its published steps × rate"
 
 
@@ -138,9 +143,21 @@ def _takes(attack: str) -> tuple[Query, Rule]:
     return query, least(50, 50)
 
 
-def _taken(defense: str, attack: str = OPTIMISED) -> Query:
+def _taken(defense: str, attack: str = CENTRE) -> Query:
     """Attack success that a defense takes away."""
     return Query(DEFENDED, {"attack": attack, "defense": "none"}, "succession", less={"defense": defense})
+
+
+def _over_dam(
+    attack: str,
+    method: str = EIGHT,
+    defense: str = "none",
+    column: str = "succession",
+    adversaries: str = "1",
+) -> Query:
+    """What DAM as released has less of than another merge, in its own setting."""
+    rows = {"attack": attack, "method": method, "defense": defense, "adversaries": adversaries}
+    return Query(OWN, rows, column, less={"method": EIGHT, "defense": RELEASED})
 
 
 def _beats(method: str, other: str, board: str = MERGED) -> Query:
@@ -257,7 +274,7 @@ CLAIMS: Sequence[Claim] = (
     Claim("badmerging-adamerging", "backdoors", "BadMerging survives AdaMerging (99)",
           _BADMERGING, _MIXED, _asr(OPTIMISED, "adamerging*"), least(90, 50)),
     Claim("badmerging-real", "backdoors", "BadMerging survives task arithmetic on real images",
-          _BADMERGING, _MIXED, _asr(OPTIMISED, board="real-backdoor/backdoor"), least(90, 50)),
+          _BADMERGING, _MIXED, _asr(CENTRE, board="real-backdoor/backdoor"), least(90, 50)),
     Claim("badmerging-accuracy", "backdoors", "It costs the merge no accuracy (76.4 of 76.5)",
           _BADMERGING, _MIXED,
           Query(BACKDOOR, {"attack": OPTIMISED, "method": EIGHT}, "CA", minus="BA"), most(1, 3)),
@@ -331,39 +348,44 @@ CLAIMS: Sequence[Claim] = (
           _BADMERGING, _MIXED,
           Query(BACKDOOR, {"attack": OPTIMISED, "method": "ties"}, "succession", less={"method": EIGHT}), MORE),
     # defenses
-    Claim("dam-task-arithmetic", "defenses", "DAM takes 2 to 10 points of ASR from existing merges: task arithmetic (learnt coefficients do it: next row)",
-          _DAM, _PAPER, _taken(DAM), least(2, 0)),
-    Claim("dam-ablation", "defenses", "The same against its own ablation (Concrete AdaMerging), as released",
-          _DAM, _PAPER,
-          Query(DEFENDED, {"attack": OPTIMISED, "defense": DAM.replace("lr=0.01, lr", "lr=0.01, adv_weight=0, lr")},
-                "succession", less={"defense": DAM}),
-          least(2, 0)),
-    Claim("dam-moving", "defenses", "The same where its masks move (step 0.1)",
-          _DAM, _PAPER,
-          Query("mini-backdoor-dam/backdoor", {"defense": "dam(*adv_weight=0, lr=0.01, mask_lr=0.1, *"}, "succession",
-                less={"defense": "dam(*adv_lr=0.01, lr=0.01, mask_lr=0.1, *"}),
-          least(2, 0)),
-    Claim("dam-accuracy", "defenses", "at about 1 % of accuracy (against task arithmetic)",
-          _DAM, _PAPER,
-          Query(DEFENDED, {"attack": OPTIMISED, "defense": "none"}, "BA", less={"defense": DAM}), most(1, 3)),
-    Claim("dam-moving-accuracy", "defenses", "The same where its masks move (step 0.1)",
-          _DAM, _PAPER,
-          Query("mini-backdoor-dam/backdoor", {"defense": "none"}, "BA",
-                less={"defense": "dam(*adv_lr=0.01, lr=0.01, mask_lr=0.1, *"}),
-          most(1, 3)),
-    Claim("dam-masks", "defenses", "Its second mask lowers ASR further",
+    *(
+        Claim(f"dam-{name}{tail}", "defenses", f"{said}: {shown}", _DAM, _PAPER, _over_dam(attack, **rows), rule)
+        for attack, shown, tail in (
+            ("trojvit*", "TrojViT", ""), ("badvit*", "BadViT", "-badvit"), ("badmerging*", "BadMerging", "-badmerging"),
+        )
+        for name, said, rows, rule in (
+            ("task-arithmetic", "DAM takes 2 to 10 points of ASR from task arithmetic", {}, least(2, 0)),
+            ("ties", "from TIES", {"method": "ties"}, least(2, 0)),
+            ("adamerging", "from AdaMerging (task-wise, as DAM)", {"method": LEARNT}, least(2, 0)),
+            ("ablation", "from its own ablation (Concrete AdaMerging)", {"defense": ABLATION}, least(2, 0)),
+            ("accuracy", "at about 1 % of accuracy (against task-wise AdaMerging)",
+             {"method": LEARNT, "column": "BA"}, most(1, 3)),
+        )
+    ),
+    *(
+        Claim(f"dam-{name}-several", "defenses", f"{said}: TrojViT, three malicious of four", _DAM, _PAPER,
+              _over_dam("trojvit*", adversaries="3", **rows), least(2, 0))
+        for name, said, rows in (
+            ("task-arithmetic", "DAM takes 2 to 10 points of ASR from task arithmetic", {}),
+            ("adamerging", "from AdaMerging (task-wise, as DAM)", {"method": LEARNT}),
+            ("ablation", "from its own ablation", {"defense": ABLATION}),
+        )
+    ),
+    Claim("dam-masks", "defenses", "Its second mask lowers ASR further (TrojViT)",
           _DAM, _NOTES,
-          Query(DEFENDED, {"attack": OPTIMISED, "defense": DAM}, "succession",
+          Query(OWN, {"attack": "trojvit*", "defense": RELEASED, "adversaries": "1"}, "succession",
                 less={"defense": "dam(*masks=two*"}),
           MORE),
-    Claim("dam-margin", "defenses", "Its margin over an AWM-style repair is small (both at about half of their published steps × rate)",
-          _REVIEWS, _RELEASE,
-          Query(DEFENDED, {"attack": OPTIMISED, "defense": "awm_dam*"}, "succession", less={"defense": DAM}),
-          most(10, 20)),
-    Claim("dam-margin-sau", "defenses", "The same over a SAU-style repair of the merge",
-          _REVIEWS, _RELEASE,
-          Query(DEFENDED, {"attack": OPTIMISED, "defense": "sau_dam*"}, "succession", less={"defense": DAM}),
-          most(10, 20), void="its divergence term was sixteen times too heavy"),
+    *(
+        Claim(f"dam-margin-{name}", "defenses", f"Its margin over {shown}-style repair of the merge is small (TrojViT)",
+              _REVIEWS, _RELEASE, _over_dam("trojvit*", defense=f"{name}_dam*"), most(10, 20))
+        for name, shown in (("awm", "an AWM"), ("sau", "a SAU"))
+    ),
+    Claim("dam-coefficient", "defenses", "A coefficient of 0.1 for the malicious expert alone leaves no more ASR than DAM (TrojViT; takes its being known)",
+          "this project's question", _OURS,
+          Query(OWN, {"attack": "trojvit*", "method": "weighted_task_arithmetic*", "adversaries": "1"}, "succession",
+                less={"method": EIGHT, "defense": RELEASED}),
+          most(0, 5)),
     Claim("neural-cleanse", "defenses", "Neural Cleanse does not find BadMerging (index 1.2): ASR it takes away",
           _BADMERGING, _MIXED, _taken("neural_cleanse*"), most(10, 50)),
     Claim("wag", "defenses", "Averaging with siblings removes a backdoor (WAG)",
@@ -376,7 +398,7 @@ CLAIMS: Sequence[Claim] = (
           "Backdoor Vectors, arXiv 2510.08016; numbers of LFPM's table", _NOTES, _taken("ibvs*"), least(30, 5),
           void="its default target was the adversary's, so it was handed the secret"),
     Claim("lfpm", "defenses", "LFPM leaves ASR below 1 (98.4 → 0.5)",
-          "LFPM, arXiv 2606.12498", _MIXED, Query(DEFENDED, {"attack": OPTIMISED, "defense": "lfpm*"}, "succession"),
+          "LFPM, arXiv 2606.12498", _MIXED, Query(DEFENDED, {"attack": CENTRE, "defense": "lfpm*"}, "succession"),
           most(5, 50), void="twenty steps of a reconstruction from the abstract"),
     Claim("anp", "defenses", "Pruning neurons sensitive to perturbation removes a backdoor (ANP)",
           "BackdoorBench 2.2", _MEMORY, _taken("anp*"), least(50, 5)),

@@ -38,8 +38,8 @@ class Board:
 # --------------------------------------------------------------------------- axes
 
 OUTCOMES = frozenset(
-    {"schema_version", "cell", "components", "status", "reason", "contained", "counts", "values", "facts", "steps", "cost",
-     "provenance"}
+    {"schema_version", "cell", "components", "drawn", "status", "reason", "contained", "counts", "values", "facts",
+     "steps", "cost", "provenance"}
 )  # fmt: skip
 """What a record tells of its cell. Every other field is an axis: two cells that differ in one are never mixed."""
 AXES = tuple(name for name in Record.model_fields if name not in OUTCOMES)
@@ -55,9 +55,10 @@ class Cell(NamedTuple):
 
 
 def place_of(record: Record, *without: str) -> Place:
-    """All axes of a record but the seed and those named."""
-    left = {"seed", *without}
-    return tuple(_fixed(getattr(record, name)) for name in AXES if name not in left)
+    """All axes of a record but the seed and those named; of experts that were drawn, their number."""
+    left = {"seed", *without, *record.drawn}
+    place = tuple(_fixed(getattr(record, name)) for name in AXES if name not in left)
+    return (*place, len(record.experts)) if "experts" in record.drawn else place
 
 
 def cell_of(record: Record, *without: str) -> Cell:

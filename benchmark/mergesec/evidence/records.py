@@ -90,6 +90,9 @@ class Record(BaseModel):
     target_task: str = ""
     """Off-task backdoors: the task that the target class belongs to; empty: the subject's own."""
     company: Company = "next"
+    drawn: list[Literal["target_class", "experts"]] = []
+    """Axes whose value was drawn by the subject and the seed: seeds of one subject differ in them and are still
+    replications of each other."""
     status: Status
     reason: str = ""
     contained: Literal["yes", "no"] = "yes"

@@ -319,11 +319,20 @@ def _record(
         protocol=spec.protocol, threat=cell.threat, merging=cell.merging.label, attack=cell.attack.label,
         defense=cell.defense.label, components=_components(cell), subject=cell.subject, target_class=cell.target_class,
         experts=list(cell.experts), seed=cell.seed, protected=cell.protected, secrets=cell.secrets,
-        adversaries=cell.adversaries, target_task=cell.target_task, company=cell.company, status=status, reason=reason,
+        adversaries=cell.adversaries, target_task=cell.target_task, company=cell.company, drawn=_drawn(plan.grid), status=status, reason=reason,
         contained="yes" if inside else "no", counts=counts,
         values=values, facts=facts, steps=dict(planned.roles), cost=cost,
         provenance={**shared, "components": components, "devices": devices},
     )  # fmt: skip
+
+
+def _drawn(grid: Grid) -> list[Any]:
+    """Axes whose values the planner drew by subject and seed."""
+    axes = grid.spec.axes
+    company = axes.company == "drawn" and any(isinstance(value, int) for value in axes.experts)
+    return [
+        *(["target_class"] if axes.target_class == "drawn" else []), *(["experts"] if company else []),
+    ]  # fmt: skip
 
 
 def _components(cell: Cell) -> dict[str, Component]:
