@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mergesec.errors import UsageError
 from mergesec.evidence import statistics
 from mergesec.evidence.boards import make_boards
-from mergesec.evidence.estimates import AXES, OUTCOMES, Cell, Reader, canonical, common_cells
+from mergesec.evidence.estimates import AXES, OUTCOMES, Cell, Reader, canonical, common_cells, fewest_seeds
 from mergesec.evidence.records import Count, Record, count, read_records
 from mergesec.evidence.statistics import (
     DRAWS,
@@ -116,7 +116,7 @@ def test_two_records_of_one_cell_are_refused() -> None:
 DIFFERENT: dict[str, Any] = {
     "grid": "h", "suite": "t", "backbone": "z", "protocol": "transductive", "threat": "backdoor", "merging": "ties",
     "attack": "aga", "defense": "q", "target_class": 1, "experts": ["a", "b"], "protected": 2, "secrets": "shared",
-    "adversaries": 2, "target_task": "b", "seed": 1,
+    "adversaries": 2, "target_task": "b", "company": "drawn", "seed": 1,
 }  # fmt: skip
 
 
@@ -129,6 +129,25 @@ def test_cells_that_differ_in_one_axis_are_never_mixed(axis: str) -> None:
 
 def test_every_axis_but_the_subject_is_tried() -> None:
     assert set(AXES) == {*DIFFERENT, "subject"}
+
+
+def test_seeds_whose_target_was_drawn_are_replications() -> None:
+    """Drawn, the class is part of what a seed stands for; named, it is an axis with a single seed in each value."""
+    fields: list[dict[str, Any]] = [{"seed": s, "target_class": s + 1} for s in range(3)]
+    named = [_accurate(10 * (s + 1), **f) for s, f in enumerate(fields)]
+    drawn = [_accurate(10 * (s + 1), **f, drawn=["target_class"]) for s, f in enumerate(fields)]
+    assert (fewest_seeds(named), fewest_seeds(drawn)) == (1, 3)
+    rates = [Reader().rate(records, "acc", "merge", "subject") for records in (named, drawn)]
+    assert rates[0].value == pytest.approx(rates[1].value)
+    narrow, wide = ((r.interval()[1] - r.interval()[0]) for r in rates)
+    assert wide > 2 * narrow
+
+
+def test_of_drawn_experts_their_number_is_an_axis() -> None:
+    sets = [["a", "b"], ["a", "c"], ["a", "b", "c"]]
+    records = [_accurate(10, seed=s % 2, experts=e, drawn=["experts"]) for s, e in enumerate(sets)]
+    assert fewest_seeds(records[:2]) == 2 and fewest_seeds(records) == 1
+    assert len(canonical(records)) == 3
 
 
 def test_the_summary_of_protections_is_the_mean_over_how_many_are_protected_and_by_whose_secret() -> None:
