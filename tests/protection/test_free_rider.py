@@ -403,7 +403,10 @@ def test_defaults_are_every_attack_without_training() -> None:
 
     cards = [e.card for e in load_catalog([]).entries["attack"].values() if e.card.threat == "protection"]
     adaptive = next(c for c in cards if c.name == "adaptive")
-    assert set(adaptive.parameters["attacks"].default) == {c.name for c in cards} - {"adaptive", "distill"}
+    # came after adaptive 1 was measured: its default is what the shipped records tried
+    later = {"realign_gauged"}
+    known = {c.name for c in cards} - {"adaptive", "distill"}
+    assert set(adaptive.parameters["attacks"].default) == known - later and later < known
 
 
 def test_a_grid_names_what_adaptive_tries() -> None:
