@@ -211,7 +211,7 @@ CLAIMS: Sequence[Claim] = (
     Claim("params-lora", "protection", "It is weak where only LoRA factors are merged",
           _PARAMS, _NOTES, void="factors published alone cannot be transformed without the weights they are added to"),
     Claim("params-diffusion", "protection", "It protects Stable Diffusion 1.5 (alignment 0.34 → 0.13)",
-          _PARAMS, _NOTES, void="no merge of image generators here; the release has no code for it"),
+          _PARAMS, _NOTES, void="no trained image generator here to merge; the release has no code for it"),
     Claim("mergelock-alone", "protection", "A MergeLock expert is as accurate alone as before",
           _LOCK, _PAPER, _alone("mergelock"), most(0.5, 2)),
     Claim("mergelock", "protection", "Merging it degrades “over 95 %” in most cases",

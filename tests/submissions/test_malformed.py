@@ -56,7 +56,7 @@ TEXTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "no ${...} and no settings of hydra",
     ),
     "places": (
-        lambda e: (e / "grid.yaml").write_text("suite: {experts: {micro/bars: /root/model}}\n"),
+        lambda e: (e / "grid.yaml").write_text("suite: {experts: {micro/bars: /elsewhere/model}}\n"),
         "does not lie in the entry's folder",
     ),
 }  # fmt: skip

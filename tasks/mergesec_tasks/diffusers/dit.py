@@ -13,46 +13,16 @@ from mergesec_tasks.diffusers._backbone import Ddim, Told, texts_of
 from mergesec_tasks.diffusers._folders import INDEX
 
 CARD = {
+    "extends": "_pipeline",
     "name": "diffusers-dit",
-    "kind": "backbone",
     "class": "Dit",
-    "version": "1",
     "title": "DiT (diffusers)",
     "paper": "Peebles and Xie, Scalable diffusion models with transformers, ICCV 2023",
     "url": "https://arxiv.org/abs/2212.09748",
     "summary": "the transformer of a DiTPipeline; prompts are its labels, the autoencoder stays frozen",
-    "modalities": ["generation"],
     "depends": ["diffusers"],
     "requires": {"diffusers": "mergesec[diffusion]"},
-    "inspect": "mergesec_tasks.diffusers._folders:inspect",
-    "source": "a local folder of a pipeline, or the hub at a commit",
-    "licence": "that of the weights",
-    "recipe": {
-        "optimizer": "adamw",
-        "learning_rate": 1e-5,
-        "weight_decay": 0.0,
-        "schedule": "constant",
-        "warmup": 0.0,
-        "epochs": 1,
-        "steps": 800,
-        "batch_size": 1,
-        "gradient_clip": 1.0,
-    },
-    "parameters": {
-        "path": {
-            "type": "model",
-            "default": "",
-            "doc": "folder with model_index.json, or owner/name@commit of the hub",
-        },
-        "steps": {"type": "int", "default": 50, "min": 1, "max": 1000, "doc": "steps of the sampler"},
-        "guidance": {
-            "type": "float",
-            "default": 4.0,
-            "min": 0.0,
-            "max": 100.0,
-            "doc": "1 asks the class alone",
-        },
-    },
+    "parameters": {"guidance": {"default": 4.0, "doc": "1 asks the class alone"}},
 }
 
 

@@ -17,46 +17,14 @@ from mergesec_tasks._transformers import complaining
 from mergesec_tasks.diffusers._backbone import Denoising, Told, library, texts_of
 
 CARD = {
+    "extends": "_pipeline",
     "name": "diffusers-sd3",
-    "kind": "backbone",
     "class": "StableDiffusion3",
-    "version": "1",
     "title": "Stable Diffusion 3's MMDiT (diffusers)",
     "paper": "Esser et al., Scaling rectified flow transformers for high-resolution image synthesis, ICML 2024",
     "url": "https://arxiv.org/abs/2403.03206",
     "summary": "the transformer of a StableDiffusion3Pipeline; text encoders (without T5) and autoencoder stay frozen",
-    "modalities": ["generation"],
-    "depends": ["diffusers", "transformers"],
-    "requires": {"diffusers": "mergesec[diffusion]", "transformers": "mergesec[diffusion]"},
-    "inspect": "mergesec_tasks.diffusers._folders:inspect",
-    "source": "a local folder of a pipeline, or the hub at a commit",
-    "licence": "that of the weights",
-    "recipe": {
-        "optimizer": "adamw",
-        "learning_rate": 1e-5,
-        "weight_decay": 0.0,
-        "schedule": "constant",
-        "warmup": 0.0,
-        "epochs": 1,
-        "steps": 800,
-        "batch_size": 1,
-        "gradient_clip": 1.0,
-    },
-    "parameters": {
-        "path": {
-            "type": "model",
-            "default": "",
-            "doc": "folder with model_index.json, or owner/name@commit of the hub",
-        },
-        "steps": {"type": "int", "default": 28, "min": 1, "max": 1000, "doc": "steps of the sampler"},
-        "guidance": {
-            "type": "float",
-            "default": 7.0,
-            "min": 0.0,
-            "max": 100.0,
-            "doc": "1 asks the prompt alone",
-        },
-    },
+    "parameters": {"steps": {"default": 28}, "guidance": {"default": 7.0}},
 }
 
 ENCODERS = ("", "_2")

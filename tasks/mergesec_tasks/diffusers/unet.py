@@ -11,20 +11,13 @@ from mergesec_tasks._transformers import complaining
 from mergesec_tasks.diffusers._backbone import Ddim, Told, texts_of
 
 CARD = {
+    "extends": "_pipeline",
     "name": "diffusers-unet",
-    "kind": "backbone",
     "class": "Unet",
-    "version": "1",
     "title": "Stable Diffusion's UNet (diffusers)",
     "paper": "Rombach et al., High-resolution image synthesis with latent diffusion models, CVPR 2022",
     "url": "https://arxiv.org/abs/2112.10752",
     "summary": "the UNet of a StableDiffusionPipeline; text encoder and autoencoder stay frozen",
-    "modalities": ["generation"],
-    "depends": ["diffusers", "transformers"],
-    "requires": {"diffusers": "mergesec[diffusion]", "transformers": "mergesec[diffusion]"},
-    "inspect": "mergesec_tasks.diffusers._folders:inspect",
-    "source": "a local folder of a pipeline, or the hub at a commit",
-    "licence": "that of the weights",
     "recipe": {
         "optimizer": "adamw",
         "learning_rate": 2e-6,
@@ -36,21 +29,7 @@ CARD = {
         "batch_size": 1,
         "gradient_clip": 1.0,
     },
-    "parameters": {
-        "path": {
-            "type": "model",
-            "default": "",
-            "doc": "folder with model_index.json, or owner/name@commit of the hub",
-        },
-        "steps": {"type": "int", "default": 50, "min": 1, "max": 1000, "doc": "steps of the sampler"},
-        "guidance": {
-            "type": "float",
-            "default": 7.5,
-            "min": 0.0,
-            "max": 100.0,
-            "doc": "1 asks the prompt alone",
-        },
-    },
+    "parameters": {"guidance": {"default": 7.5}},
 }
 
 

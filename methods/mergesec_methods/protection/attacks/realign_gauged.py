@@ -18,31 +18,19 @@ from mergesec_methods.protection.attacks.aga import fit, fitted_heads
 from mergesec_methods.protection.attacks.coupled import Coupled
 
 CARD = {
+    "extends": "aga",
     "name": "realign_gauged",
-    "kind": "attack",
     "class": "RealignGauged",
-    "version": "1",
     "title": "Re-alignment behind the gauge",
+    "paper": "",
+    "url": "",
     "summary": "AGA, or matching of hidden units alone, after norms, gates, signs and orders were put right",
-    "threat": "protection",
-    "hooks": ["recover"],
-    "knowledge": "the published expert and the public base",
-    "data": "none",
-    "modalities": ["image", "text", "generation"],
-    "seeded": False,
     "parameters": {
         "maps": {
             "type": "choice",
             "default": "aga",
             "choices": ["aga", "none"],
             "doc": "what is done to attention heads: AGA's fits, or nothing",
-        },
-        "ridge": {
-            "type": "float",
-            "default": 1e-8,
-            "min": 1e-16,
-            "max": 1.0,
-            "doc": "ridge term ρ of the least squares",
         },
     },
 }
