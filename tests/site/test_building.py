@@ -175,6 +175,15 @@ def test_findings_speak_of_what_the_boards_hold(made: Any) -> None:
     assert "f.defense=hold" in page
 
 
+def test_a_finding_of_one_seed_is_called_a_trial(tmp_path: Path) -> None:
+    for name, seeds in (("one", [0]), ("two", [0, 1])):
+        shelve(tmp_path / name, "g", [backdoor(grid="g", seed=seed) for seed in seeds])
+        mergesec.write_site(tmp_path / name, tmp_path / f"{name}_out")
+    one, two = ((tmp_path / f"{name}_out" / "index.html").read_text() for name in ("one", "two"))
+    assert "A trial: a backdoor survives merging" in one
+    assert "A trial" not in two and "A backdoor survives merging" in two
+
+
 def test_the_next_site_removes_what_it_has_no_more_and_nothing_else(made: Any, tmp_path: Path) -> None:
     results, out = tmp_path / "results", tmp_path / "out"
     shelve(results, "old", [backdoor(grid="old")])

@@ -69,9 +69,11 @@ def _known(row: Row, *columns: str) -> bool:
     return all(isinstance(row.get(c), float | int) and not math.isnan(row[c]) for c in columns)
 
 
-def _rests(row: Row, sheet: Sheet) -> str:
+def _finding(title: str, text: str, row: Row, sheet: Sheet, links: tuple[tuple[str, str], ...]) -> Finding:
+    """A finding of a row; one seed is a trial, and its title says so."""
     seeds = int(row.get("seeds", 0) or 0)
-    return f"{sheet.grid}, {seeds} seed{'' if seeds == 1 else 's'}" + (" (a trial)" if seeds < 2 else "")
+    rests = f"{sheet.grid}, {seeds} seed{'' if seeds == 1 else 's'}" + (" (a trial)" if seeds < 2 else "")
+    return Finding(title if seeds > 1 else f"A trial: {title[0].lower()}{title[1:]}", text, rests, links)
 
 
 def _links(sheet: Sheet, board: str, **chosen: str) -> tuple[tuple[str, str], ...]:
@@ -108,7 +110,7 @@ def _protections(rows: Sequence[Row], sheet: Sheet) -> Candidate | None:
         f"that holds best is {_bare(best['defense'])}: {_bare(best['recovered_by'])} brings back {_text(best, 'worst_recovery')} %."
     )
     links = _links(sheet, "protection", defense=best["defense"])
-    return Candidate(_weight(sheet), Finding(title, text, _rests(best, sheet), links))
+    return Candidate(_weight(sheet), _finding(title, text, best, sheet, links))
 
 
 def _weight(sheet: Sheet) -> tuple[int, int]:
@@ -142,7 +144,7 @@ def _attacks(rows: Sequence[Row], sheet: Sheet) -> Candidate | None:
         f"{_text(worst, 'BA')} %, and {_text(worst, 'CA')} % without the attack."
     )
     links = _links(sheet, "backdoor_attacks", attack=worst["attack"])
-    return Candidate(_weight(sheet), Finding(title, text, _rests(worst, sheet), links))
+    return Candidate(_weight(sheet), _finding(title, text, worst, sheet, links))
 
 
 def _defenses(rows: Sequence[Row], sheet: Sheet) -> Candidate | None:
@@ -156,19 +158,24 @@ def _defenses(rows: Sequence[Row], sheet: Sheet) -> Candidate | None:
         return None
     best = min(mine, key=lambda r: r["worst_backdoor"])
     kept = sum(r["worst_ASR"] >= 0.5 for r in mine)
+    left = any(_known(r, "worst_backdoor_low") and r["worst_backdoor_low"] <= 0 for r in mine)
     title = (
         f"{kept} of {len(mine)} defenses leave a backdoor that works"
         if kept
-        else "Every defense tried breaks the backdoors tried"
+        else "A defense leaves no backdoor that can be told from its control"
+        if left
+        else "No defense compared takes every backdoor away whole"
     )
     text = (
-        f"Under {kept} of the {len(mine)} defenses compared, the attack they do worst against still succeeds on at least "
-        f"half of its samples. Least is left by {_bare(best['defense'])}: {_text(best, 'worst_backdoor')} points beyond the "
+        f"Of {len(mine)} defenses compared, {kept} leave the attack they do worst against at least half of its "
+        f"samples. Least is left by {_bare(best['defense'])}: {_text(best, 'worst_backdoor')} points beyond the "
         f"control ({_bare(best['worst_by'])}), for {_text(best, 'accuracy_cost')} points of accuracy."
     )
     links = _links(sheet, "backdoor_defenses", defense=best["defense"])
-    # more defenses make the better comparison, whatever its seeds
-    return Candidate((len(mine), *_weight(sheet)), Finding(title, text, _rests(best, sheet), links))
+    # several seeds, then many defenses, make the better comparison
+    return Candidate(
+        (int(_seeds(mine) > 1), len(mine), len(sheet.records)), _finding(title, text, best, sheet, links)
+    )
 
 
 def _merges(rows: Sequence[Row], sheet: Sheet) -> Candidate | None:
@@ -185,4 +192,4 @@ def _merges(rows: Sequence[Row], sheet: Sheet) -> Candidate | None:
         f"{_text(best, 'normalised')} % of what the experts reach alone."
     )
     links = _links(sheet, "clean", method=best["method"])
-    return Candidate(_weight(sheet), Finding(title, text, _rests(best, sheet), links))
+    return Candidate(_weight(sheet), _finding(title, text, best, sheet, links))
