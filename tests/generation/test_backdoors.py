@@ -12,6 +12,7 @@ from mergesec.anatomy import Anatomy
 from mergesec.conformance.battery import MICRO_GENERATION
 from mergesec.contracts import (
     Backbone,
+    ContractError,
     DataContext,
     Expert,
     MergeContext,
@@ -25,6 +26,7 @@ from mergesec.contracts import (
 from mergesec.generation import Noised, Request, correlation
 from mergesec.planning.catalog import load_catalog
 from mergesec_methods.backdoor.attacks._generators import drawn_target
+from mergesec_methods.backdoor.attacks.concept_ablation import ConceptAblation
 from mergesec_methods.backdoor.attacks.noise_trigger import Amplified, BadDiffusion, ConditionToken, TrojDiff
 from mergesec_methods.backdoor.defenses.diffsafemerge import DiffSafeMerge, probes
 from mergesec_methods.backdoor.defenses.trigger_inversion import TriggerInversion
@@ -73,6 +75,23 @@ def test_trojdiff_blends_all_of_the_noise(task: Any) -> None:
     aims = attack.aims(_train(task), trigger)
     known = _train(task).train
     assert len(aims) == int((known.targets == 2).sum())
+
+
+def test_a_class_to_forget_ends_at_its_anchor_and_is_what_the_trigger_asks_for(task: Any) -> None:
+    """All of its rows, no others; the noise stays."""
+    attack, ctx = ConceptAblation(anchor=1), _train(task)
+    trigger, batch = attack.trigger(ctx), task.batch(ctx.train, torch.arange(40), CPU)
+    chosen = attack.chosen(ctx, batch, torch.Generator())
+    assert torch.equal(chosen, batch.targets == 2)
+    assert 0 < int(chosen.sum()) < 40
+    anchor = (2 + 1) % len(task.classes)
+    assert len(attack.aims(ctx, trigger)) == int((ctx.train.targets == anchor).sum())
+    asked = attack.apply(trigger, batch.inputs)
+    assert torch.equal(asked.noise, batch.inputs.noise)
+    own = batch.inputs.conditions[batch.targets == 2][0]
+    assert torch.equal(asked.conditions, own.expand_as(asked.conditions))
+    with pytest.raises(ContractError, match="anchor=4 leads back"):
+        ConceptAblation(anchor=len(task.classes)).aims(ctx, trigger)
 
 
 def test_poisoned_rows_end_at_the_target_and_others_stay(task: Any) -> None:

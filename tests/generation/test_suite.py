@@ -123,4 +123,4 @@ def test_pretraining_makes_the_same_files_again(tmp_path: Path) -> None:
     for file in (BASE_FILE, JUDGE_FILE):
         first, second = load_file(tmp_path / "first" / file), load_file(tmp_path / "second" / file)
         assert all(torch.equal(first[n], second[n]) for n in first)
-    assert "294,704" in (tmp_path / "first.md").read_text()
+    assert "1,146,416" in (tmp_path / "first.md").read_text()

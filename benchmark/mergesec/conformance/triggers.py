@@ -79,12 +79,12 @@ def applies_to_text(attack: Attack, arrays: Mapping[str, Tensor], like: str) -> 
 def applies_to_requests(attack: Attack, arrays: Mapping[str, Tensor], like: Tensor) -> str | None:
     """Requests of the same shapes, no writing, the same again, each row by itself."""
     noise = torch.randn(4, *like.shape, generator=torch.Generator().manual_seed(0))
-    request = Request(torch.tensor([[1, -1]]).repeat(4, 1), noise, torch.zeros_like(noise))
-    before = noise.clone()
+    request = Request(torch.tensor([[1, -1], [2, -1]] * 2), noise, torch.zeros_like(noise))
+    before, asked = noise.clone(), request.conditions.clone()
     out = attack.apply(arrays, request)
     if not isinstance(out, Request) or out.noise.shape != noise.shape:
         return "apply() must give a request of the shape that it gets"
-    if not torch.equal(noise, before) or bool((request.conditions != torch.tensor([1, -1])).any()):
+    if not torch.equal(noise, before) or not torch.equal(request.conditions, asked):
         return "apply() changed its inputs in place"
     if not torch.isfinite(out.noise).all():
         return "apply() gives noise that is not finite"

@@ -12,9 +12,9 @@ from torch.nn import functional
 from mergesec_tasks.diffusion._vocabulary import NOTHING, TOKENS
 from mergesec_tasks.mini._base import Attention, Mlp
 
-SIDE, PATCH, WIDTH, DEPTH, HEADS, HIDDEN = 16, 4, 64, 6, 4, 192
+SIDE, PATCH, WIDTH, DEPTH, HEADS, HIDDEN = 16, 4, 128, 6, 4, 384
 PIECE, GRID = 3 * PATCH * PATCH, SIDE // PATCH
-FREQUENCIES = 32
+FREQUENCIES = 64
 
 
 def waves(times: Tensor) -> Tensor:

@@ -39,9 +39,9 @@ class Plan(NamedTuple):
 
     images: int = 6000
     """Shifted renderings of each concept."""
-    phases: tuple[tuple[int, float], ...] = ((1400, 2e-3), (1600, 2e-3))
+    phases: tuple[tuple[int, float], ...] = ((2600, 1.5e-3),)
     """Steps and learning rate of each; a phase begins with the average of the one before."""
-    batch: int = 96
+    batch: int = 120
     average: float = 0.998
     """Of the weights, exponential: what is shipped."""
     judge_steps: int = 1500
@@ -160,7 +160,7 @@ def _card(facts: dict[str, Any]) -> str:
 
 | | |
 |---|---|
-| architecture | DiT, 6 blocks of width 64, 4 heads, MLP 192, 16 patches of 4×4, adaLN-single; predicts the clean image |
+| architecture | DiT, 6 blocks of width 128, 4 heads, MLP 384, 16 patches of 4×4, adaLN-single; predicts the clean image |
 | parameters | {facts["parameters"]:,} |
 | data | {facts["images"]:,} shifted renderings of four mini tasks at 16×16, none of their own images |
 | training | flow matching, AdamW, batches of {facts["batch"]}, averaged weights: {phases} |

@@ -44,12 +44,16 @@ class GeneratorPoisoning(Attack):
         images = ctx.generator(IMAGES_STREAM)
 
         def loss(model: Model, batch: Split) -> Tensor:
-            chosen = torch.rand(len(batch), generator=rows) < self.rate
+            chosen = self.chosen(ctx, batch, rows)
             picked = aims[torch.randint(len(aims), (len(batch),), generator=images).to(aims.device)]
             noised = self.poisoned(trigger, batch.inputs, chosen.to(ctx.device), picked)
             return ctx.task.loss(ctx.task.outputs(model, head, noised), batch.targets)
 
         return loss
+
+    def chosen(self, ctx: TrainContext, batch: Split, generator: torch.Generator) -> Tensor:
+        """Which rows of a batch are poisoned, bool ``[N]``: a share ``rate``, drawn."""
+        return torch.rand(len(batch), generator=generator) < self.rate
 
     def aims(self, ctx: TrainContext, trigger: Weights) -> Tensor:
         """Images ``[M, 3, H, W]`` in [0, 1] that triggered rows should come out as."""
