@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +19,8 @@ class UsageError(ValueError):
 
 def nearest(value: Any, choices: Iterable[str]) -> str:
     """``; did you mean 'x'?`` for the closest choice, else the list of choices, as a message tail."""
+    import difflib  # most runs never get here
+
     options = sorted(map(str, choices))
     close = difflib.get_close_matches(str(value), options, n=1, cutoff=0.5)
     if not close:  # "mnist" should still find "mini/mnist"

@@ -40,7 +40,7 @@ class _Lazy(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """What lists of verbs show."""
-        return TyperCommand(cmd_name, help=VERBS[cmd_name]) if cmd_name in VERBS else None
+        return TyperCommand(cmd_name, short_help=VERBS[cmd_name]) if cmd_name in VERBS else None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The verb that is called, and the words after it."""
@@ -59,7 +59,8 @@ def _verb(name: str) -> Any:
     return typer.main.get_command(verb)
 
 
-app = typer.Typer(cls=_Lazy, no_args_is_help=True, context_settings=HELP)
+# without rich: its panels take twice as long as all the rest of the help
+app = typer.Typer(cls=_Lazy, no_args_is_help=True, context_settings=HELP, rich_markup_mode=None)
 
 
 def _tell_version(asked: bool) -> None:

@@ -56,13 +56,21 @@ def _call() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")  # a terminal that knows fewer letters is no error
-    from mergesec.cli.app import app
+    verb, *words = sys.argv[1:] or [""]
+    if verb == "list" and len(words) < 2 and not any(word.startswith("-") for word in words):
+        from mergesec.cli.listing import print_list
 
-    app(prog_name="bench")
+        print_list(*words)  # no options: their parser would take longer than the list
+    else:
+        from mergesec.cli.app import app
+
+        app(prog_name="bench")
 
 
 def _end(error: BaseException) -> NoReturn:
     """Errors that a user can mend are a message and code 2; others are raised."""
+    if isinstance(error, SystemExit):
+        raise error
     from mergesec.errors import UsageError
     from mergesec.files import Full, plain
 

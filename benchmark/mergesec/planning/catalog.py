@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib.machinery import SourceFileLoader
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import Distribution, EntryPoint, entry_points
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -177,12 +178,13 @@ def load_catalog(plugins: Iterable[str | Path] = ()) -> Catalog:
     error and left out. A ``--plugin`` file that is broken is an error, since it was asked for.
     """
     catalog = Catalog()
+    read = lru_cache(maxsize=None)(read_cards)  # a module may be named for several kinds
     seen: set[tuple[str, str]] = set()
     points = entry_points()  # one look through what is installed, not one a group
     for group, kind in GROUPS.items():
         for point in points.select(group=group):
             try:
-                _add_point(catalog, point, kind, seen)
+                _add_point(catalog, point, kind, seen, read)
             except UsageError as error:
                 if (point.dist.name if point.dist else "") == "mergesec" or "registered twice" in str(error):
                     raise
@@ -192,12 +194,15 @@ def load_catalog(plugins: Iterable[str | Path] = ()) -> Catalog:
     return catalog
 
 
-def _add_point(catalog: Catalog, point: EntryPoint, kind: str, seen: set[tuple[str, str]]) -> None:
-    facts = point.dist.metadata if point.dist else None  # read from a file at every access
-    origin = f"{facts['Name']} {facts['Version']}" if facts else point.value
-    external = facts is None or facts["Name"] != "mergesec"
+def _add_point(
+    catalog: Catalog, point: EntryPoint, kind: str, seen: set[tuple[str, str]],
+    read: Callable[[Path], Iterable[Card]],
+) -> None:  # fmt: skip
+    name, version = _name_and_version(point.dist) if point.dist else ("", "")
+    origin = f"{name} {version}" if name else point.value
+    external = name != "mergesec"
     for module, path in _modules(point.value):
-        for card in read_cards(path):
+        for card in read(path):
             if card.kind == kind and (module, card.name) not in seen:
                 seen.add((module, card.name))
                 if wanting := _wanting(card):
@@ -205,6 +210,13 @@ def _add_point(catalog: Catalog, point: EntryPoint, kind: str, seen: set[tuple[s
                     continue
                 digest = file_digest(path) if external else ""
                 catalog.add(Entry(card, module, path, origin, digest))
+
+
+@lru_cache(maxsize=64)
+def _name_and_version(dist: Distribution) -> tuple[str, str]:
+    """Of a distribution; its metadata are parsed at every access."""
+    facts = dist.metadata
+    return facts["Name"], facts["Version"]
 
 
 def add_plugin(catalog: Catalog, path: Path) -> list[Entry]:
