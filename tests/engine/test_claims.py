@@ -99,7 +99,7 @@ def test_a_step_is_claimed_once_and_its_file_goes(tmp_path: Path) -> None:
     one, other = Claims(tmp_path), Claims(tmp_path)
     assert one.take(KEY)
     assert not other.take(KEY)
-    assert _files(tmp_path) == [f"{KEY}.lock"]
+    assert _files(tmp_path) == [f"{KEY}.lease"]
     one.release(KEY)
     assert _files(tmp_path) == []
     assert other.take(KEY)
@@ -130,11 +130,11 @@ def test_a_dead_runs_claim_is_free_and_its_file_is_swept(tmp_path: Path) -> None
         claims = Claims(tmp_path)
         assert not claims.take(KEY)
         claims.sweep()
-        assert _files(tmp_path) == [f"{KEY}.lock"]  # its run is alive
+        assert _files(tmp_path) == [f"{KEY}.lease"]  # its run is alive
         process.kill()
-    (tmp_path / "claims" / "mine.lock").write_text("somebody's")
+    (tmp_path / "claims" / "mine.lease").write_text("somebody's")
     claims.sweep()
-    assert _files(tmp_path) == ["mine.lock"]
+    assert _files(tmp_path) == ["mine.lease"]
     assert claims.take(KEY)
     claims.release_all()
 
