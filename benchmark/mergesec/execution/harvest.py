@@ -33,7 +33,7 @@ from mergesec.execution.store import CorruptArtifact, Store, parse_safetensors
 from mergesec.files import write_atomic
 from mergesec.planning.cells import Cell
 from mergesec.planning.plan import CellPlan, Plan, back, behind, data_steps, siblings
-from mergesec.planning.refs import HUB_NAME, NONE, Ref
+from mergesec.planning.refs import HUB_NAME, PACKAGED, NONE, Ref
 from mergesec.planning.resolve import Grid
 from mergesec.planning.seeds import salt_digest
 from mergesec.threats import TRIGGERED, Hook, Role, Threat
@@ -421,7 +421,7 @@ def _without_place(fields: dict[str, Any]) -> dict[str, Any]:
     """A path given to a component shrinks to its last part: where it lies is nobody's business."""
 
     def place(name: str, value: Any) -> bool:
-        if not isinstance(value, str) or re.fullmatch(HUB_NAME, value):
+        if not isinstance(value, str) or re.fullmatch(f"{HUB_NAME}|{PACKAGED}", value):
             return False
         return name in ("path", "model") or Path(value).is_absolute() or value.startswith("~")
 

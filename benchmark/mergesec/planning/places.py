@@ -12,7 +12,7 @@ from mergesec.planning.cards import Parameter
 from mergesec.planning.catalog import Catalog
 from mergesec.planning.gridspec import GridSpec, Named
 from mergesec.planning.presets import preset_names
-from mergesec.planning.refs import HUB_NAME
+from mergesec.planning.refs import HUB_NAME, PACKAGED
 
 Spot = tuple[str, ...]
 """Keys and positions that lead to a value of the grid."""
@@ -84,10 +84,11 @@ class _Places:
         return value
 
     def file(self, value: str, spot: Spot, hub: bool) -> str:
-        """The absolute path; ``hub``: a name of the hub may stand there instead, where no file is."""
+        """The absolute path; ``hub``: a name of the hub, or of what a package carries, may stand there instead, where
+        no file is."""
         ours = any(spot[: len(given)] == given for given in self.given)
         if ours or not value or value.startswith("~") or Path(value).is_absolute():
             return value
         place = self.home / value
-        named = hub and re.fullmatch(HUB_NAME, value) and not place.exists()
+        named = hub and re.fullmatch(f"{HUB_NAME}|{PACKAGED}", value) and not place.exists()
         return value if named else str(place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import itertools
 import json
 import re
@@ -21,6 +22,8 @@ from mergesec.planning.gridspec import Named
 
 HUB_NAME = r"[\w.-]+/[\w.-]+(?:/[\w.-]+)?@[0-9a-f]{40}"
 """A model on the Hugging Face hub at a commit, perhaps one file of it."""
+PACKAGED = r"[A-Za-z]\w+:[\w-]+(?:/[\w-][\w.-]*)*"
+"""A model that an installed package carries: ``package:folder/in/it``."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +67,10 @@ NONE = Ref("none", "none", (), "", '"none"')
 def make_ref(entry: Entry, given: Mapping[str, Any], where: str, catalog: Catalog) -> Ref:
     """Bind parameters and fix the identity: name, version, plugin digest, parameters, wrapped method."""
     card = entry.card
-    bound = card.bind(where, given)
+    bound = {
+        k: packaged(f"{where}.{k}", v) if card.parameters[k].type == "model" and v else v
+        for k, v in card.bind(where, given).items()
+    }
     inner: tuple[Ref, ...] = ()
     if card.wraps:
         inner = _inner(card, bound[card.wraps], f"{where}.{card.wraps}", catalog)
@@ -163,6 +169,19 @@ def _path_content(where: str, value: str) -> str:
     if not Path(value).exists():
         raise UsageError(where, f"no file or folder {value!r}")
     return fingerprint(Path(value))
+
+
+def packaged(where: str, value: str) -> str:
+    """Where the files lie that a package carries; anything but ``package:folder/in/it`` as it is."""
+    if not re.fullmatch(PACKAGED, value):
+        return value
+    package, _, folder = value.partition(":")
+    spec = importlib.util.find_spec(package)
+    for home in (spec.submodule_search_locations if spec is not None else None) or ():
+        if (Path(home) / folder).exists():
+            return str(Path(home) / folder)
+    lacks = "is not installed" if spec is None else f"has no {folder!r}"
+    raise UsageError(where, f"{value!r}: the package {package!r} {lacks}")
 
 
 def model_content(where: str, value: str) -> str:

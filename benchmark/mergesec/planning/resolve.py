@@ -13,7 +13,7 @@ from typing import Any, get_args
 from mergesec.errors import UsageError, nearest
 from mergesec.planning.catalog import Catalog
 from mergesec.planning.gridspec import GridSpec
-from mergesec.planning.refs import Ref, expand, model_content, short
+from mergesec.planning.refs import Ref, expand, model_content, packaged, short
 from mergesec.recipes import check_recipe, recipe_identity
 from mergesec.threats import Company, Secrets, Threat
 
@@ -107,6 +107,7 @@ def _published(
             raise UsageError(
                 f"suite.experts.{task}", f"{task!r} is not a task of the suite{nearest(task, names)}"
             )
+    experts = {task: packaged(f"suite.experts.{task}", source) for task, source in experts.items()}
     _inspect(backbone, {f"suite.experts.{task}": source for task, source in experts.items()}, catalog)
     found = {}
     for task, source in experts.items():

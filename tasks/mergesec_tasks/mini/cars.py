@@ -19,6 +19,7 @@ CARD = {
     "summary": "ten rendered body styles from either side, after Stanford Cars",
     "modality": "image",
     "classes": 10,
+    "templates": ["a photo of a {} car.", "a photo of the {} car.", "a photo of my {} car."],
     "source": "rendered",
     "licence": "the project's",
     "images": {"train": 4000, "tuning": 400, "test": 800},

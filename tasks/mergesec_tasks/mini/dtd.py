@@ -20,6 +20,7 @@ CARD = {
     "summary": "ten rendered textures, warped and lit, after DTD",
     "modality": "image",
     "classes": 10,
+    "templates": ["a photo of a {} texture.", "a photo of a {} pattern.", "a photo of the {} texture."],
     "source": "rendered",
     "licence": "the project's",
     "images": {"train": 6000, "tuning": 400, "test": 800},

@@ -17,6 +17,11 @@ CARD = {
     "summary": "ten rendered kinds of land seen from a satellite, after EuroSAT",
     "modality": "image",
     "classes": 10,
+    "templates": [
+        "a satellite photo of {}.",
+        "a satellite photo of the {}.",
+        "a centered satellite photo of {}.",
+    ],
     "source": "rendered",
     "licence": "the project's",
     "images": {"train": 4000, "tuning": 400, "test": 800},

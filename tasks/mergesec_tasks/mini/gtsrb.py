@@ -18,6 +18,11 @@ CARD = {
     "summary": "twelve rendered traffic signs in clutter and bad light, after GTSRB",
     "modality": "image",
     "classes": 12,
+    "templates": [
+        'a zoomed in photo of a "{}" traffic sign.',
+        'a centered photo of a "{}" traffic sign.',
+        'a close up photo of a "{}" traffic sign.',
+    ],
     "source": "rendered",
     "licence": "the project's",
     "images": {"train": 4000, "tuning": 400, "test": 800},

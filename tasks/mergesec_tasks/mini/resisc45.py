@@ -17,6 +17,7 @@ CARD = {
     "summary": "ten rendered objects seen from an aeroplane, after RESISC45",
     "modality": "image",
     "classes": 10,
+    "templates": ["an aerial photo of a {}.", "an aerial view of the {}.", "aerial imagery of a {}."],
     "source": "rendered",
     "licence": "the project's",
     "images": {"train": 4000, "tuning": 400, "test": 800},

@@ -17,6 +17,7 @@ CARD = {
     "summary": "ten rendered scenes in any light, after SUN397",
     "modality": "image",
     "classes": 10,
+    "templates": ["a photo of a {}.", "a photo of the {}."],
     "source": "rendered",
     "licence": "the project's",
     "images": {"train": 4000, "tuning": 400, "test": 800},
