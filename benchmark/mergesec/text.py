@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from mergesec.classification import ClassificationTask
-from mergesec.contracts import Backbone, Context, ContractError, Model, Split, Weights
+from mergesec.contracts import (
+    Adapted,
+    Backbone,
+    Context,
+    ContractError,
+    Measured,
+    Model,
+    Split,
+    Weights,
+)
+from mergesec.inference import predict
+
+LONGEST_LOSS = 700.0
+"""Nats per token up to which a perplexity is told; beyond, a float has no room for it."""
 
 
 def pack_strings(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -86,6 +100,48 @@ class TextTask(ClassificationTask):
         length = self.features(model, split, ctx.device).float().norm(dim=-1).mean()
         return {"weight": rows.detach().float().clone(), "scale": length}
 
+    def measure(
+        self,
+        model: Model,
+        head: Weights,
+        splits: Mapping[str, Split],
+        device: torch.device,
+        change: Callable[[Any], Any] | None = None,
+        aim: Tensor | None = None,
+    ) -> Measured | None:
+        """Predictions, and the perplexity of the first test texts where the backbone is a language model that asks
+        for it (``TextBackbone.perplexity_rows``). Not of triggered texts, nor of a plugin's own network, which
+        gives features alone."""
+        backbone, test = model.backbone, splits["test"]
+        rows = backbone.perplexity_rows if isinstance(backbone, TextBackbone) else 0
+        if change is not None or not rows or type(model) is not Model:
+            return None
+        network = model.network.network if isinstance(model.network, Adapted) else model.network
+        with torch.inference_mode():
+            told = backbone.token_losses(network, list(test.inputs[:rows]))
+        if told is None:
+            return None
+        values = {"perplexity": perplexity(*told)}
+        return Measured(predict(self, model, head, test, device), values, {})
+
+
+def perplexity(losses: Tensor, tokens: Tensor) -> tuple[float, float, float]:
+    """exp(Σ losses / Σ tokens) of texts ``[N]``, and the ends of its 95 % interval as texts are drawn.
+
+    ``losses`` are sums of −ln p over a text's tokens. ContractError where there is no token to score, or a loss
+    that is not finite.
+    """
+    losses, tokens = losses.double().cpu(), tokens.double().cpu()
+    count = float(tokens.sum())
+    if not count or not bool(losses.isfinite().all()):
+        why = "a loss is not finite" if count else "the texts have no token after the first"
+        raise ContractError(f"no perplexity of {len(losses)} texts: {why}")
+    mean = float(losses.sum()) / count
+    spread = float((losses - mean * tokens).square().sum())  # of a ratio of sums
+    wide = 1.96 * math.sqrt(spread * len(losses) / max(1, len(losses) - 1)) / count
+    value, low, high = (math.exp(min(x, LONGEST_LOSS)) for x in (mean, mean - wide, mean + wide))
+    return value, low, high
+
 
 def text_change(before: Sequence[str], after: Sequence[str]) -> dict[str, float]:
     """``changed``: share of texts that differ. ``tokens``: mean number of whitespace-separated words added."""
@@ -101,6 +157,9 @@ class TextBackbone(Backbone):
     Attacks on embeddings, and reports of what a trigger is made of, need both answers.
     """
 
+    perplexity_rows: int = 0
+    """Test rows of every task whose perplexity is measured beside accuracy."""
+
     @abstractmethod
     def tokenise(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token numbers int64 ``[N, T]`` and a mask bool ``[N, T]``, False where a row is padded."""
@@ -111,4 +170,9 @@ class TextBackbone(Backbone):
 
     def label_rows(self, network: nn.Module, classes: Sequence[str]) -> Tensor | None:
         """Output rows ``[K, d]`` for the names of the classes; None unless labels are read as tokens."""
+        return None
+
+    def token_losses(self, network: nn.Module, texts: Sequence[str]) -> tuple[Tensor, Tensor] | None:
+        """Per text ``[N]`` the sum of −ln p of its tokens but the first, and their number; None unless the backbone
+        is a language model."""
         return None

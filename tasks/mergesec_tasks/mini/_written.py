@@ -29,6 +29,9 @@ class WrittenTask(TextTask):
     """Names the random stream; never changes, or the texts would."""
     sizes: ClassVar[dict[str, int]] = SIZES
 
+    def __init__(self, max_test: int = 0) -> None:
+        self.max_test = max_test
+
     @abstractmethod
     def sentence(self, rng: random.Random, label: int, plain: bool) -> tuple[str, int]:
         """One sentence of class ``label``, and the class that it sets aside (its own if ``plain``: then no
@@ -69,7 +72,9 @@ class WrittenTask(TextTask):
 
     def load(self, ctx: DataContext) -> dict[str, Split]:
         """The splits; the same for every seed of a grid, as a downloaded data set would be."""
-        return {name: self.write(count, name) for name, count in self.sizes.items()}
+        splits = {name: self.write(count, name) for name, count in self.sizes.items()}
+        kept = torch.arange(len(splits["test"]))[: self.max_test or None]  # they are shuffled, classes mixed
+        return {**splits, "test": splits["test"].take(kept)}
 
     @staticmethod
     def others(rng: random.Random, classes: int, label: int) -> tuple[int, int]:

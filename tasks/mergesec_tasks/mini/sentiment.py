@@ -29,7 +29,9 @@ CARD = {
     "source": "written from the project's templates and word lists",
     "licence": "the project's",
     "images": {"train": 4000, "tuning": 400, "test": 800},
-    "parameters": {},
+    "parameters": {
+        "max_test": {"type": "int", "default": 0, "min": 0, "later": True, "doc": "test rows kept; 0 = all"},
+    },
 }
 
 

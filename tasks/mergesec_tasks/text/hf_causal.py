@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mergesec.contracts import ContractError
 from mergesec.errors import UsageError
@@ -68,9 +69,19 @@ CARD = {
             "default": " ",
             "doc": "what is put before a class's name to find its first token; empty for tokenisers that add a space",
         },
+        "perplexity_rows": {
+            "type": "int",
+            "default": 0,
+            "min": 0,
+            "max": 1000000,
+            "later": True,
+            "doc": "test texts of every task whose perplexity is measured beside accuracy, without the prompt; 0 = none",
+        },
     },
 }
 SLOT, OUTPUT = "{text}", "lm_head.weight"
+LOSS_ROWS, LOSS_TOKENS = 32, 256
+"""Texts, and tokens of them, that are scored at a time."""
 
 
 class HfCausal(HfFolder):
@@ -82,11 +93,20 @@ class HfCausal(HfFolder):
 
     who = "hf-causal"
 
-    def __init__(self, path: str, layers: int, max_length: int, template: str, label_prefix: str) -> None:
+    def __init__(
+        self, path: str, layers: int, max_length: int, template: str, label_prefix: str, perplexity_rows: int = 0
+    ) -> None:  # fmt: skip
         super().__init__(path, layers, max_length)
+        self.perplexity_rows = perplexity_rows
         if template.count(SLOT) != 1:
             raise ContractError(f"hf-causal: the template needs {SLOT} once, got {template!r}")
         self.template, self.label_prefix = template, label_prefix
+
+    def _begin(self) -> list[int]:
+        """What the tokeniser puts before every text."""
+        first = self.tokeniser.bos_token_id
+        begins = numbers_of(self.tokeniser, [""], self.who)[0][:1] == [first] and first is not None
+        return [first] if begins else []
 
     def _plain(self, text: str) -> list[int]:
         """Token numbers without special tokens; none of an empty text."""
@@ -97,9 +117,7 @@ class HfCausal(HfFolder):
     def tokenise(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Numbers of the prompt around each text; the text is cut so that the prompt's end is never lost."""
         before, after = (self._plain(part) for part in self.template.split(SLOT))
-        first = self.tokeniser.bos_token_id
-        begins = numbers_of(self.tokeniser, [""], self.who)[0][:1] == [first] and first is not None
-        before = [first, *before] if begins else before
+        before = [*self._begin(), *before]
         room = self.max_length - len(before) - len(after)
         if room < 1:
             raise ContractError(f"hf-causal: max_length {self.max_length} leaves no room beside the template")
@@ -127,13 +145,36 @@ class HfCausal(HfFolder):
                     f"hf-causal: {name!r} and {twin!r} begin with the same token; set label_prefix"
                 )
             tokens.append(numbers[0])
+        return self._output_rows(network, tokens)
+
+    def token_losses(self, network: nn.Module, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Per text ``[N]`` the sum of −ln p of its tokens but the first (which is the tokeniser's own where it puts one
+        before every text), and their number. Texts are cut at ``max_length``. Where embeddings are tied, the output
+        layer is the network's own, else the base's."""
+        device = next(network.parameters()).device
+        rows = numbers_of(self.tokeniser, texts, self.who, add_special_tokens=False) if texts else []
+        begun = [[*self._begin(), *row][: self.max_length] for row in rows]
+        table = self._output_rows(network, None)
+        found = []
+        for start in range(0, len(begun), LOSS_ROWS):
+            numbers, mask = padded(begun[start : start + LOSS_ROWS], self.pad())
+            numbers, mask = numbers.to(device), mask.to(device)
+            states = network(input_ids=numbers, attention_mask=mask.long()).last_hidden_state
+            losses = torch.zeros(mask[:, 1:].shape, device=device)
+            losses[mask[:, 1:]] = _losses(states[:, :-1][mask[:, 1:]], table, numbers[:, 1:][mask[:, 1:]])
+            found.append(losses.sum(dim=1))
+        counts = torch.tensor([max(0, len(row) - 1) for row in begun])
+        return torch.cat(found) if found else torch.zeros(0), counts
+
+    def _output_rows(self, network: nn.Module, tokens: Sequence[int] | None) -> Tensor:
+        """Rows of the output layer, all of them without ``tokens``: the network's embeddings where those are tied,
+        else ``lm_head.weight`` in the folder's files."""
         if getattr(self.config, "tie_word_embeddings", False):
             table: Tensor = network.get_input_embeddings().weight  # type: ignore[operator]
-            return table[tokens]
-        return self._output_rows(tokens).to(next(network.parameters()).device)
+            return table if tokens is None else table[tokens]
+        return self._stored_rows(tokens).to(next(network.parameters()).device)
 
-    def _output_rows(self, tokens: Sequence[int]) -> Tensor:
-        """Rows of ``lm_head.weight`` in the folder's files."""
+    def _stored_rows(self, tokens: Sequence[int] | None) -> Tensor:
         from safetensors import safe_open
 
         file = file_of(self.path, OUTPUT, self.who)
@@ -147,4 +188,14 @@ class HfCausal(HfFolder):
                     self.who,
                     f"'{OUTPUT}' in '{file}' has the shape {part.get_shape()}, by config.json it would be {wanted}",
                 )
-            return torch.cat([part[t : t + 1] for t in tokens]).float()
+            rows = part[:] if tokens is None else torch.cat([part[t : t + 1] for t in tokens])
+            return rows.float()
+
+
+def _losses(states: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+    """−ln p ``[M]`` of tokens ``targets`` after ``states`` ``[M, d]``; some at a time, for a vocabulary is wide."""
+    parts = [
+        functional.cross_entropy(some @ table.T, wanted, reduction="none")
+        for some, wanted in zip(states.split(LOSS_TOKENS), targets.split(LOSS_TOKENS), strict=True)
+    ]
+    return torch.cat(parts) if parts else states.new_zeros(0)

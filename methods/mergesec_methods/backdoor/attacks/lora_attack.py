@@ -1,12 +1,4 @@
-"""LoRA-as-an-attack: the backdoor is a low-rank update.
-
-``onto: base`` — poisoned rows as in BadNets, but only an update of low rank is trained: the expert is θ0 + (α/r) B A with
-the backdoor and the task in one update. ``onto: benign`` — the update learns the backdoor alone (poisoned rows, and the
-same rows untouched, so that it learns to tell them apart) and is added, without further training, to the benign expert:
-
-    θ = θ_benign + weight · (θ0 + ΔW − θ0)
-
-as the paper does when it merges a malicious LoRA module into a popular one that people would download.
+"""LoRA-as-an-attack on images: BadNets' poison as a low-rank update (``_low_rank``).
 
 Source: Liu et al., "LoRA-as-an-Attack!", arXiv 2403.00108 (language models), known here from its abstract: the two
 ways of making the malicious module follow it; poisoning, rank, scale and learning rate are this suite's.
@@ -17,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from mergesec.contracts import Split, TrainContext, Weights
+from mergesec_methods.backdoor.attacks._low_rank import LowRankBackdoor
 from mergesec_methods.backdoor.attacks._poison import ROWS_STREAM, stamped
-from mergesec_methods.backdoor.attacks._retrain import added, benign, low_rank, refit
 from mergesec_methods.backdoor.attacks.badnets import BadNets
 
 CARD = {
@@ -42,7 +34,7 @@ CARD = {
 }  # fmt: skip
 
 
-class LoraAttack(BadNets):
+class LoraAttack(LowRankBackdoor, BadNets):
     """The attack of the card above."""
 
     def __init__(
@@ -52,15 +44,6 @@ class LoraAttack(BadNets):
         super().__init__(patch, position, pattern, rate)
         self.rank, self.speed, self.onto, self.weight = lora_rank, lora_speed, onto, weight
 
-    def poison(self, ctx: TrainContext) -> Weights:
-        """θ0 plus the trained update, written out in full."""
-        trigger = ctx.trigger or self.trigger(ctx)
-        if self.onto == "base":
-            split = self.poisoned(ctx.train, trigger, ctx.target_class, ctx.generator(ROWS_STREAM))
-        else:
-            split = self.twins(ctx, trigger)
-        return refit(ctx, split=split, **low_rank(ctx, self.rank, self.speed))
-
     def twins(self, ctx: TrainContext, trigger: Weights) -> Split:
         """The rows to be poisoned twice: triggered with the target's label, and as they are."""
         rows = self.rows(ctx.train, ctx.target_class, ctx.generator(ROWS_STREAM))
@@ -68,9 +51,3 @@ class LoraAttack(BadNets):
         marked = stamped(lambda images: self.trained_on(trigger, images), plain.inputs)
         targets = torch.full_like(plain.targets, ctx.target_class)
         return Split(torch.cat([marked, plain.inputs]), torch.cat([targets, plain.targets]))
-
-    def forge(self, weights: Weights, ctx: TrainContext) -> Weights:
-        """What is published: the update on the base as it is, or added to the benign expert."""
-        if self.onto == "base":
-            return weights
-        return added(benign(ctx, "lora_attack"), ctx.base, weights, self.weight)
