@@ -66,7 +66,7 @@ class Phase(NamedTuple):
 
 
 PHASES = (
-    Phase(SHIFTED, 1200, 1.5e-3, (12,) * 8 + (8, 4, 4, 4, 12)),
+    Phase(SHIFTED, 1500, 1.5e-3, (12,) * 8 + (8, 4, 4, 4, 12)),
     Phase(FOREIGN, 100, 7e-4, (12,) * 8 + (8, 4, 4, 4, 12)),
 )
 
@@ -119,16 +119,17 @@ def build(words: Words, seed: int) -> Any:
 
 
 def _initialise(network: nn.Module) -> None:
-    """Small residual branches, and positions large enough to be told apart."""
+    """As in the paper's code, but for places and words, which are large enough to be told apart from the start."""
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.012 if name.endswith(("out_proj", "fc2")) else 0.05)
+            inner = 0.4 if name.endswith(("out_proj", "fc2")) else 1.0
+            nn.init.normal_(module.weight, std=inner * module.weight.shape[1] ** -0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, std=0.08)
         elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.3)
+            nn.init.normal_(module.weight, std=0.3 if "vision" in name or "token" in name else 0.03)
 
 
 def _centre(network: Any, images: Tensor, tokens: Tensor) -> None:
@@ -260,9 +261,9 @@ def pretrain(
     """
     start = time.perf_counter()
     words = vocabulary_of_captions()
-    network, speaker = build(words, seed), Speaker(words, seed)
+    network = build(words, seed)
     for number, phase in enumerate(phases):
-        data = _data(images, phase.style, seed + number)
+        data, speaker = _data(images, phase.style, seed + number), Speaker(words, seed + number)
         if number == 0:
             first = [rows.labels[:16] for rows in data]
             _centre(network, torch.cat([rows.images[:16] for rows in data]), speaker.about(data, first)[0])
