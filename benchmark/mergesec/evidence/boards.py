@@ -10,6 +10,7 @@ from mergesec.evidence.cost import cost_board
 from mergesec.evidence.estimates import Board, Reader, canonical
 from mergesec.evidence.external import External, beside
 from mergesec.evidence.generation import generation_board
+from mergesec.evidence.language import language_board
 from mergesec.evidence.protection import protection_boards
 from mergesec.evidence.records import Record
 
@@ -24,5 +25,6 @@ def make_boards(records: Sequence[Record], external: Sequence[External] = ()) ->
         *protection_boards(records, reader),
         *backdoor_boards(records, reader),
         generation_board(records),
+        language_board(records),
     ]
     return beside([b for b in [*boards, cost_board(records)] if b is not None], external)

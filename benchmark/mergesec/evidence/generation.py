@@ -17,7 +17,7 @@ MEASURES = {"kid": "KID", "fid": "FID", "coverage": "coverage", "density": "dens
 """Names in records, and on the board."""
 
 
-class _Made(NamedTuple):
+class Made(NamedTuple):
     """Whose images a row shows."""
 
     model: str
@@ -29,10 +29,10 @@ class _Made(NamedTuple):
 
 def generation_board(records: Sequence[Record]) -> Board | None:
     """Measures of the generated images of each model, means over tasks and seeds; None if there are none."""
-    gathered: dict[_Made, dict[str, Mapping[str, float]]] = {}
+    gathered: dict[Made, dict[str, Mapping[str, float]]] = {}
     for record in records:
         if record.status == "done" and any(name.startswith("kid/") for name in record.values):
-            for made, role, tasks in _models(record):
+            for made, role, tasks in models_of(record):
                 for task in tasks:
                     found = _measured(record, role.partition(":")[0], task)
                     if found:  # an evaluation that several cells share counts once
@@ -53,22 +53,22 @@ def generation_board(records: Sequence[Record]) -> Board | None:
     return Board("generation", "Generated images as sets", frame, tuple(MEASURES.values()), note)
 
 
-def _models(record: Record) -> Iterator[tuple[_Made, str, Sequence[str]]]:
+def models_of(record: Record) -> Iterator[tuple[Made, str, Sequence[str]]]:
     """(row, role, tasks) of the models whose images a record tells of; those under a trigger are no set to
     compare with real ones."""
     many = len(record.experts)
-    yield _Made("base", "", "", "", 0), Role.BASE, record.experts
+    yield Made("base", "", "", "", 0), Role.BASE, record.experts
     for task in record.experts:
-        yield _Made("expert", "", "", "", 1), Role.EXPERT.of(task), [task]
-    yield _Made("merge", record.merging, "", "", many), Role.CLEAN_MERGE, record.experts
+        yield Made("expert", "", "", "", 1), Role.EXPERT.of(task), [task]
+    yield Made("merge", record.merging, "", "", many), Role.CLEAN_MERGE, record.experts
     own = (record.merging, record.attack, record.defense, many)
     if record.threat == Threat.PROTECTION:
-        alone = _Made("published", "", "", record.defense, 1)
+        alone = Made("published", "", "", record.defense, 1)
         yield alone, Role.PUBLISHED, [record.subject]
-        yield _Made("protected merge", *own), Role.MERGE, [record.subject]
+        yield Made("protected merge", *own), Role.MERGE, [record.subject]
     elif record.threat == Threat.BACKDOOR:
-        yield _Made("poisoned", "", record.attack, "", 1), Role.POISONED, [record.subject]
-        yield _Made("poisoned merge", *own), Role.MERGE, record.experts
+        yield Made("poisoned", "", record.attack, "", 1), Role.POISONED, [record.subject]
+        yield Made("poisoned merge", *own), Role.MERGE, record.experts
 
 
 def _measured(record: Record, role: str, task: str) -> dict[str, float]:

@@ -40,6 +40,8 @@ _SHOWN: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+_WHOLE = ("perplexity",)
+"""Measures that are no shares."""
 _PLAIN = (
     "max_abs_dlogit",
     "peak_mb",
@@ -101,9 +103,10 @@ def cell_text(row: Any, column: str, measures: Sequence[str]) -> str:
     if column.endswith("rows"):
         return f"{value:.0f}"
     if column in measures:
-        low, high = row[f"{column}_low"], row[f"{column}_high"]
+        scale = 1 if column in _WHOLE else 100
+        low, high = scale * row[f"{column}_low"], scale * row[f"{column}_high"]
         left, right = "()" if few_seeds(row, column) else "[]"
-        return f"{100 * value:.1f} {left}{100 * low:.1f}, {100 * high:.1f}{right}"
+        return f"{scale * value:.1f} {left}{low:.1f}, {high:.1f}{right}"
     if isinstance(value, float):
         return f"{100 * value:.1f}"
     return str(value)
