@@ -15,6 +15,7 @@ from mergesec.adapterconfig import FACTORS, is_adapter, read_lora
 from mergesec.errors import UsageError
 from mergesec.files import brief
 from mergesec.modelfiles import CONFIG, header, stored_tensors
+from mergesec_tasks._cliptext import check_text_tower
 from mergesec_tasks._configs import Values, check_same_function, check_tensors, read_config
 from mergesec_tasks._preprocessing import check_same_pixels, read_pixels
 from mergesec_tasks._words import check_same_words, check_words
@@ -78,6 +79,8 @@ def inspect(backbone: str, parameters: Mapping[str, Any], where: str, experts: M
     values = check_base(base, f"{where}.{name}", kinds)
     if kinds.images:
         read_pixels(base, str(values["model_type"]), f"{where}.{name}")
+        if parameters.get("head") == "zero-shot":
+            check_text_tower(base, f"{where}.{name}")
     else:
         check_words(base, int(values["vocab_size"]), f"{where}.{name}")
     for field, source in experts.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,21 @@ def numbers_of(tokenizer: Any, texts: Sequence[str], who: str, **how: Any) -> li
     with complaining(who, "the folder's tokenizer takes no texts"):
         found: list[list[int]] = tokenizer(list(texts), **how)["input_ids"]
     return found
+
+
+def fitting_numbers(
+    tokenizer: Callable[[Sequence[str]], list[list[int]]], texts: Sequence[str], most: int, who: str
+) -> list[list[int]]:
+    """The numbers of prompts' tokens; UsageError, naming the prompt, for one that a text tower of ``most`` places would
+    read only in part."""
+    numbers = tokenizer(texts)
+    long = next((i for i, own in enumerate(numbers) if len(own) > most), None)
+    if long is not None:
+        raise UsageError(
+            who,
+            f"the prompt {brief(texts[long])!r} has {len(numbers[long])} tokens, the text tower takes {most}",
+        )
+    return numbers
 
 
 def text_tower(folder: Path, config: Any, who: str) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar
 
 import numpy as np
 
@@ -58,7 +57,9 @@ class Shapes(RenderedTask):
         size = canvas.uniform(0.28, 0.42)
         hue, saturation, value = list(COLOURS.values())[colour]
         shade = np.clip(value + canvas.uniform(-0.06, 0.06), 0.0, 1.0)
-        paint = hsv((hue + canvas.uniform(-0.015, 0.015)) % 1.0, saturation * canvas.uniform(0.85, 1.0), shade)
+        paint = hsv(
+            (hue + canvas.uniform(-0.015, 0.015)) % 1.0, saturation * canvas.uniform(0.85, 1.0), shade
+        )
         canvas.paint(cover(self._form(FORMS[form], (x - cx) / size, (y - cy) / size) * size), paint)
 
     def _form(self, name: str, x: Array, y: Array) -> Array:
@@ -115,7 +116,9 @@ class MoreAerial(Aerial):
 
     def _swimming_pool(self, canvas: Canvas, x: Array, y: Array) -> None:
         canvas.paint(cover(box(x, y, 0.0, 0.0, 0.75, 0.45) - 0.1), self.object)
-        canvas.paint(cover(box(x, y, 0.0, 0.0, 0.62, 0.32)), canvas.colour((0.5, 0.6), (0.3, 0.7), (0.6, 0.95)))
+        canvas.paint(
+            cover(box(x, y, 0.0, 0.0, 0.62, 0.32)), canvas.colour((0.5, 0.6), (0.3, 0.7), (0.6, 0.95))
+        )
 
     def _railway(self, canvas: Canvas, x: Array, y: Array) -> None:
         sleepers = (np.sin(22.0 * y) > 0).astype(np.float32)

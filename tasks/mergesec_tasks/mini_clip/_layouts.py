@@ -78,7 +78,9 @@ def open_config(vision: Mapping[str, Any], text: Mapping[str, Any], width: int) 
 
 def save(out: Path, network: Any, words: Words) -> None:
     """Both layouts of a transformers CLIPModel under ``out``, float16."""
-    tensors = {n: t.detach().half().contiguous() for n, t in network.state_dict().items() if "position_ids" not in n}
+    tensors = {
+        n: t.detach().half().contiguous() for n, t in network.state_dict().items() if "position_ids" not in n
+    }
     config = network.config
     ours, theirs = out / HUGGING_FACE, out / OPEN
     for folder in (ours, theirs):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,7 +48,7 @@ def vocabulary(words: Iterable[str]) -> Words:
 def _merged(parts: list[str], ranks: dict[Pair, int]) -> list[str]:
     """A word's parts after all merges that apply, the earliest first."""
     while len(parts) > 1:
-        pairs = list(zip(parts, parts[1:], strict=False))
+        pairs = list(pairwise(parts))
         first = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
         if first not in ranks:
             break

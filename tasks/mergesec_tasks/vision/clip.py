@@ -12,11 +12,16 @@ from torch.nn import functional
 
 from mergesec.contracts import Weights
 from mergesec.errors import UsageError
-from mergesec.modelfiles import CONFIG, file_of, read_json, stored_tensors
-from mergesec_tasks._configs import check_tensors, checked, tower
+from mergesec.modelfiles import file_of
+from mergesec_tasks._cliptext import check_text_tower
 from mergesec_tasks._hub import model_folder
-from mergesec_tasks._transformers import clip_tokenizer, config_of, text_tower
-from mergesec_tasks._words import TOKENIZER, check_words
+from mergesec_tasks._transformers import (
+    clip_tokenizer,
+    config_of,
+    fitting_numbers,
+    numbers_of,
+    text_tower,
+)
 from mergesec_tasks.vision.hf_vit import HfVit
 
 CARD = {
@@ -151,16 +156,15 @@ class Clip(HfVit):
         tower.to(device).eval()
         projection = self.frozen()[TEXT_PROJECTION].to(device)
         sentences = [sentence for texts in prompts for sentence in texts]
+        most = tower.config.max_position_embeddings
+        numbers = fitting_numbers(
+            lambda texts: numbers_of(tokenizer, texts, self.who), sentences, most, self.who
+        )
         rows = []
         with torch.no_grad():
             for start in range(0, len(sentences), TEXT_BATCH):
-                batch = tokenizer(
-                    sentences[start : start + TEXT_BATCH],
-                    padding=True,
-                    truncation=True,
-                    max_length=tower.config.max_position_embeddings,
-                    return_tensors="pt",
-                ).to(device)
+                part = {"input_ids": numbers[start : start + TEXT_BATCH]}
+                batch = tokenizer.pad(part, return_tensors="pt").to(device)
                 pooled = tower(batch["input_ids"], attention_mask=batch["attention_mask"]).pooler_output
                 rows.append(functional.linear(pooled, projection))
         embeddings = torch.split(torch.cat(rows), [len(texts) for texts in prompts])
@@ -168,16 +172,6 @@ class Clip(HfVit):
 
     def _text_tower(self) -> tuple[Any, Any]:
         """The folder's tokenizer and text tower. UsageError if tensors are missing."""
-        path = self.path / CONFIG
-        values = checked(
-            tower(read_json(path, self.who), "text", path, self.who), path, self.who, ("clip_text_model",)
-        )
-        check_tensors(values, stored_tensors(self.path, self.who), path, self.who)
-        if values["hidden_size"] != self.frozen()[TEXT_PROJECTION].shape[1]:
-            raise UsageError(
-                self.who, f"'{TEXT_PROJECTION}' in '{self.path}' does not take the text tower's width"
-            )
-        if (self.path / TOKENIZER).exists():
-            check_words(self.path, values["vocab_size"], self.who)
+        values = check_text_tower(self.path, self.who)
         tokenizer = clip_tokenizer(self.path, values["vocab_size"], self.who)
         return tokenizer, text_tower(self.path, config_of(values, self.who), self.who)

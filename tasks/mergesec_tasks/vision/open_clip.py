@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from mergesec.contracts import Backbone, Weights
 from mergesec.errors import UsageError
 from mergesec.files import brief, is_file
 from mergesec.modelfiles import Stored, header, read_json, shown
+from mergesec_tasks._cliptext import check_open_text
 from mergesec_tasks._configs import (
     HEADS,
     LAYERS,
@@ -33,7 +34,8 @@ from mergesec_tasks._configs import (
 from mergesec_tasks._hub import model_folder
 from mergesec_tasks._networks import check_held, read_tensors
 from mergesec_tasks._preprocessing import CLIP, check_three
-from mergesec_tasks._transformers import complaining
+from mergesec_tasks._transformers import clip_tokenizer, complaining, fitting_numbers, numbers_of
+from mergesec_tasks._words import TOKENIZER
 from mergesec_tasks.vision.clip import TEXT_BATCH, text_head
 from mergesec_tasks.vision.hf_vit import interpolated_positions, resized
 
@@ -48,6 +50,7 @@ CARD = {
     "summary": "open_clip's vision transformers with zero-shot heads from their text towers",
     "modalities": ["image"],
     "depends": ["open_clip_torch"],
+    "inspect": "mergesec_tasks._cliptext:inspect_open",
     "requires": {"open_clip": "mergesec[clip]"},
     "zero_shot": True,
     "source": "a local folder or safetensors file, or the hub at a commit",
@@ -291,11 +294,13 @@ class OpenClip(Backbone):
         if not isinstance(text, dict):
             raise UsageError(WHO, f"{where} {shown(text)} is not a mapping of fields")
         check_fields(text, TEXT, (), where, WHO)
-        if text.get("hf_tokenizer_name"):
+        if text.get("hf_tokenizer_name") and not (release.weights.parent / TOKENIZER).exists():
             raise UsageError(
-                WHO, f"this text tower takes the tokenizer {shown(text['hf_tokenizer_name'])}, which is not supported; use "
-                "head: probe",
+                WHO, f"this text tower takes the tokenizer {shown(text['hf_tokenizer_name'])}, and there is no {TOKENIZER} "
+                "beside the weights; use head: probe",
             )  # fmt: skip
+        given = {name: text.get(name, TEXT[name].default) for name in TEXT}
+        check_open_text(release.weights.parent, given, header(release.weights, WHO), WHO)
         check_held(lambda: self._whole(release.model), header(release.weights, WHO), "", (), WHO)
         whole = self._whole(release.model)
         with complaining(WHO, f"open_clip does not load {str(release.weights)!r}"):
@@ -303,11 +308,31 @@ class OpenClip(Backbone):
         return whole.float()
 
     def _tokens(self, sentences: list[str]) -> Tensor:
+        """``[N, context]``, filled up with zeros, by the folder's own tokenizer or open_clip's."""
+        text = self._release().model["text_cfg"]
+        length, size = (text.get(name, TEXT[name].default) for name in ("context_length", "vocab_size"))
+        tokenize = self._tokenizer(text.get("hf_tokenizer_name"), size)
+        tokens = torch.zeros(len(sentences), length, dtype=torch.long)
+        for row, own in zip(tokens, fitting_numbers(tokenize, sentences, length, WHO), strict=True):
+            row[: len(own)] = torch.tensor(own)
+        return tokens
+
+    def _tokenizer(self, named: str | None, size: int) -> Callable[[Sequence[str]], list[list[int]]]:
+        """Sentences to the numbers of their tokens, start and end included."""
+        if named:
+            own = clip_tokenizer(self._release().weights.parent, size, WHO)
+            return lambda texts: numbers_of(own, texts, WHO)
         from open_clip.tokenizer import SimpleTokenizer
 
-        length = self._release().model["text_cfg"].get("context_length", 77)
-        tokens: Tensor = SimpleTokenizer(context_length=length)(sentences)
-        return tokens
+        simple = SimpleTokenizer()
+        if simple.vocab_size != size:
+            raise UsageError(
+                WHO, f"the text tower has a vocab_size of {size}, open_clip's tokenizer {simple.vocab_size} words; a release "
+                f"with a {TOKENIZER} of its own names it in text_cfg (hf_tokenizer_name)",
+            )  # fmt: skip
+        return lambda texts: [
+            [simple.sot_token_id, *simple.encode(text), simple.eot_token_id] for text in texts
+        ]
 
 
 # --------------------------------------------------------------------------- files

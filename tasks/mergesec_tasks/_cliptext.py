@@ -1,0 +1,121 @@
+"""A CLIP's text tower beside its tokenizer and its vision tower: whether they were trained together, as far as files tell.
+
+No torch: ``bench plan`` looks at local folders with this before anything runs, the backbones again before they load them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mergesec.errors import UsageError
+from mergesec.files import brief
+from mergesec.modelfiles import CONFIG, Stored, header, read_json, shown, stored_tensors
+from mergesec_tasks._configs import Values, check_tensors, checked, tower
+from mergesec_tasks._words import TOKENIZER, check_words
+
+OPEN_CONFIG, OPEN_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+END = ("<|endoftext|>", "<end_of_text>")
+OLD_END = 2
+"""What configs of old releases call the end token: the tower looks for the largest number instead."""
+TEXT_PROJECTION, VISUAL_PROJECTION = "text_projection.weight", "visual_projection.weight"
+
+
+def check_text_tower(folder: Path, who: str) -> Values:
+    """The text tower's config. UsageError, naming the file and both values, unless tensors, tokenizer and projections of a
+    folder of transformers are of one CLIP."""
+    path = folder / CONFIG
+    raw = read_json(path, who)
+    values = checked(tower(raw, "text", path, who), path, who, ("clip_text_model",))
+    stored = stored_tensors(folder, who)
+    check_tensors(values, stored, path, who)
+    _check_projections(stored, TEXT_PROJECTION, (0, 1), values["hidden_size"], VISUAL_PROJECTION, 0, who)
+    if (folder / TOKENIZER).exists():
+        words = check_words(folder, values["vocab_size"], who)
+        _check_end(words, values["vocab_size"], values["eos_token_id"], folder / TOKENIZER, who)
+    return values
+
+
+def _check_projections(
+    stored: Mapping[str, Stored],
+    text: str,
+    sides: tuple[int, int],
+    width: int,
+    visual: str,
+    side: int,
+    who: str,
+) -> None:
+    """Both projections end in the same space, and the text's begins at its tower; ``sides``: where those are."""
+    if any(name not in stored or len(stored[name].shape) != 2 for name in (text, visual)):
+        return  # no whole CLIP: what loads it says so
+    ends, begins = (stored[text].shape[i] for i in sides)
+    if begins != width:
+        raise UsageError(
+            who, f"{brief(str(stored[text].file))!r}: '{text}' takes features of width {begins}, the text tower has {width}: "
+            "it is another CLIP's",
+        )  # fmt: skip
+    if ends != stored[visual].shape[side]:
+        raise UsageError(
+            who, f"{brief(str(stored[text].file))!r}: '{text}' ends in {ends} dimensions, '{visual}' in "
+            f"{stored[visual].shape[side]}: the text tower is another CLIP's",
+        )  # fmt: skip
+
+
+def _check_end(words: Mapping[str, int], size: int, told: Any, path: Path, who: str) -> None:
+    """The features of a sentence stand at its end token."""
+    found = next((words[name] for name in END if name in words), None)
+    wanted = size - 1 if told in (None, OLD_END) else told
+    if found != wanted:
+        raise UsageError(
+            who, f"{brief(str(path))!r}: the end token has the number {shown(found)}, the text tower looks for "
+            f"{shown(wanted)}: the tokenizer is another CLIP's",
+        )  # fmt: skip
+
+
+# --------------------------------------------------------------------------- open_clip
+
+
+def inspect_open(
+    backbone: str, parameters: Mapping[str, Any], where: str, experts: Mapping[str, str]
+) -> None:
+    """UsageError, naming the grid's field, for a local release whose text tower, tokenizer and vision tower do not go
+    together; of a single file without a config nothing is known yet."""
+    place = Path(str(parameters["model"])).expanduser()
+    file, config = place / OPEN_WEIGHTS, place / OPEN_CONFIG
+    if (
+        parameters["head"] != "zero-shot"
+        or not parameters["model"]
+        or not (file.is_file() and config.is_file())
+    ):
+        return
+    who = f"{where}.model"
+    model = read_json(config, who).get("model_cfg")
+    text = model.get("text_cfg") if isinstance(model, dict) else None
+    if isinstance(text, dict) and all(
+        type(text.get(n)) is int for n in ("vocab_size", "context_length", "width")
+    ):
+        check_open_text(place, text, header(file, who), who)
+
+
+def check_open_text(folder: Path, text: Mapping[str, Any], stored: Mapping[str, Stored], who: str) -> None:
+    """UsageError, naming the tensor or file, unless a release's text tower is what text_cfg describes, and its own
+    tokenizer, if it names one, speaks its words."""
+    size, width = text["vocab_size"], text["width"]
+    for name, wanted in (
+        ("token_embedding.weight", (size, width)), ("positional_embedding", (text["context_length"], width))
+    ):  # fmt: skip
+        if name in stored and stored[name].shape != wanted:
+            raise UsageError(
+                who, f"{brief(str(stored[name].file))!r}: tensor '{name}' has the shape {list(stored[name].shape)}, by "
+                f"text_cfg it would be {list(wanted)}",
+            )  # fmt: skip
+    _check_projections(stored, "text_projection", (1, 0), width, "visual.proj", 1, who)
+    if text.get("hf_tokenizer_name"):
+        check_open_words(folder, size, who)
+
+
+def check_open_words(folder: Path, size: int, who: str) -> None:
+    """UsageError unless a release's folder holds a tokenizer whose words, the end token last, are the network's."""
+    words = check_words(folder, size, who)
+    _check_end(words, size, None, folder / TOKENIZER, who)
