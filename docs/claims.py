@@ -111,6 +111,9 @@ SQUARE, FLAT_SQUARE = "badmerging(trigger=*", "badmerging(interpolation=False, t
 CENTRE = "badmerging(batch=32, patch=*"
 """A larger patch in the centre, in grids measured before the published one was this project's default."""
 OWN = "mini-backdoor-dam/backdoor"
+BY_ADVERSARY = "mini-backdoor-coefficients/backdoor_adversaries"
+ELSEWHERE = {"adversary": "mini/eurosat", "method": EIGHT}
+"""Among the same four experts another malicious one."""
 RELEASED = "dam(adamerging_steps=100, adv_lr=0.001, granularity=task, lr=0.01, mask_lr=0.01, steps=100)"
 ABLATION = "dam(adamerging_steps=100, adv_lr=0.001, adv_weight=0, granularity=task, *"
 LEARNT = "adamerging(granularity=task, *"
@@ -371,6 +374,24 @@ CLAIMS: Sequence[Claim] = (
             ("ablation", "from its own ablation", {"defense": ABLATION}),
         )
     ),
+    *(
+        Claim(f"dam-elsewhere-{attack}", "defenses", f"The same from task arithmetic where eurosat is malicious: {shown}",
+              _DAM, _PAPER,
+              Query(BY_ADVERSARY, {**ELSEWHERE, "attack": f"{attack}*", "defense": "none"}, "succession",
+                    less={"defense": RELEASED}),
+              least(2, 0))
+        for attack, shown in (("trojvit", "TrojViT"), ("badmerging", "BadMerging"))
+    ),
+    Claim("dam-elsewhere-safety", "defenses", "The same from its own ablation where eurosat is malicious: BadMerging",
+          _DAM, _PAPER,
+          Query(BY_ADVERSARY, {**ELSEWHERE, "attack": "badmerging*", "defense": ABLATION}, "succession",
+                less={"defense": RELEASED}),
+          least(2, 0)),
+    Claim("adamerging-elsewhere", "defenses", "Coefficients learnt by layer leave more of BadMerging than task arithmetic where eurosat is malicious",
+          "this project's question", _OURS,
+          Query(BY_ADVERSARY, {**ELSEWHERE, "attack": "badmerging*", "method": "adamerging(lr*", "defense": "none"},
+                "succession", less={"method": EIGHT}),
+          MORE),
     Claim("dam-masks", "defenses", "Its second mask lowers ASR further (TrojViT)",
           _DAM, _NOTES,
           Query(OWN, {"attack": "trojvit*", "defense": RELEASED, "adversaries": "1"}, "succession",
@@ -540,6 +561,7 @@ _AXES: Mapping[str, tuple[str, Callable[[Record], Any]]] = {
     "adversaries": ("adversaries", lambda r: r.adversaries), "protected": ("protected", lambda r: r.protected),
     "target_task": ("target_task", lambda r: r.target_task),
     "secrets": ("secrets", lambda r: r.secrets if r.protected > 1 else "own"),
+    "adversary": ("subject", lambda r: r.subject),
 }  # fmt: skip
 """The columns that name a row: the axis of a cell, and its value."""
 _THREATS = {"clean": Threat.CLEAN, "backdoor": Threat.BACKDOOR}

@@ -62,6 +62,8 @@ _RATES = (
     ("succession_base", "asr", Role.BASE, "target"), ("transfer_base", "asr", Role.BASE, "others"),
     ("RA", "ra", Role.MERGE, "target"),
 )  # fmt: skip
+_SETTING = ("attack", "method", "defense", "experts", "adversaries", "target_task")
+"""Columns that say which setting a row is of."""
 _VISIBILITY = ("area", "l2", "ssim", "changed", "tokens")
 Rates = dict[str, Estimate]
 
@@ -105,6 +107,10 @@ class Setting:
         """Its cells without the axes in which competitors differ."""
         return {cell_of(r, *without) for r in self.done}
 
+    def rates_over(self, records: Sequence[Record], reader: Reader) -> Rates:
+        """Its rates over some of its records; over all of them they are known."""
+        return self.part if len(records) == len(self.done) else backdoor_rates(records, reader)
+
 
 def backdoor_boards(records: Sequence[Record], reader: Reader) -> list[Board]:
     """Detailed board, Pareto fronts, defenses, attacks; those that the records support."""
@@ -113,7 +119,8 @@ def backdoor_boards(records: Sequence[Record], reader: Reader) -> list[Board]:
         return []
     settings = _settings(records, reader)
     boards = [
-        _cells_board(settings, reader), _pareto(settings), _defenses(settings, reader), _attacks(settings, reader),
+        _cells_board(settings, reader), _adversaries(settings, reader), _pareto(settings),
+        _defenses(settings, reader), _attacks(settings, reader),
     ]  # fmt: skip
     return [b for b in boards if b is not None]
 
@@ -206,7 +213,7 @@ def _level(settings: Sequence[Setting], reader: Reader) -> None:
         for setting in group:
             if setting.pair in common.rows:
                 setting.shared = only(setting.done, common.cells, *pairs)
-                setting.level = backdoor_rates(setting.shared, reader)
+                setting.level = setting.rates_over(setting.shared, reader)
 
 
 def _beside_undefended(settings: Sequence[Setting]) -> list[tuple[Setting, Setting | None]]:
@@ -268,6 +275,33 @@ def _cells_board(settings: Sequence[Setting], reader: Reader) -> Board:
     return Board(
         "backdoor", "Backdoor: attack × method × defense", pd.DataFrame(rows), measures, note + about_tiers(rows)
     )  # fmt: skip
+
+
+_BY_ADVERSARY = (
+    "BA", "ASR_alone", "succession", "succession_control", "backdoor", "target_recall", "target_recall_clean_merge"
+)  # fmt: skip
+
+
+def _adversaries(settings: Sequence[Setting], reader: Reader) -> Board | None:
+    """The rows of the board of every cell, one for each adversary: whether a finding is one of all of them. None
+    where there is but one."""
+    attacked = [s for s in settings if s.attack != "none"]
+    if len({r.subject for s in attacked for r in s.done}) < 2:
+        return None
+    rows: list[Row] = []
+    for setting in attacked:
+        for adversary, mine in grouped(setting.done, lambda r: r.subject).items():
+            row: Row = {**{k: v for k, v in setting.row.items() if k in _SETTING}, "adversary": adversary}
+            row["cells_done"] = row["cells_expected"] = len(mine)
+            row["seeds"] = fewest_seeds(mine)
+            rates = backdoor_rates(mine, reader)
+            for name in _BY_ADVERSARY:
+                put(row, name, rates[name])
+            rows.append(row)
+    note = "As on the board of every cell, adversary by adversary: finished cells only."
+    return Board(
+        "backdoor_adversaries", "Backdoor: adversary by adversary", pd.DataFrame(rows), _BY_ADVERSARY, note
+    )
 
 
 # --------------------------------------------------------------------------- Pareto fronts
@@ -420,7 +454,7 @@ def _worst(
     for setting, mine in tried:
         twin = plain.get((setting.contest, setting.method))
         before = twin.done if twin and setting.defense != "none" else []
-        parts.append(backdoor_rates(mine, reader) | _price(before, mine, reader))
+        parts.append(setting.rates_over(mine, reader) | _price(before, mine, reader))
     left = [p["backdoor"] for p in parts]
     worst, at = largest(left)
     put(row, "worst_backdoor", worst)

@@ -28,6 +28,8 @@ _SHOWN: dict[str, tuple[str, ...]] = {
     "backdoor": ("attack", "method", "defense", "experts", "adversaries", "target_task", "CA", "BA", "ASR_alone",
                  "succession", "succession_clean_merge", "succession_base", "backdoor", "transfer",
                  "transfer_clean_merge", "transfer_harm", "target_recall", "RA", "DER"),
+    "backdoor_adversaries": ("adversary", "attack", "method", "defense", "experts", "adversaries", "target_task", "BA",
+                             "succession", "succession_control", "backdoor", "target_recall"),
     "backdoor_pareto": ("attack", "experts", "adversaries", "target_task", "method", "defense", "BA", "succession",
                         "backdoor", "front", "front_share", "dominated_by", "cells_compared"),
     "backdoor_defenses": ("defense", "worst_backdoor", "worst_by", "worst_ASR", "mean_backdoor", "accuracy_cost",
