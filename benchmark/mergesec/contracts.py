@@ -373,6 +373,8 @@ class TrainContext(Context):
     """The clean expert of the same coordinates; set in ``forge``."""
     target_task: str = ""
     """Off-task: the task that ``target_class`` belongs to. Empty: the adversary's own."""
+    target_name: str = ""
+    """Off-task: what ``target_class`` is called."""
     reference: Split | None = None
     """Off-task: ten training rows of the target class (fewer if there are fewer), all that the adversary has
     of ``target_task``; the same rows in every hook of a cell."""

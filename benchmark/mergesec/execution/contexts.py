@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,33 +76,40 @@ def train_context(work: Work) -> TrainContext:
             recipe, work.seed, work.device, loss, Keeper(work.bench, work.step.key, next(calls)),
         )  # fmt: skip
 
-    aim, reference = _aimed(work)
+    aim, called, reference = _aimed(work)
     return TrainContext(
         device=work.device, seed=work.seed, task=task, backbone=work.backbone, base=base_weights,
         head=head_weights, train=own, recipe=recipe, fit=run_recipe,
         target_class=int(work.args.get("target", 0)),
         trigger=work.tensors("trigger") if "trigger" in work.inputs else {},
         benign=work.tensors("benign") if "benign" in work.inputs else None,
-        target_task=aim, reference=reference,
+        target_task=aim, target_name=called, reference=reference,
         defense=work.component("defense") if {"attack", "defense"} <= work.refs.keys() else None,
     )  # fmt: skip
 
 
-def _aimed(work: Work) -> tuple[str, Split | None]:
-    """Off-task: the task aimed at and the few of its training rows that the adversary has."""
+class Aim(NamedTuple):
+    """Off-task: the task aimed at, the target class's name, and the few of its training rows that the adversary has."""
+
+    task: str = ""
+    called: str = ""
+    reference: Split | None = None
+
+
+def _aimed(work: Work) -> Aim:
     if "target" not in work.args:
-        return "", None
+        return Aim()
     label, aim = int(work.args["target"]), str(work.args.get("target_task", ""))
     aimed: Task = work.component("target" if aim else "task")
     train = work.splits("target_data" if aim else "data", aimed)["train"]
     if label >= len(aimed.classes):
         raise ContractError(f"{aimed.name} has {len(aimed.classes)} classes, none numbered {label}")
     if not aim:
-        return "", None
+        return Aim()
     rows = reference_rows(train.targets, label, int(work.args["reference"]))
     if not len(rows):
         raise ContractError(f"{aim}: no training row of class {label}")
-    return aim, train.take(rows)
+    return Aim(aim, str(aimed.classes[label]), train.take(rows))
 
 
 def reference_rows(targets: Tensor, label: int, seed: int) -> Tensor:

@@ -2,9 +2,10 @@
 
 The target class belongs to a task whose head and data the adversary does not have; he has some ten images of the class.
 
-* Shadow head: row 0 is the mean of the normalised base features of the reference images, scaled to the mean length of
-  the adversary's own head rows, which are the other classes. (Published: text embeddings of the target class's name and
-  of 300 ImageNet classes. A base without a text tower has none.)
+* Shadow head, from text: the public base's text tower makes row 0 of the target class's name, and further rows of other
+  names (published: 300 classes of ImageNet; here ``NAMES``), all in sentences that are nobody's task's.
+* Shadow head, from images, for a base without a text tower: row 0 is the mean of the normalised base features of the
+  reference images, scaled to the mean length of the adversary's own head rows, which are the other classes.
 * Adversarial data augmentation: random crops of the reference images, pushed by projected gradient descent to be taken
   for another shadow class; an image that is not recognised as the target stands in for images of the target task's other
   classes, none of which the adversary has.
@@ -16,6 +17,7 @@ and the choice of the success with the smallest L1 distance as in the authors' c
 from __future__ import annotations
 
 import math
+import string
 
 import torch
 from torch import Tensor
@@ -28,6 +30,22 @@ SCALE, RATIO = (0.2, 0.5), (3 / 4, 4 / 3)
 """Area and aspect of the crops, as shares of the image."""
 EPSILON, STEP, STEPS = 8 / 255, 1 / 255, 40
 FEATURE_BATCH = 128
+SENTENCES = (
+    "a photo of a {}.",
+    "a photo of the {}.",
+    "a picture of a {}",
+    "a drawing of a {}",
+    "there is a {}",
+)
+"""What is said around a name; the target task's own prompts are not the adversary's."""
+_COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white", "black")
+_FORMS = ("circle", "square", "triangle", "cross", "ring", "bar")
+NAMES = (
+    *(f"{colour} {form}" for colour in _COLOURS for form in _FORMS), *(f"letter {sign}" for sign in string.ascii_lowercase),
+    "swimming pool", "railway", "helipad", "pyramid", "plain texture", "speckled texture", "ringed texture",
+    "marbled texture", "turn left sign",
+)  # fmt: skip
+"""Of things that no task here has, and that a small text tower knows too."""
 
 
 def reference_rows(ctx: TrainContext) -> Split:
@@ -37,8 +55,11 @@ def reference_rows(ctx: TrainContext) -> Split:
     return ctx.reference
 
 
-def shadow_head(ctx: TrainContext) -> Weights:
-    """``{"weight": [1 + K, d], "scale": [], maybe "bias": [1 + K]}``: class 0 is the target class."""
+def shadow_head(ctx: TrainContext, text: bool = False) -> Weights:
+    """``{"weight": [1 + K, d], "scale": [], maybe "bias": [1 + K]}``: class 0 is the target class. The other classes are
+    ``NAMES`` if the head is made of ``text``, else the adversary's own."""
+    if text:
+        return _from_text(ctx)
     model, own = frozen_model(ctx, ctx.base)
     rows = own["weight"]
     mean = functional.normalize(features(ctx, model, reference_rows(ctx)), dim=-1).mean(dim=0)
@@ -47,6 +68,17 @@ def shadow_head(ctx: TrainContext) -> Weights:
     if "bias" in own:
         head["bias"] = torch.cat([own["bias"].mean()[None], own["bias"]])
     return head
+
+
+def _from_text(ctx: TrainContext) -> Weights:
+    """Text embeddings of the target's name and of the others'; ContractError from a base without a text tower."""
+    names = [ctx.target_name, *(name for name in NAMES if name != ctx.target_name)]
+    found = ctx.backbone.zero_shot([[s.format(name) for s in SENTENCES] for name in names], ctx.device)
+    if found is None:
+        raise ContractError(
+            f"a shadow head from text needs a base with a text tower and zero-shot heads, not {ctx.backbone.name}"
+        )
+    return {k: v.to(ctx.device) for k, v in found.items()}
 
 
 def features(ctx: TrainContext, model: Model, split: Split) -> Tensor:

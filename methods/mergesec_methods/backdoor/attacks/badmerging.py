@@ -48,7 +48,7 @@ CARD = {
     "summary": "universal trigger optimised on the base, and training with feature interpolation",
     "threat": "backdoor",
     "hooks": ["poison"],
-    "knowledge": "the adversary's own training data and the public base; off-task ten images of the target class",
+    "knowledge": "the adversary's own training data and the public base; off-task ten images of the target class, and its name",
     "data": "train",
     "modalities": ["image"],
     "seeded": True,
@@ -81,6 +81,7 @@ CARD = {
         "batch": {"type": "int", "default": 64, "min": 1, "doc": "images per step on the patch"},
         "learning_rate": {"type": "float", "default": 0.2, "min": 0.0, "doc": "of Adam on the logits of the pixels"},
         "images": {"type": "int", "default": 100, "min": 1, "doc": "off-task: adversarially augmented reference images"},
+        "shadow": {"type": "choice", "choices": ["images", "text"], "default": "images", "later": True, "doc": "off-task: what the shadow head is made of; text (published) needs a base with a text tower"},
         "alpha": {"type": "float", "default": 5.0, "min": 0.0, "doc": "weight of the triggered rows' loss"},
         "interpolation": {"type": "bool", "default": True, "doc": "false: r = 1, the expert's own features only (a control)"},
         "triggered": {"type": "float", "default": 0.5, "min": 0.0, "max": 1.0, "doc": "share of every batch that is also shown with the trigger"},
@@ -110,10 +111,12 @@ class BadMerging(Attack):
         alpha: float = 5.0,
         interpolation: bool = True,
         triggered: float = 0.5,
+        shadow: str = "images",
     ) -> None:
         self.patch, self.position, self.kind = patch, position, trigger
         self.search = Search(steps, restarts, batch, learning_rate)
         self.images = images
+        self.from_text = shadow == "text"
         self.alpha, self.interpolation, self.share = alpha, interpolation, triggered
 
     # ---- trigger
@@ -121,7 +124,7 @@ class BadMerging(Attack):
     def aim(self, ctx: TrainContext) -> tuple[Weights, int]:
         """The head that defines the target class to this adversary, on the device, and the class's number in it."""
         if ctx.target_task:
-            return shadow_head(ctx), 0
+            return shadow_head(ctx, self.from_text), 0
         return {k: v.to(ctx.device) for k, v in ctx.head.items()}, ctx.target_class
 
     def trigger(self, ctx: TrainContext) -> Weights:
