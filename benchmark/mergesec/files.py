@@ -116,6 +116,8 @@ def fingerprint(path: Path) -> str:
 
 def plain(text: str) -> str:
     """Somebody else's text, safe to print: control characters, escapes and reversed writing become ``\ufffd``."""
+    if text.isascii() and text.isprintable():
+        return text
     return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c for c in text)
 
 

@@ -29,13 +29,14 @@ import torch
 from torch import Tensor
 
 from mergesec.contracts import ContractError, Expert, MergeContext, Merged, MergeMethod, Weights
-from mergesec.weights import check_same_layout, mergeable, owners
+from mergesec.weights import check_same_layout, mergeable, outlines, owners
 
 BLOCK = 1 << 18
 """Entries a rule sees at a time on a CPU: 1 MiB of float32, so that a few rows fit in the cache."""
 BATCH = 1 << 23
 """Entries merged together where tensors lie in memory: results share pages, threads share the work."""
-
+SMALL = 1 << 12
+"""Tensors of at most so many entries go through a rule side by side: each alone costs more than its entries."""
 
 WORTH = 1 << 28
 """Entries of all experts together from which on compiled loops earn back the time to load them."""
@@ -175,6 +176,8 @@ class Span:
     start: int
     base: Tensor
     experts: Sequence[Tensor]
+    members: Sequence[str] = ()
+    """The tensors whose entries lie here one after the other, if it is more than one."""
 
     @property
     def plain(self) -> bool:
@@ -196,6 +199,37 @@ def spans(name: str, base: Tensor, experts: Sequence[Tensor], block: int = BLOCK
     for start in range(0, base.numel(), block):
         rows = [flat[start : start + block] for flat in flats]
         yield Span(name, start, rows[0], rows[1:])
+
+
+Source = tuple[str, Tensor, Sequence[Tensor]]
+"""A tensor's name, the base's and the experts'."""
+
+
+def together(tensors: Iterable[Source]) -> Iterator[Span]:
+    """The blocks of many tensors, small ones side by side: for rules to which an entry is an entry."""
+    waiting: list[Source] = []
+    size = 0
+    for source in tensors:
+        name, base, experts = source
+        if base.numel() > SMALL:
+            yield from spans(name, base, experts)
+        elif base.numel():
+            waiting.append(source)
+            size += base.numel()
+        if size >= BLOCK:
+            yield _side_by_side(waiting)
+            waiting, size = [], 0
+    if waiting:
+        yield _side_by_side(waiting)
+
+
+def _side_by_side(sources: Sequence[Source]) -> Span:
+    names = [name for name, _, _ in sources]
+    device = sources[0][1].device
+    columns = zip(*((base, *experts) for _, base, experts in sources), strict=True)
+    rows = [torch.cat([part if part.ndim == 1 else part.reshape(-1) for part in parts]) for parts in columns]
+    base, *experts = (row.to(device) for row in rows)
+    return Span(names[0], 0, base, experts, names if len(names) > 1 else ())
 
 
 def pieces(
@@ -290,6 +324,8 @@ class TensorwiseMerge(MergeMethod):
     scaling: float | str = 1.0
     """λ, or ``"tuned"``: chosen from ``grid`` on the tuning split."""
     grid: Sequence[float] = ()
+    pointwise: ClassVar[bool] = False
+    """Whether ``combine`` makes of an entry the same in any tensor and beside any others."""
 
     def survey(self, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> Any:
         """What the rule must know of all tensors before the first is merged (thresholds...)."""
@@ -342,11 +378,11 @@ class TensorwiseMerge(MergeMethod):
         wake(base, experts)
         reach = self.reach(self.scaling, len(experts))
         facts = self.survey(base, experts, ctx)
-        tied = owners(base)
+        tied, known = owners(base), outlines(base)
         shared = set(tied.values())
         done: dict[str, Tensor] = {}
         for names in batches(base):
-            owned = {name: tied.get(name, name) for name in names if mergeable(base[name])}
+            owned = {name: tied.get(name, name) for name in names if mergeable(known[name])}
             fresh = [owner for owner in dict.fromkeys(owned.values()) if owner not in done]
             merged = self._merged(fresh, base, experts, facts, reach)
             done.update((name, merged[name]) for name in fresh if name in shared)
@@ -391,22 +427,31 @@ class TensorwiseMerge(MergeMethod):
         flats = {name: tensor.view(-1) for name, tensor in merged.items()}
 
         def visit(span: Span, workspace: Workspace) -> None:
-            piece = span.piece(workspace)
-            place = flats[span.name][span.start : span.start + span.base.numel()]
-            direct = place.dtype == torch.float32
-            out = place if direct else workspace.row("out", place.numel())
-            done = self._fused(piece, out, facts, reach)
-            left = piece if not done else piece.part(done, len(out))
-            if done < len(out):
-                self.combine(left, out[done:], facts)
-                if reach is not None:
-                    self._finish(left.base, out[done:], reach, out[done:])
-            if not direct:
+            size = span.base.numel()
+            place = flats[span.name][span.start : span.start + size]
+            direct = place.dtype == torch.float32 and not span.members
+            out = place if direct else workspace.row("out", size)
+            self._into(out, span.piece(workspace), facts, reach)
+            if span.members:
+                places = [flats[name] for name in span.members]
+                for part, own in zip(places, out.split([len(part) for part in places]), strict=True):
+                    part.copy_(own)
+            elif not direct:
                 place.copy_(out)
 
-        work = (span for name, (own, others) in waiting.items() for span in spans(name, own, others))
-        sweep(work, visit, device)
+        sources = ((name, own, others) for name, (own, others) in waiting.items())
+        apart = (span for source in sources for span in spans(*source))
+        sweep(together(sources) if self.pointwise else apart, visit, device)
         return merged
+
+    def _into(self, out: Tensor, piece: Piece, facts: Any, reach: float | None) -> None:
+        """The rule's value for a block, and what follows it, into ``out`` ``[n]`` float32."""
+        done = self._fused(piece, out, facts, reach)
+        if done < len(out):
+            left = piece if not done else piece.part(done, len(out))
+            self.combine(left, out[done:], facts)
+            if reach is not None:
+                self._finish(left.base, out[done:], reach, out[done:])
 
     def _fused(self, piece: Piece, out: Tensor, facts: Any, reach: float | None) -> int:
         """How many entries of ``out`` a compiled loop has written, what follows the rule included."""
@@ -454,16 +499,17 @@ class TensorwiseMerge(MergeMethod):
 
 
 def batches(base: Weights) -> Iterator[list[str]]:
-    """The names in order, some at a time: single ones where weights are read lazily, to hold little."""
-    limit = 0 if getattr(base, "lazy", False) else BATCH
+    """The names in order, some at a time: few entries where weights are read lazily, to hold little."""
+    limit = BLOCK if getattr(base, "lazy", False) else BATCH
     names: list[str] = []
     size = 0
-    for name, tensor in base.items():
-        if names and size + tensor.numel() > limit:
+    for name, tensor in outlines(base).items():
+        entries = math.prod(tensor.shape)
+        if names and size + entries > limit:
             yield names
             names, size = [], 0
         names.append(name)
-        size += tensor.numel()
+        size += entries
     if names:
         yield names
 
@@ -472,9 +518,10 @@ def check_experts(base: Weights, experts: Sequence[Expert]) -> None:
     """ContractError unless there is an expert and every one fits the base, ties included."""
     if not experts:
         raise ContractError("nothing to merge: no expert was handed over")
+    tied = owners(base)
     for expert in experts:
         check_same_layout(base, expert.weights, f"expert '{expert.task}'")
-        for name, owner in owners(base).items():
+        for name, owner in tied.items():
             if not torch.equal(expert.weights[name], expert.weights[owner]):
                 raise ContractError(
                     f"expert '{expert.task}': '{name}' and '{owner}' are tied in the base but differ here"

@@ -8,10 +8,11 @@ integer buffers (position ids, counters) keep the base's value.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,9 +34,27 @@ def read_only(weights: Mapping[str, Tensor]) -> Weights:
     return MappingProxyType(dict(weights))
 
 
-def mergeable(tensor: Tensor) -> bool:
+class Outline(Protocol):
+    """What is known of a tensor without its entries."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Length of each side."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the entries."""
+
+
+def outlines(weights: Weights) -> Mapping[str, Outline]:
+    """Shapes and types by name; of weights that are read lazily from files without reading any."""
+    found: Mapping[str, Outline] = getattr(weights, "extents", weights)
+    return found
+
+
+def mergeable(tensor: Outline) -> bool:
     """Whether a tensor takes part in merging: floating types do, integer and boolean buffers do not."""
-    return tensor.is_floating_point()
+    return tensor.dtype.is_floating_point
 
 
 # --------------------------------------------------------------------------- checks
@@ -43,19 +62,20 @@ def mergeable(tensor: Tensor) -> bool:
 
 def check_same_layout(base: Weights, expert: Weights, who: str = "expert") -> None:
     """Raise ContractError, naming the tensor, unless ``expert`` has the names and shapes of ``base``."""
-    for name in base:
-        if name not in expert:
+    ours, theirs = outlines(base), outlines(expert)
+    for name in ours:
+        if name not in theirs:
             raise ContractError(f"{who}: tensor '{name}' of the base is missing")
-    for name, tensor in expert.items():
-        if name not in base:
+    for name, tensor in theirs.items():
+        own = ours.get(name)
+        if own is None:
             raise ContractError(f"{who}: tensor '{name}' is not in the base")
-        if tensor.shape != base[name].shape:
+        if tensor.shape != own.shape:
             raise ContractError(
-                f"{who}: tensor '{name}' has shape {list(tensor.shape)}, "
-                f"the base has {list(base[name].shape)}"
+                f"{who}: tensor '{name}' has shape {list(tensor.shape)}, the base has {list(own.shape)}"
             )
-        if mergeable(tensor) != mergeable(base[name]):
-            raise ContractError(f"{who}: tensor '{name}' is {tensor.dtype}, the base has {base[name].dtype}")
+        if mergeable(tensor) != mergeable(own):
+            raise ContractError(f"{who}: tensor '{name}' is {tensor.dtype}, the base has {own.dtype}")
 
 
 def check_finite(weights: Weights, who: str = "weights") -> None:
@@ -186,14 +206,22 @@ def owners(base: Weights) -> dict[str, str]:
     if getattr(base, "lazy", False):
         return {}
     tied: dict[str, str] = {}
-    seen: dict[tuple[object, ...], str] = {}
+    seen: dict[int, list[str]] = {}
     for name in sorted(base):
         tensor = base[name]
         if mergeable(tensor) and tensor.numel():
-            place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-            if seen.setdefault(place, name) != name:
-                tied[name] = seen[place]
+            begin = seen.setdefault(tensor.data_ptr(), [])
+            owner = next((other for other in begin if _view(base[other]) == _view(tensor)), None)
+            if owner is None:
+                begin.append(name)
+            else:
+                tied[name] = owner
     return tied
+
+
+def _view(tensor: Tensor) -> tuple[object, ...]:
+    """How a tensor sees the memory at its first entry."""
+    return tensor.device, tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def flat_layout(base: Weights) -> FlatLayout:
@@ -201,10 +229,10 @@ def flat_layout(base: Weights) -> FlatLayout:
     tied = owners(base)
     spans: dict[str, tuple[int, int]] = {}
     position = 0
-    for name in sorted(base):
-        if mergeable(base[name]) and name not in tied:
-            spans[name] = (position, position + base[name].numel())
-            position += base[name].numel()
+    for name, tensor in sorted(outlines(base).items()):
+        if mergeable(tensor) and name not in tied:
+            spans[name] = (position, position + math.prod(tensor.shape))
+            position = spans[name][1]
     return FlatLayout(MappingProxyType(spans), MappingProxyType(tied), position)
 
 

@@ -186,6 +186,8 @@ def test_a_failed_merge_leaves_what_was_there(what: str, files: Any, tmp_path: P
     weights, lazy = opened(base, experts)
 
     class Failing(type(create(load_catalog().get("merging", "simple_average")))):  # type: ignore[misc]
+        pointwise = False
+
         def combine(self, piece: Any, out: torch.Tensor, facts: Any) -> None:
             super().combine(piece, out, facts)
             if piece.name == "layers.1.mlp.weight":

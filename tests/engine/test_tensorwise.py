@@ -143,6 +143,31 @@ def tensorwise_methods() -> list[Entry]:
     ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "entry", [e for e in tensorwise_methods() if e.load().pointwise], ids=lambda entry: entry.card.name
+)
+def test_small_tensors_side_by_side_give_the_same_bits(
+    entry: Entry, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = {f"t{i:03}": (i % 9, 1 + i % 5) if i % 3 else (i % 37,) for i in range(120)}
+    shapes |= {"scalar": (), "wide": (70, 90)}
+
+    def weights(seed: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return {n: torch.randn(shape, generator=generator).to(dtype) for n, shape in shapes.items()}
+
+    members = [Expert(str(i), weights(i + 1)) for i in range(2)]
+    method = entry.create(entry.card.bind(entry.card.name, entry.card.trial))
+    found = []
+    for small in (0, tensorwise.SMALL):
+        monkeypatch.setattr(tensorwise, "SMALL", small)
+        found.append(method.merge(weights(0), members, file_context(entry.card.name, 5)).shared)
+    apart, beside = found
+    assert list(apart) == list(beside)
+    assert all(torch.equal(apart[name], beside[name]) for name in apart)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("entry", tensorwise_methods(), ids=lambda entry: entry.card.name)
 def test_rules_may_run_in_several_threads(entry: Entry) -> None:

@@ -5,13 +5,14 @@ What a file holds is asked of safetensors itself, so that both read the same or 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +22,11 @@ from mergesec.contracts import ContractError
 from mergesec.errors import UsageError
 from mergesec.files import brief
 from mergesec.weights import DTYPES
+
+NEAR = 1 << 20
+"""Bytes read at once where small tensors lie."""
+SMALL = 1 << 16
+"""Tensors of at most so many bytes are read with those behind them: a mapping of its own costs more."""
 
 
 @dataclass(frozen=True)
@@ -39,25 +45,45 @@ class Extent:
         """Bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def small(self) -> bool:
+        """Whether it is read together with what lies behind it."""
+        return 0 < self.size <= SMALL
+
     def read(self) -> Tensor:
         """The tensor, mapped: pages come in as they are looked at and go when the tensor does."""
         if not self.size:
             return torch.empty(0, dtype=self.dtype).reshape(self.shape)
         skip = self.start % mmap.ALLOCATIONGRANULARITY
+        with self.opened() as handle:
+            # a private mapping: the file stays as it is whatever is done to the tensor
+            view = mmap.mmap(
+                handle.fileno(), skip + self.size, access=mmap.ACCESS_COPY, offset=self.start - skip
+            )
+        if hasattr(mmap, "MADV_SEQUENTIAL"):  # read ahead further where it comes from a disk
+            view.madvise(mmap.MADV_SEQUENTIAL)
+        return self.of(view, skip)
+
+    def of(self, stretch: mmap.mmap | bytearray, offset: int) -> Tensor:
+        """The tensor as a view of memory that holds it."""
+        flat = torch.frombuffer(stretch, dtype=self.dtype, count=math.prod(self.shape), offset=offset)
+        return flat.view(self.shape)
+
+    def stretch(self) -> bytearray:
+        """The file from the tensor's first byte on, as far as one read goes."""
+        with self.opened() as handle:
+            return bytearray(os.pread(handle.fileno(), max(NEAR, self.size), self.start))
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[BinaryIO]:
+        """ContractError unless the file is the one that was opened first."""
         try:
             with self.file.open("rb") as handle:
                 if _stamp(handle.fileno()) != self.stamp:
                     raise ContractError(f"{self.file} changed while it was being read")
-                # a private mapping: the file stays as it is whatever is done to the tensor
-                view = mmap.mmap(
-                    handle.fileno(), skip + self.size, access=mmap.ACCESS_COPY, offset=self.start - skip
-                )
+                yield handle
         except OSError as error:
             raise ContractError(f"{self.file} changed while it was being read ({error.strerror})") from None
-        if hasattr(mmap, "MADV_SEQUENTIAL"):  # read ahead further where it comes from a disk
-            view.madvise(mmap.MADV_SEQUENTIAL)
-        count = math.prod(self.shape)
-        return torch.frombuffer(view, dtype=self.dtype, count=count, offset=skip).view(self.shape)
 
 
 @dataclass(frozen=True)
@@ -81,8 +107,9 @@ def _stamp(file: Path | int) -> tuple[int, int, int]:
 
 
 class LazyWeights(Mapping[str, Tensor]):
-    """Weights in safetensors files. Every access maps the tensor anew; names, shapes and types are
-    known without reading data. The order is the one in which the tensors lie in the files."""
+    """Weights in safetensors files. Every access maps the tensor anew, or copies it out of a stretch of the file if
+    it is small; names, shapes and types are known without reading data. The order is the one in which the tensors
+    lie in the files."""
 
     lazy = True
     """No two names share memory (see ``weights.owners``)."""
@@ -99,12 +126,20 @@ class LazyWeights(Mapping[str, Tensor]):
         """What the config.json beside the files says."""
         self.watch: Callable[[str], None] | None = None
         """Told each name that is asked for (to show progress)."""
+        self._near: dict[Path, tuple[int, bytearray]] = {}
+        """Of each file the stretch that was read last, and where it begins."""
 
     def __getitem__(self, name: str) -> Tensor:
         extent = self.extents[name]
         if self.watch is not None:
             self.watch(name)
-        return extent.read()
+        return self._small(extent) if type(extent) is Extent and extent.small else extent.read()
+
+    def _small(self, extent: Extent) -> Tensor:
+        begin, stretch = self._near.get(extent.file, (extent.start, bytearray()))
+        if not begin <= extent.start <= begin + len(stretch) - extent.size:
+            begin, stretch = self._near[extent.file] = extent.start, extent.stretch()
+        return extent.of(stretch, extent.start - begin).clone()
 
     def __contains__(self, name: object) -> bool:
         return name in self.extents
@@ -114,6 +149,12 @@ class LazyWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.extents)
+
+    def check_unchanged(self) -> None:
+        """ContractError if a file is no longer the one that was opened."""
+        for extent in {extent.file: extent for extent in self.extents.values()}.values():
+            with extent.opened():
+                pass
 
     @property
     def size(self) -> int:

@@ -62,7 +62,8 @@ def check_out(out: Path, inputs: Mapping[str, LazyWeights], force: bool) -> None
         exists = stat.S_ISREG if single else stat.S_ISDIR
         fits = not (out.exists() or out.is_symlink()) or exists(out.stat().st_mode)
         taken = _published(out)
-        read = {place.file.resolve() for weights in inputs.values() for place in weights.extents.values()}
+        files = {place.file for weights in inputs.values() for place in weights.extents.values()}
+        read = {file.resolve() for file in files}
         own = any(file.resolve() in read for file in taken)
     except (OSError, ValueError, RuntimeError) as error:  # no place has such a name, or links lead nowhere
         raise UsageError("--out", f"cannot write to {brief(str(out))!r} ({brief(str(error))})") from None
@@ -100,6 +101,7 @@ def fitted(base: LazyWeights, weights: LazyWeights, who: str) -> tuple[LazyWeigh
         told += [f"left out {_counted(fit.left)}"] if fit.left else []
         told += [f"of the base stays as it is: {_counted(fit.kept)}"] if fit.kept else []
     try:
+        found.check_unchanged()
         check_same_layout(base, found, who)
         _check_integers(base, found, who)
     except ContractError as error:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from mergesec.contracts import Expert, Weights
-from mergesec.tensorwise import Loops, Piece, Span, Workspace, addresses, kernels, spans, sweep
-from mergesec.weights import mergeable, owners
+from mergesec.tensorwise import Loops, Piece, Span, Workspace, addresses, kernels, spans, sweep, together
+from mergesec.weights import mergeable, outlines, owners
 
 SAMPLE = 1 << 18
 SORTED = 1 << 15
@@ -37,14 +37,17 @@ def task_vector(piece: Piece, index: int) -> Tensor:
     return piece.task_vector(index)
 
 
-def all_pieces(base: Weights, experts: Sequence[Expert]) -> Chunks:
-    """Chunks of the whole network, tied tensors once."""
+def all_pieces(base: Weights, experts: Sequence[Expert], side_by_side: bool = False) -> Chunks:
+    """Chunks of the whole network, tied tensors once; small ones in one chunk where an entry's tensor is of no
+    interest."""
     tied = owners(base)
+    names = [n for n, tensor in outlines(base).items() if mergeable(tensor) and n not in tied]
 
     def chunks() -> Iterator[Span]:
-        for name, tensor in base.items():
-            if mergeable(tensor) and name not in tied:
-                yield from spans(name, tensor, [e.weights[name] for e in experts])
+        tensors = ((name, base[name], [e.weights[name] for e in experts]) for name in names)
+        if side_by_side:
+            return together(tensors)
+        return (span for tensor in tensors for span in spans(*tensor))
 
     return chunks
 

@@ -53,6 +53,7 @@ class MatrixMerge(TensorwiseMerge):
     """
 
     exclude: Sequence[str] = ()
+    pointwise = True
 
     def takes(self, name: str, base: Tensor) -> bool:
         return base.ndim == 2 and base.numel() > 0 and not any(part in name for part in self.exclude)

@@ -23,7 +23,8 @@ def trim_thresholds(
     """
     size = flat_layout(base).size
     rank = size - int(size * keep)
-    found = magnitude_ranks(all_pieces(base, experts), len(experts), size, [rank], vector)
+    chunks = all_pieces(base, experts, side_by_side=vector is task_vector)
+    found = magnitude_ranks(chunks, len(experts), size, [rank], vector)
     return [own[0] for own in found]
 
 

@@ -45,6 +45,7 @@ class MagMax(TensorwiseMerge):
     """τ* = the entry of τ_i with the largest |τ_i| (section 4). Opposite entries of equal magnitude: the positive."""
 
     yields = "weights"
+    pointwise = True
 
     def __init__(self, scaling: float | str, grid: Sequence[float]) -> None:
         self.scaling = scaling

@@ -43,6 +43,7 @@ class ModelSoup(TensorwiseMerge):
     """
 
     yields = "weights"
+    pointwise = True
 
     def __init__(self, selection: str) -> None:
         self.selection = selection

@@ -62,6 +62,7 @@ class Paint(TensorwiseMerge):
     """
 
     yields = "weights"
+    pointwise = True
 
     def __init__(self, mode: str, alpha: float | str, grid: Sequence[float]) -> None:
         self.mode = mode

@@ -29,6 +29,7 @@ class SimpleAverage(TensorwiseMerge):
     """θ = (1/T) Σ_i θ_i. Tensors that no expert changed stay the base's bit by bit."""
 
     yields = "weights"
+    pointwise = True
 
     def combine(self, piece: Piece, out: Tensor, facts: Any) -> None:
         running_mean(piece, out)

@@ -44,6 +44,7 @@ class TaskArithmetic(TensorwiseMerge):
     """θ = θ0 + λ Σ_i τ_i, τ_i = θ_i − θ0 (section 2); computed as θ0 + λT (mean θ_i − θ0)."""
 
     yields = "weights"
+    pointwise = True
 
     def __init__(self, scaling: float | str, grid: Sequence[float]) -> None:
         self.scaling = scaling

@@ -58,6 +58,8 @@ CARD = {
 class Ties(TensorwiseMerge):
     """θ = θ0 + λ · TIES(τ_1 … τ_T)."""
 
+    pointwise = True
+
     def __init__(self, keep: float, merge_func: str, scaling: float | str, grid: Sequence[float]) -> None:
         self.keep = keep
         self.merge_func = merge_func

@@ -38,6 +38,8 @@ CARD = {
 class WeightedAverage(TensorwiseMerge):
     """θ = Σ_i w_i θ_i, with Σ w_i = 1 if normalised."""
 
+    pointwise = True
+
     def __init__(self, weights: Sequence[float], normalise: bool) -> None:
         self.weights = [float(weight) for weight in weights]
         self.normalise = normalise

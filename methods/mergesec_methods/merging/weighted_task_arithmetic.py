@@ -38,6 +38,8 @@ class WeightedTaskArithmetic(TensorwiseMerge):
     """θ = θ0 + Σ_i λ_i τ_i: what task-wise AdaMerging learns the λ_i of, here given. Beside it, it says whether what
     an adaptive merge does to a backdoor is in the coefficients alone."""
 
+    pointwise = True
+
     def __init__(self, coefficients: Sequence[float]) -> None:
         self.coefficients = [float(value) for value in coefficients]
 

@@ -59,7 +59,7 @@ class MagnitudePruning(Attack):
         if self.scope == "global":
             victim = Expert(ctx.victim, published)
             size = flat_layout(base).size
-            (found,) = magnitude_ranks(all_pieces(base, [victim]), 1, size, [self._rank(size)])
+            (found,) = magnitude_ranks(all_pieces(base, [victim], True), 1, size, [self._rank(size)])
             common = found[0]
         changed = dict(published)
         for name, origin in base.items():
