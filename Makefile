@@ -43,7 +43,7 @@ $(VENV)/.core: $(BIN)/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[real,clip,diffusion,fusionbench,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[real,clip,diffusion,fusionbench,ray,slurm,dev]'
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.core

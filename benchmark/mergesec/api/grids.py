@@ -60,23 +60,28 @@ def run(
     grid: GridLike, *, results: str | Path | None = None, store: str | Path | None = None,
     plugins: str | Path | Iterable[str | Path] = (), data_root: str | Path | None = None, device: str = "auto",
     jobs: int | None = None, step_timeout: float | None = 7200.0, progress: bool = True, contained: bool | None = None,
-    **overrides: Any,
+    engine: str | Mapping[str, Any] | None = None, **overrides: Any,
 ) -> Run:  # fmt: skip
     """Run a grid: every cell's missing steps, in worker processes; then records and boards under ``results``.
 
     ``overrides`` change fields: ``seeds=[0]``, ``suite="mini-text"``, ``axes={"merging": ["ties"]}`` (fields of
     ``axes`` not named stay), or with a dot, ``**{"suite.tasks": [...]}``. ``store``: where artifacts are kept,
     by default ``$MERGESEC_CACHE``. ``contained``: plugins see neither store, data nor network (None: where this
-    machine can; docs/trust.md). The same call again resumes. Raises UsageError for anything that names a wrong
+    machine can; docs/trust.md). ``engine``: where steps run, a name or ``{"name": "slurm", "workers": 8}``
+    (docs/scaling.md). The same call again resumes. Raises UsageError for anything that names a wrong
     field, value or file; a component that fails is told in ``failed``.
     """
     from mergesec.execution.session import run_session
+    from mergesec.planning.engines import as_fields, engine_spec
 
     session = _session(grid, overrides, plugins, data_root, store)
     if not session.plan.cells:
         raise UsageError("grid", f"no cell is left to run ({dict(session.plan.left_out.most_common(3))})")
     folder = Path(results) if results is not None else default_results()
-    finished = run_session(session, folder, _reporter(progress), device, jobs, 1, step_timeout, contained)
+    where = engine_spec(session.grid.spec.engine, as_fields(engine) or {})
+    finished = run_session(
+        session, folder, _reporter(progress), device, jobs, 1, step_timeout, contained, where
+    )
     if finished.outcome.interrupted:
         raise KeyboardInterrupt
     return Run(
@@ -208,7 +213,8 @@ def _session(
     desk = with_plugins(desk, spec, str(grid))
     spec = placed(spec, str(grid), words, desk.catalog)
     if rest:
-        spec = parse_grid(with_overrides(spec.model_dump(mode="json"), rest), f"grid {grid}")
+        fields = {**spec.model_dump(mode="json"), "engine": spec.engine}
+        spec = parse_grid(with_overrides(fields, rest), f"grid {grid}")
     return planned(desk, spec)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -51,8 +52,29 @@ def main(
             help="plugins see neither store, data nor network; default: where this machine can (docs/trust.md)",
         ),
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="where steps run: local, ray or slurm (docs/scaling.md); default: as the grid says"
+        ),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="ray: steps at once; slurm: jobs at once")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="ray: host:port of a cluster, or auto; without it one is started here")
+    ] = None,
+    cpus: Annotated[float | None, typer.Option(help="cores a step (ray) or a worker (slurm) needs")] = None,
+    gpus: Annotated[float | None, typer.Option(help="GPUs likewise; ray takes fractions too")] = None,
+    memory: Annotated[float | None, typer.Option(help="memory likewise, GB")] = None,
+    time_limit: Annotated[
+        str | None, typer.Option(help="slurm: how long a worker's job lasts, as 90s, 30m, 4h, 2d")
+    ] = None,
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="slurm: an option of sbatch, as partition=gpu"),
+    ] = None,
 ) -> None:
     from mergesec.execution.session import open_session, run_session
+    from mergesec.planning.engines import engine_spec
 
     asked = asked_for(words, grid)
     if not step_timeout >= 0:
@@ -66,6 +88,11 @@ def main(
 
         reasons = "; ".join(f"{n}× {r}" for r, n in session.plan.left_out.most_common(3))
         raise UsageError("grid", f"no cell is left to run ({reasons})")
+    given = {
+        "name": engine, "workers": workers, "address": address, "cpus": cpus, "gpus": gpus, "memory": memory,
+        "time_limit": time_limit, "slurm": _pairs(slurm or ()),
+    }  # fmt: skip
+    where = engine_spec(session.grid.spec.engine, given)
     progress = Progress()
     try:
         finished = run_session(
@@ -77,12 +104,23 @@ def main(
             threads,
             step_timeout or None,
             contained,
+            where,
         )
     finally:
         progress.stop()
     if not finished.outcome.interrupted:  # half a grid is no board to look at; `bench board` shows it
         print_boards(finished.boards, columns, wide)
     _summary(finished, time.monotonic() - started, session.grid.spec.name)
+
+
+def _pairs(words: Sequence[str]) -> dict[str, str]:
+    """``KEY=VALUE`` words as a mapping; UsageError for one that is not."""
+    from mergesec.errors import UsageError
+
+    for word in words:
+        if not word.partition("=")[0] or "=" not in word:
+            raise UsageError("--slurm", f"{word!r} must be KEY=VALUE, as partition=gpu")
+    return {key: value for key, _, value in (word.partition("=") for word in words)}
 
 
 def print_boards(boards: list[Board], columns: str | None, wide: bool) -> None:

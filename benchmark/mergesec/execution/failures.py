@@ -30,6 +30,8 @@ class Failure:
     label: str
     reason: str
     trace: str = ""
+    attempt: str = ""
+    """Of which run it is, where several workers share one: none of them tries it again."""
 
     @property
     def blocks(self) -> str:

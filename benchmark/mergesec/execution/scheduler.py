@@ -28,7 +28,9 @@ from mergesec.planning.plan import Step
 ENOUGH = 0.8
 """Share of the work left that must be predicted from measured steps before a run says how long it will take."""
 POLL = 1.0
-"""Seconds between two looks at a step that another run on this store is at."""
+"""Seconds between two looks at steps that other runs on this store are at."""
+CHECKS = 5.0
+"""Seconds between two looks at whether those runs are still alive."""
 ATTEMPTS = 3
 """How often a step is tried again when its worker died or its input proved corrupt."""
 
@@ -165,8 +167,13 @@ class Scheduler:
     reporter: Reporter
     goals: Sequence[Collection[str]] = ()
     """Of each cell the keys of its evaluations."""
+    who: str = ""
+    """As whom steps are claimed, where others have to know."""
+    attempt: str = ""
+    """What this is part of: a step that failed in it, whoever tried, is not tried again. Empty: only this."""
     outcome: Outcome = field(default_factory=Outcome)
     claims: Claims = field(init=False)
+    failures: Failures = field(init=False)
     _missing: dict[str, set[str]] = field(default_factory=dict)
     _waiters: dict[str, set[str]] = field(default_factory=dict)
     _ready: list[tuple[float, int, str]] = field(default_factory=list)
@@ -177,6 +184,7 @@ class Scheduler:
     _elsewhere: set[str] = field(default_factory=set)
     """Ready, but claimed by another run."""
     _looked: float = 0.0
+    _checked: float = 0.0
     _remaining: set[str] = field(default_factory=set)
     """Taken in and neither done, failed nor blocked."""
     _left_of: Counter[str] = field(default_factory=Counter)
@@ -190,12 +198,14 @@ class Scheduler:
     """Seconds predicted and seconds taken of steps that were predicted from measured ones."""
 
     def __post_init__(self) -> None:
-        self.claims = Claims(self.store.root)
+        self.claims = Claims(self.store.root, self.who)
+        self.failures = Failures(self.store.root)
 
     def run(self, wanted: Mapping[str, Step], cached: int) -> Outcome:
         """Do the wanted steps. The first Ctrl-C lets running ones finish; the second kills them, and is raised."""
         self._order = {key: i for i, key in enumerate(self.steps)}
-        self.claims.sweep()
+        if not self.attempt:
+            self.claims.sweep()
         for key in wanted:
             self._add(key)
         self._open = [{key for key in goal if key in self._missing} for goal in self.goals]
@@ -285,15 +295,42 @@ class Scheduler:
             self.claims.release(step.key)
             self._found(step)
             return False
+        return not (self._failed_already(step) or self._kills(step))
+
+    def _failed_already(self, step: Step) -> bool:
+        """Whether another worker of this attempt saw the step fail."""
+        failure = self.failures.read(step.key) if self.attempt else None
+        if failure is None or failure.attempt != self.attempt:
+            return False
+        self.claims.release(step.key)
+        self._fail(step, failure)
+        return True
+
+    def _kills(self, step: Step) -> bool:
+        """Whether too many ended in the middle of the step."""
+        deaths, last = self.claims.deaths(step.key)
+        if deaths < ATTEMPTS:
+            return False
+        told = f"; the last: {last}" if last else ""
+        self._tries[step.key] = ATTEMPTS
+        self._settle(
+            step, Answer("died", f"WorkerDied: {deaths} workers in a row ended while running it{told}")
+        )
         return True
 
     def _look_elsewhere(self) -> None:
-        """Once a second: what other runs were at is done, or free again because they failed or died."""
-        if self._elsewhere and time.monotonic() - self._looked >= POLL:
-            self._looked = time.monotonic()
-            found, self._elsewhere = self._elsewhere, set()
-            for key in found:
-                self._push(key)
+        """Once a second: what other runs let go of is done, or failed; now and then: whether they died."""
+        now = time.monotonic()
+        if not self._elsewhere or now - self._looked < POLL:
+            return
+        self._looked = now
+        found = self._elsewhere - self.claims.taken()
+        if now - self._checked >= CHECKS:
+            self._checked = now
+            found = set(self._elsewhere)
+        self._elsewhere -= found
+        for key in found:
+            self._push(key)
 
     def _wait(self, running: Iterable[Future[Answer]]) -> set[Future[Answer]]:
         """Futures that ended: at once if there are any, else within a second."""
@@ -307,7 +344,7 @@ class Scheduler:
         """Another run on the same store did the step."""
         self._active.discard(step.key)
         self._strike(step.key)
-        Failures(self.store.root).forget(step.key)
+        self.failures.forget(step.key)
         self._release(step.key)
         self.reporter.finished(step, Answer("ok"), self._reached())
 
@@ -330,19 +367,27 @@ class Scheduler:
             self._spent = [
                 self._spent[0] + self.history.predict(step)[0], self._spent[1] + answer.seconds,
             ]  # fmt: skip
-        failures = Failures(self.store.root)
-        if answer.status == "ok":
-            failures.forget(step.key)
+        if answer.status != "ok":
+            reason = Failure(
+                step.key, step.kind, step.label, answer.message, answer.trace, self.attempt
+            )  # fmt: skip
+            self.failures.note(reason)
+            self._fail(step, reason, answer)
+        else:
+            self.failures.forget(step.key)
             self.outcome.done += 1
             if answer.seconds:
                 self.history.add(step, answer)
             self._release(step.key)
-        else:
-            failure = Failure(step.key, step.kind, step.label, answer.message, answer.trace)
-            failures.note(failure)
-            self.outcome.failed[step.key] = failure.reason
-            self._block(failure)
-        self.reporter.finished(step, answer, self._reached())
+            self.reporter.finished(step, answer, self._reached())
+
+    def _fail(self, step: Step, failure: Failure, answer: Answer | None = None) -> None:
+        """A step failed, here or at another worker; nothing that needs it will run."""
+        self._active.discard(step.key)
+        self._strike(step.key)
+        self.outcome.failed[step.key] = failure.reason
+        self._block(failure)
+        self.reporter.finished(step, answer or Answer("error", failure.reason), self._reached())
 
     def _reached(self) -> Reached:
         """Cells that are there, and seconds left by prediction, corrected by how predictions fared so far."""

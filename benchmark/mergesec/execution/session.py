@@ -16,14 +16,15 @@ from mergesec.evidence.external import read_external
 from mergesec.evidence.records import Record
 from mergesec.evidence.tables import marks, write_boards
 from mergesec.execution.claims import Claims
-from mergesec.execution.engines.local import LocalExecutor, make_slots
+from mergesec.execution.engines.engine import Assignment, Engine, Ways, make_engine
 from mergesec.execution.engines.worker import Workplace
 from mergesec.execution.guests.containment import Walls, survey
 from mergesec.execution.harvest import make_records, read_evaluation, write_records
-from mergesec.execution.scheduler import History, Outcome, Reporter, Scheduler, completed
+from mergesec.execution.scheduler import History, Outcome, Reporter, completed
 from mergesec.execution.store import CorruptArtifact, Store
 from mergesec.files import check_writable, default_root, fingerprint
 from mergesec.planning.catalog import Catalog, add_plugin, importable, load_catalog
+from mergesec.planning.engines import EngineSpec
 from mergesec.planning.gridspec import GridSpec, load_grid
 from mergesec.planning.places import placed
 from mergesec.planning.plan import Plan, Step, make_plan, needed_steps, read_facts
@@ -184,18 +185,40 @@ def run_session(
     threads: int = 1,
     timeout: float | None = None,
     contained: bool | None = None,
+    engine: EngineSpec | None = None,
 ) -> Finished:
-    """Run what is missing, then write records and boards. Full if the disk is.
+    """Run what is missing, then write records and boards. Full if the disk is. ``engine``: where, if not where the
+    grid says.
 
     ``contained``: plugins run behind walls (True: or not at all), do not (False), or do where this machine can
     (None). Artifacts of plugins that were not contained do not count where they must be.
     """
     check_writable(results, "--results")
-    slots = make_slots(device, jobs)
     if threads < 1:
         raise UsageError("--threads", f"must be at least 1, got {threads}")
-    session.store.sweep()
     walls, obstacle = _walls(session, results, contained)
+    place = Workplace(
+        str(session.store.root.resolve()), session.plugins,
+        str(session.data_root.resolve()) if session.data_root else None, threads, bool(session.plan.plugins), walls,
+    )  # fmt: skip
+    runs = make_engine(engine or session.grid.spec.engine or EngineSpec(), Ways(device, jobs, timeout))
+    session.store.sweep()
+    try:
+        outcome = _run(session, runs, place, reporter, contained)
+    finally:
+        runs.close()
+    records = make_records(session.plan, session.store, outcome)
+    standing = write_records(results / "records", records, session.grid)
+    boards, paths = publish(standing.records, results, session.grid.spec.name, standing.older)
+    return Finished(outcome, standing.records, boards, paths, tuple(standing.older), obstacle)
+
+
+def _run(
+    session: Session, engine: Engine, place: Workplace, reporter: Reporter, contained: bool | None
+) -> Outcome:
+    """Have an engine do what is missing; again, if results turn out corrupt when they are read."""
+    plan, store = session.plan, session.store
+    goals = [{key for _, key in cell.roles} for cell in plan.cells]
     outcome = Outcome()
     for _ in range(REPAIRS):
         _drop_corrupt(session)
@@ -204,26 +227,11 @@ def run_session(
         wanted = wanted_steps(session)
         if not wanted or outcome.failed:
             break
-        place = Workplace(
-            str(session.store.root.resolve()), session.plugins,
-            str(session.data_root.resolve()) if session.data_root else None, threads, bool(session.plan.plugins), walls,
-        )  # fmt: skip
-        executor = LocalExecutor(slots[: max(1, len(wanted))], place, timeout)
-        cached = len(session.plan.steps) - len(wanted)
-        scheduler = Scheduler(
-            session.plan.steps, session.store, executor, History(session.store.root), reporter,
-            [{key for _, key in cell.roles} for cell in session.plan.cells],
-        )  # fmt: skip
-        try:
-            outcome = scheduler.run(wanted, cached)
-        finally:
-            executor.close(now=outcome.interrupted)
+        work = Assignment(session.grid.spec.name, plan.steps, wanted, goals, store, place, reporter)
+        outcome = engine.run(work)
         if outcome.interrupted:
             break
-    records = make_records(session.plan, session.store, outcome)
-    standing = write_records(results / "records", records, session.grid)
-    boards, paths = publish(standing.records, results, session.grid.spec.name, standing.older)
-    return Finished(outcome, standing.records, boards, paths, tuple(standing.older), obstacle)
+    return outcome
 
 
 def _walls(session: Session, results: Path, contained: bool | None) -> tuple[Walls | None, str]:

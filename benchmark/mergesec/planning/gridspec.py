@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from mergesec.errors import UsageError, nearest
+from mergesec.planning.engines import EngineSpec, as_fields
 from mergesec.planning.presets import preset_names, presets_folder
 from mergesec.planning.yamlguard import check_yaml
 from mergesec.threats import Company, Secrets
@@ -66,6 +67,8 @@ class GridSpec(_Strict):
     recipe: dict[str, Any] = Field(default_factory=dict)
     include: tuple[dict[str, Any], ...] = ()
     exclude: tuple[dict[str, Any], ...] = ()
+    engine: Annotated[EngineSpec, BeforeValidator(as_fields)] | None = Field(default=None, exclude=True)
+    """Where its steps run; no part of what is written of a grid."""
 
 
 # --------------------------------------------------------------------------- reading
@@ -154,10 +157,11 @@ def parse_grid(raw: Mapping[str, Any], where: str) -> GridSpec:
         path = [p for p in first["loc"] if not isinstance(p, str) or p.isidentifier()]
         spot = ".".join(str(p) for p in path if p not in ("str", "int", "dict", "tuple", "literal"))
         if first["type"] == "extra_forbidden":
-            models: dict[str, type[_Strict]] = {"suite": Suite, "axes": Axes}
+            models: dict[str, type[BaseModel]] = {"suite": Suite, "axes": Axes, "engine": EngineSpec}
             model = models.get(str(path[0]) if len(path) > 1 else "", GridSpec)
             message = f"unknown field{nearest(first['loc'][-1], model.model_fields)}"
         else:
             said = first["msg"].replace("a valid tuple", "a list").replace("a valid dictionary", "a mapping")
-            message = f"{said}, got {first['input']!r}"[:300]
+            own = first["type"] == "value_error"  # a check of ours, whose message names the value itself
+            message = said.removeprefix("Value error, ") if own else f"{said}, got {first['input']!r}"[:300]
         raise UsageError(f"{where}: {spot or 'file'}", message) from None

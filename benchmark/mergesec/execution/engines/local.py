@@ -168,10 +168,11 @@ def _last_words(words: Connection) -> str:
     return portable(text).strip()
 
 
-class _Seat:
+class Seat:
     """One worker process and the pipe to it. A lost worker is replaced at the next question."""
 
     def __init__(self, slot: Slot, place: Workplace) -> None:
+        self.place = place
         self._arguments = (slot, place, os.getpid())
         self._process: SpawnProcess | None = None
         self._pipe: Connection | None = None
@@ -264,7 +265,7 @@ class LocalExecutor:
 
     def __init__(self, slots: list[Slot], place: Workplace, timeout: float | None) -> None:
         self.slots, self._timeout = slots, timeout
-        self._seats = [_Seat(slot, place) for slot in slots]
+        self._seats = [Seat(slot, place) for slot in slots]
         self._threads = ThreadPoolExecutor(len(slots), "slot")
 
     def submit(self, slot: int, step: Step, kinds: Mapping[str, str]) -> Future[Answer]:
