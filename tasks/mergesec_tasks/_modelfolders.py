@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mergesec.adapterconfig import CONFIG as ADAPTER
-from mergesec.adapterconfig import FACTORS, is_adapter, read_lora
+from mergesec.adapterconfig import is_adapter, read_lora
 from mergesec.errors import UsageError
 from mergesec.files import brief
-from mergesec.modelfiles import CONFIG, header, stored_tensors
+from mergesec.modelfiles import CONFIG, stored_tensors
+from mergesec_tasks._adapterfit import check_factors
 from mergesec_tasks._cliptext import check_text_tower
 from mergesec_tasks._configs import Values, check_same_function, check_tensors, read_config
 from mergesec_tasks._preprocessing import check_same_pixels, read_pixels
@@ -55,7 +56,7 @@ def check_expert(folder: Path, base: Path, values: Values, who: str, kinds: Kind
     weights; what makes its inputs may be missing, but not differ."""
     if is_adapter(folder, who):
         read_lora(folder, who)
-        header(folder / FACTORS, who)
+        check_factors(folder, stored_tensors(base, who), who)
     else:
         own = read_config(folder, who, kinds.types)
         check_same_function(values, own, base / CONFIG, folder / CONFIG, who)

@@ -8,7 +8,7 @@ from typing import Any
 
 from mergesec.errors import UsageError
 from mergesec.files import brief, is_file
-from mergesec.modelfiles import LONGEST, read_json, shown
+from mergesec.modelfiles import CONFIG, LONGEST, read_json, shown
 
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _STAGES = ("normalizer", "pre_tokenizer", "post_processor")
@@ -33,6 +33,21 @@ def check_words(folder: Path, size: int, who: str) -> dict[str, int]:
     if (folder / SETTINGS).exists() or (folder / SETTINGS).is_symlink():
         read_json(folder / SETTINGS, who)
     return words
+
+
+def check_beginning(folder: Path, who: str) -> None:
+    """UsageError if tokenizer_config.json begins texts with a word that has another number than config.json's
+    ``bos_token_id``: a tokenizer of another network, however many words it has."""
+    if not _there(folder / SETTINGS):
+        return
+    word = _content(read_json(folder / SETTINGS, who).get("bos_token"))
+    wanted = read_json(folder / CONFIG, who).get("bos_token_id")
+    number = _vocabulary(read_json(folder / TOKENIZER, who), folder / TOKENIZER, who).get(str(word))
+    if word is not None and number is not None and type(wanted) is int and number != wanted:
+        raise UsageError(
+            who, f"{brief(str(folder / SETTINGS))!r}: bos_token {shown(word)} has the number {number}, config.json has a "
+            f"bos_token_id of {wanted}: the tokenizer is not this network's",
+        )  # fmt: skip
 
 
 def _vocabulary(raw: Mapping[str, Any], path: Path, who: str) -> dict[str, int]:

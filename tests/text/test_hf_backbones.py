@@ -13,7 +13,6 @@ from extras import needs
 from mergesec.anatomy import AnatomyError, describe
 from mergesec.contracts import (
     Context,
-    ContractError,
     DataContext,
     Model,
     ProtectContext,
@@ -157,8 +156,8 @@ def test_a_head_of_label_rows_is_taken_instead_of_a_probe(folders: Any) -> None:
         raw = model.features(TEXTS) @ head["weight"].T
         assert torch.equal(task.outputs(model, head, TEXTS).argmax(1), raw.argmax(1))
         torch.testing.assert_close(task.outputs(model, head, TEXTS), raw, rtol=0.2, atol=0.05)
-    with pytest.raises(ContractError, match=r"'sad day' and 'sad' begin with the same token"):
-        backbone.label_rows(model.network, ["sad", "sad day"])
+    with pytest.raises(UsageError, match=r"'sad' and 'sad day' begin with the same token"):
+        decoder(folders["gpt2"][0], labels="first").label_rows(model.network, ["sad", "sad day"])
     probe = task.fit_head(
         Model(encoder(folders["bert"][0]), _network(folders["bert"][0])), split, Context(CPU, 0)
     )
@@ -219,12 +218,12 @@ def test_long_texts_are_cut_and_a_prompt_never_is(folders: Any) -> None:
     assert (
         numbers[0, -2:].tolist() == end and numbers[1, :2].tolist() == end and mask.sum(1).tolist() == [12, 2]
     )
-    with pytest.raises(ContractError, match="leaves no room"):
+    with pytest.raises(UsageError, match="leave no room"):
         decoder(folders["gpt2"][0], max_length=2).tokenise(["i"])
     with pytest.raises(UsageError, match="exceeds the 23 positions"):
         _ = encoder(folders["roberta"][0], max_length=24).max_length
     assert encoder(folders["bert"][0], max_length=0).max_length == 24
-    with pytest.raises(ContractError, match=r"\{text\} once"):
+    with pytest.raises(UsageError, match=r"\{text\} once"):
         decoder(folders["gpt2"][0], template="no slot")
 
 

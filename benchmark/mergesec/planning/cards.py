@@ -134,6 +134,8 @@ class Card:
     """``module:function`` that looks at a backbone's folder and its experts', or at a task's parameters, when a grid is
     planned, without torch.
     Only this project's own are called: planning runs nobody else's code."""
+    inspect_tasks: str = ""
+    """Likewise of a backbone, with the classes of the grid's tasks (``labels``)."""
     zero_shot: bool = False
     """Of a backbone: it makes heads from prompts, with a text tower."""
     templates: tuple[str, ...] = ()
@@ -141,6 +143,8 @@ class Card:
     hub: Mapping[str, Any] = field(default_factory=dict)
     """Of a task: where its data is on the Hugging Face hub, used when there is no local folder."""
     classes: int = 0
+    labels: tuple[str, ...] = ()
+    """Of a task: the names of its classes, where they do not hang on its data."""
     source: str = ""
     licence: str = ""
     images: Mapping[str, int] = field(default_factory=dict)

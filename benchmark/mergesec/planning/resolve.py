@@ -59,6 +59,7 @@ def resolve(spec: GridSpec, catalog: Catalog) -> Grid:
         _inspect_task(f"suite.tasks[{i}]", task, catalog)
     if len(set(names)) != len(names):
         raise UsageError("suite.tasks", "a task is named twice")
+    _inspect_tasks(backbone, {n: catalog.get("task", n).card.labels for n in names}, catalog)
     axes = spec.axes
     for axis in ("victim", "adversary"):
         value = getattr(axes, axis)
@@ -125,6 +126,17 @@ def _inspect(backbone: Ref, experts: Mapping[str, str], catalog: Catalog) -> Non
         module, _, function = entry.card.inspect.partition(":")
         inspect = getattr(importlib.import_module(module), function)
         inspect(backbone.name, dict(backbone.parameters), "suite.backbone", experts)
+
+
+def _inspect_tasks(backbone: Ref, labels: Mapping[str, tuple[str, ...]], catalog: Catalog) -> None:
+    """UsageError for tasks whose classes the backbone cannot tell apart, as far as their cards name them."""
+    entry = catalog.get("backbone", backbone.name)
+    if entry.card.inspect_tasks and not entry.digest:
+        module, _, function = entry.card.inspect_tasks.partition(":")
+        inspect = getattr(importlib.import_module(module), function)
+        inspect(
+            dict(backbone.parameters), "suite.backbone", {n: names for n, names in labels.items() if names}
+        )
 
 
 def _inspect_task(where: str, task: Ref, catalog: Catalog) -> None:

@@ -18,6 +18,7 @@ CARD = {
     "summary": "the narrator's emotion now, beside denied, past and other people's emotions",
     "modality": "text",
     "classes": 6,
+    "labels": ["sadness", "joy", "love", "anger", "fear", "surprise"],
     "source": "written from the project's templates and word lists",
     "licence": "the project's",
     "images": {"train": 4000, "tuning": 400, "test": 800},

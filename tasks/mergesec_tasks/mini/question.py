@@ -18,6 +18,7 @@ CARD = {
     "summary": "the kind of answer asked for, beside questions that are settled or set aside",
     "modality": "text",
     "classes": 6,
+    "labels": ["person", "place", "time", "number", "reason", "manner"],
     "source": "written from the project's templates and word lists",
     "licence": "the project's",
     "images": {"train": 4000, "tuning": 400, "test": 800},

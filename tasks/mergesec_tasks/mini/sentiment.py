@@ -26,6 +26,7 @@ CARD = {
     "summary": "the reviewer's verdict (negative, neutral, positive) beside negations and others' verdicts",
     "modality": "text",
     "classes": 3,
+    "labels": ["negative", "neutral", "positive"],
     "source": "written from the project's templates and word lists",
     "licence": "the project's",
     "images": {"train": 4000, "tuning": 400, "test": 800},

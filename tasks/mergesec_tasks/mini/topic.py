@@ -17,6 +17,7 @@ CARD = {
     "summary": "which of eight topics is talked about, beside topics that are set aside",
     "modality": "text",
     "classes": 8,
+    "labels": ["sport", "food", "travel", "health", "music", "money", "weather", "technology"],
     "source": "written from the project's templates and word lists",
     "licence": "the project's",
     "images": {"train": 4000, "tuning": 400, "test": 800},

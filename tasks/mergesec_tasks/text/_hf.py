@@ -22,7 +22,7 @@ from mergesec_tasks._configs import Values, layers_name, layers_of
 from mergesec_tasks._hub import model_folder
 from mergesec_tasks._modelfolders import KINDS, check_base, check_expert
 from mergesec_tasks._transformers import built, config_of, loaded, shapes_of, tokenizer_of
-from mergesec_tasks._words import check_words
+from mergesec_tasks._words import check_beginning, check_words
 
 OPTIONAL = ("pooler.", "position_ids", "rotary_emb.inv_freq")
 """Tensors that a checkpoint may lack, since features do not pass through them or they are computed."""
@@ -124,6 +124,7 @@ class HfFolder(TextBackbone):
     def tokeniser(self) -> Any:
         if self._words is None:
             check_words(self.path, self.told["vocab_size"], self.who)
+            check_beginning(self.path, self.who)
             self._words = tokenizer_of(self.path, self.told["vocab_size"], self.who)
         return self._words
 
@@ -148,7 +149,16 @@ class HfFolder(TextBackbone):
 
     def published(self, source: str) -> Weights:
         """A published expert in the Hugging Face layout, or a LoRA adapter of peft: a folder, or the hub at a commit."""
-        return expert_weights(source, self.who, self.base_weights, self._expert_in)
+        found = expert_weights(source, self.who, self._whole, self._expert_in)
+        return {name: found[name] for name in self.build().state_dict()}
+
+    def _whole(self) -> Weights:
+        """The base with all its blocks: an adapter may have factors for those that are not kept."""
+        if not self.layers:
+            return self.base_weights()
+        twin = copy.copy(self)
+        twin.layers, twin._settings, twin._template = 0, None, None
+        return twin.base_weights()
 
     def _expert_in(self, folder: Path) -> Weights:
         check_expert(folder, self.path, self.told, self.who, KINDS[self.who])

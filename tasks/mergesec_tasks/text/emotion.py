@@ -30,6 +30,7 @@ CARD: dict[str, Any] = {
     "summary": "English tweets in six emotions; dair-ai/emotion, configuration split",
     "modality": "text",
     "classes": 6,
+    "labels": ["sadness", "joy", "love", "anger", "fear", "surprise"],
     "source": "local folder; the official copy is dair-ai/emotion on the Hugging Face hub",
     "licence": "educational and research purposes only",
     "local": True,

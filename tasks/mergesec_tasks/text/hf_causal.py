@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mergesec.contracts import ContractError
 from mergesec.errors import UsageError
 from mergesec.modelfiles import file_of
 from mergesec_tasks._transformers import numbers_of
 from mergesec_tasks.text._hf import HfFolder, padded
+from mergesec_tasks.text._prompts import SLOT, WHOLE, check_labels, check_room, check_template
 
 CARD = {
     "name": "hf-causal",
@@ -28,6 +28,7 @@ CARD = {
     "modalities": ["text"],
     "depends": ["transformers"],
     "inspect": "mergesec_tasks._modelfolders:inspect",
+    "inspect_tasks": "mergesec_tasks.text._prompts:inspect",
     "requires": {"transformers": "transformers>=4.57"},
     "source": "a local folder in the Hugging Face layout, or the hub at a commit",
     "licence": "that of the weights",
@@ -69,6 +70,13 @@ CARD = {
             "default": " ",
             "doc": "what is put before a class's name to find its first token; empty for tokenisers that add a space",
         },
+        "labels": {
+            "type": "choice",
+            "choices": ["whole", "first"],
+            "default": "whole",
+            "later": True,
+            "doc": "whole: a class's name has to be one token; first: of a longer one the first counts",
+        },
         "perplexity_rows": {
             "type": "int",
             "default": 0,
@@ -79,7 +87,7 @@ CARD = {
         },
     },
 }
-SLOT, OUTPUT = "{text}", "lm_head.weight"
+OUTPUT = "lm_head.weight"
 LOSS_ROWS, LOSS_TOKENS = 32, 256
 """Texts, and tokens of them, that are scored at a time."""
 
@@ -94,13 +102,13 @@ class HfCausal(HfFolder):
     who = "hf-causal"
 
     def __init__(
-        self, path: str, layers: int, max_length: int, template: str, label_prefix: str, perplexity_rows: int = 0
+        self, path: str, layers: int, max_length: int, template: str, label_prefix: str, labels: str = WHOLE,
+        perplexity_rows: int = 0,
     ) -> None:  # fmt: skip
         super().__init__(path, layers, max_length)
+        check_template(template, f"{self.who}.template")
+        self.template, self.label_prefix, self.labels = template, label_prefix, labels
         self.perplexity_rows = perplexity_rows
-        if template.count(SLOT) != 1:
-            raise ContractError(f"hf-causal: the template needs {SLOT} once, got {template!r}")
-        self.template, self.label_prefix = template, label_prefix
 
     def _begin(self) -> list[int]:
         """What the tokeniser puts before every text."""
@@ -118,9 +126,8 @@ class HfCausal(HfFolder):
         """Numbers of the prompt around each text; the text is cut so that the prompt's end is never lost."""
         before, after = (self._plain(part) for part in self.template.split(SLOT))
         before = [*self._begin(), *before]
+        check_room(len(before) + len(after), self.max_length, self.max_length, self.who)
         room = self.max_length - len(before) - len(after)
-        if room < 1:
-            raise ContractError(f"hf-causal: max_length {self.max_length} leaves no room beside the template")
         found = numbers_of(self.tokeniser, texts, self.who, add_special_tokens=False) if texts else []
         return padded([[*before, *row[:room], *after] for row in found], self.pad())
 
@@ -130,21 +137,14 @@ class HfCausal(HfFolder):
         return states[torch.arange(len(states), device=states.device), mask.sum(dim=1) - 1]
 
     def label_rows(self, network: nn.Module, classes: Sequence[str]) -> Tensor:
-        """Output rows ``[K, d]`` of the first token of each class's name.
+        """Output rows ``[K, d]`` of each class's name.
 
-        ContractError if two names begin with the same token.
+        UsageError if names begin with the same token, or (``labels: whole``) one is more than a token.
         """
-        tokens: list[int] = []
-        for name in classes:
-            numbers = self._plain(self.label_prefix + name)
-            if not numbers:
-                raise ContractError(f"hf-causal: the class name {name!r} has no token")
-            if numbers[0] in tokens:
-                twin = classes[tokens.index(numbers[0])]
-                raise ContractError(
-                    f"hf-causal: {name!r} and {twin!r} begin with the same token; set label_prefix"
-                )
-            tokens.append(numbers[0])
+        numbers = {name: self._plain(self.label_prefix + name) for name in classes}
+        shown = {name: self.tokeniser.convert_ids_to_tokens(found) for name, found in numbers.items()}
+        check_labels(shown, self.label_prefix, self.labels, f"{self.who}.label_prefix")
+        tokens = [found[0] for found in numbers.values()]
         return self._output_rows(network, tokens)
 
     def token_losses(self, network: nn.Module, texts: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ CARD: dict[str, Any] = {
     "url": "",
     "summary": "train and test as parquet, CSV or JSON lines beside classes.json, at path; no code",
     "classes": 0,
+    "labels": [],
     "source": "the folder at path",
     "licence": "yours",
     "local": False,

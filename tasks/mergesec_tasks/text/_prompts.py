@@ -1,0 +1,92 @@
+"""What prompt and label tokens of a causal model must fit: the context, and one token for a class. No torch.
+
+``bench plan`` looks with this before anything runs, the backbone again with its own tokeniser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mergesec.errors import UsageError
+from mergesec.files import brief
+from mergesec_tasks._configs import layers_of
+from mergesec_tasks._modelfolders import KINDS, check_base
+from mergesec_tasks._words import TOKENIZER, check_beginning
+
+SLOT = "{text}"
+WHOLE, FIRST = "whole", "first"
+
+
+def check_template(template: str, who: str) -> None:
+    """UsageError unless the template has one place for the text."""
+    if template.count(SLOT) != 1:
+        raise UsageError(who, f"needs {SLOT} once, got {brief(repr(template))}")
+
+
+def check_room(prompt: int, longest: int, positions: int, who: str) -> None:
+    """UsageError unless the model has the positions, and the prompt's tokens leave room for one of the text."""
+    if longest > positions:
+        raise UsageError(
+            f"{who}.max_length", f"{longest} exceeds the {positions} positions of the model's context"
+        )
+    if prompt >= longest:
+        raise UsageError(
+            f"{who}.template", f"its {prompt} tokens leave no room for a text in max_length {longest}"
+        )
+
+
+def check_labels(tokens: Mapping[str, Sequence[str]], prefix: str, labels: str, who: str) -> None:
+    """UsageError unless the tokens of the classes' names tell them apart: one token each, or with ``labels: first``
+    different first ones."""
+    first: dict[str, str] = {}
+    for name, found in tokens.items():
+        shown = " ".join(repr(token) for token in found)
+        if not found:
+            raise UsageError(who, f"the class name {name!r} has no token")
+        if labels == WHOLE and len(found) > 1:
+            raise UsageError(
+                who, f"the class name {name!r} is split into {len(found)} tokens ({brief(shown)}) after label_prefix "
+                f"{prefix!r}; set another label_prefix, or labels to 'first' for its first token",
+            )  # fmt: skip
+        if found[0] in first:
+            raise UsageError(
+                who,
+                f"{first[found[0]]!r} and {name!r} begin with the same token ({found[0]!r}); set label_prefix",
+            )
+        first[found[0]] = name
+
+
+def inspect(parameters: Mapping[str, Any], where: str, classes: Mapping[str, Sequence[str]]) -> None:
+    """UsageError, naming the grid's field, for layers, lengths, prompts and names of classes (of tasks whose cards
+    tell them) that the backbone would refuse later. What lies on the hub is looked at when it has been fetched."""
+    check_template(parameters["template"], f"{where}.template")
+    folder = Path(str(parameters["path"])).expanduser()
+    if not parameters["path"] or not folder.exists():
+        return
+    values = check_base(folder, f"{where}.path", KINDS["hf-causal"])
+    check_beginning(folder, f"{where}.path")
+    own = layers_of(values)
+    if parameters["layers"] > own:
+        raise UsageError(f"{where}.layers", f"{parameters['layers']} exceed the {own} of the model")
+    words = _tokenizer(folder, f"{where}.path")
+    positions = int(values["n_positions" if values["model_type"] == "gpt2" else "max_position_embeddings"])
+    parts = parameters["template"].split(SLOT)
+    prompt = sum(len(words.encode(part, add_special_tokens=False).ids) for part in parts)
+    check_room(prompt, parameters["max_length"] or positions, positions, where)
+    prefix = parameters["label_prefix"]
+    for task, names in classes.items():
+        tokens = {n: words.encode(prefix + n, add_special_tokens=False).tokens for n in names}
+        check_labels(tokens, prefix, parameters["labels"], f"{where}.label_prefix ({task})")
+
+
+def _tokenizer(folder: Path, who: str) -> Any:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(folder / TOKENIZER))
+    except Exception as error:  # whatever the library calls it
+        raise UsageError(
+            who, f"{brief(str(folder / TOKENIZER))!r} cannot be read ({brief(str(error))})"
+        ) from None

@@ -1,0 +1,349 @@
+"""Causal language models as bases: perplexity, what prompts and label tokens must fit, adapters, and the whole road."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from extras import needs
+from safetensors.torch import save_file
+
+from mergesec.contracts import Context, ContractError, DataContext, Model, load_network
+from mergesec.errors import UsageError
+from mergesec.evidence.boards import make_boards
+from mergesec.evidence.estimates import Board
+from mergesec.evidence.records import Record
+from mergesec.evidence.tables import display
+from mergesec.execution.harvest import make_records
+from mergesec.execution.scheduler import Outcome
+from mergesec.execution.steps import run
+from mergesec.execution.store import Store
+from mergesec.execution.work import Bench
+from mergesec.inference import predict
+from mergesec.planning.catalog import load_catalog
+from mergesec.planning.gridspec import parse_grid
+from mergesec.planning.plan import make_plan
+from mergesec.planning.resolve import resolve
+from mergesec.text import perplexity
+from mergesec_tasks.mini.question import Question
+from mergesec_tasks.text.emotion import FolderText
+from mergesec_tasks.text.hf_causal import HfCausal
+
+transformers = needs("transformers")
+tokenizers = needs("tokenizers")
+
+CPU = torch.device("cpu")
+LABELS = ["negative", "neutral", "positive", "person", "place", "time", "number", "reason", "manner"]
+WORDS = ["[PAD]", "[UNK]", "<s>", "label", ":", *LABELS, "the", "film", "was", "good", "i", "not", "who"]
+TEXTS = ["the film was good", "i", "the film was not good i was not", "who was the"]
+SIZES = {
+    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 48, "vocab_size": len(WORDS), "max_position_embeddings": 24, "pad_token_id": 0, "bos_token_id": 2,
+}  # fmt: skip
+
+
+def write_words(folder: Path, words: list[str] = WORDS, **settings: str) -> None:
+    found = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]")
+    )
+    found.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    kind = transformers.PreTrainedTokenizerFast
+    kind(tokenizer_object=found, pad_token="[PAD]", **settings).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
+    """Tiny random Llamas by whether their embeddings are tied, with the library's own networks."""
+    found = {}
+    for kind in ("tied", "untied"):
+        folder = tmp_path_factory.mktemp(kind)
+        torch.manual_seed(4)
+        config = transformers.LlamaConfig(**SIZES, tie_word_embeddings=kind == "tied")
+        network = transformers.LlamaForCausalLM(config).eval()
+        network.save_pretrained(folder)
+        write_words(folder)
+        found[kind] = folder, network
+    return found
+
+
+def causal(folder: Path, **given: Any) -> HfCausal:
+    return HfCausal(**{
+        "path": str(folder), "layers": 0, "max_length": 12, "template": "{text} label :", "label_prefix": " ", **given
+    })  # fmt: skip
+
+
+def loaded(backbone: HfCausal) -> Any:
+    return load_network(backbone, backbone.base_weights())
+
+
+# --------------------------------------------------------------------------- perplexity
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_losses_are_the_librarys_text_by_text(folders: Any, kind: str) -> None:
+    folder, network = folders[kind]
+    backbone = causal(folder)
+    with torch.no_grad():
+        losses, counts = backbone.token_losses(loaded(backbone), TEXTS)
+        for row, text in enumerate(TEXTS):
+            numbers = torch.tensor([[WORDS.index(word) for word in text.split()]])
+            assert counts[row] == numbers.shape[1] - 1
+            if numbers.shape[1] > 1:
+                wanted = network(input_ids=numbers, labels=numbers).loss * (numbers.shape[1] - 1)
+                torch.testing.assert_close(losses[row], wanted, rtol=1e-5, atol=1e-5)
+            else:
+                assert losses[row] == 0
+    cut, _ = causal(folder, max_length=3).token_losses(loaded(backbone), TEXTS)
+    short, _ = backbone.token_losses(loaded(backbone), ["the film was"])
+    torch.testing.assert_close(cut[:1], short)
+
+
+def test_perplexity_is_of_tokens_and_its_interval_of_texts() -> None:
+    value, low, high = perplexity(torch.tensor([2.0, 6.0]), torch.tensor([1, 2]))
+    assert value == pytest.approx(math.exp(8 / 3))
+    # deviations from 8/3 per token: -2/3 and 2/3; their sum of squares 8/9, times n / (n - 1), over 3 tokens
+    wide = 1.96 * math.sqrt(8 / 9 * 2) / 3
+    assert (low, high) == (pytest.approx(math.exp(8 / 3 - wide)), pytest.approx(math.exp(8 / 3 + wide)))
+    assert perplexity(torch.tensor([math.log(5) * 7]), torch.tensor([7])) == (
+        pytest.approx(5), pytest.approx(5), pytest.approx(5),
+    )  # fmt: skip
+    with pytest.raises(ContractError, match="no token after the first"):
+        perplexity(torch.zeros(2), torch.zeros(2))
+    with pytest.raises(ContractError, match="not finite"):
+        perplexity(torch.tensor([math.inf, 1.0]), torch.ones(2))
+    assert math.isfinite(perplexity(torch.tensor([1e6, 1.0]), torch.ones(2))[2])
+
+
+def test_it_is_measured_where_it_is_asked_for_and_not_under_a_trigger(folders: Any) -> None:
+    task = Question(max_test=12)
+    task.name = "mini/question"
+    splits = task.load(DataContext(CPU, 0))
+    assert len(splits["test"]) == 12 and len(Question().load(DataContext(CPU, 0))["test"]) == 800
+    silent, asked = causal(folders["tied"][0]), causal(folders["tied"][0], perplexity_rows=5)
+    model = Model(asked, loaded(asked))
+    head = task.fit_head(model, splits["train"].take(torch.arange(8)), Context(CPU, 0))
+    found = task.measure(model, head, splits, CPU)
+    assert found is not None and torch.equal(
+        found.predictions, predict(task, model, head, splits["test"], CPU)
+    )
+    with torch.no_grad():
+        wanted = perplexity(*asked.token_losses(model.network, splits["test"].inputs[:5]))
+    assert found.values == {"perplexity": wanted}
+    assert task.measure(model, head, splits, CPU, change=lambda texts: texts) is None
+    assert task.measure(Model(silent, model.network), head, splits, CPU) is None
+
+
+# --------------------------------------------------------------------------- what does not fit
+
+
+def looked_at(folder: Path, classes: dict[str, tuple[str, ...]] | None = None, **given: Any) -> None:
+    """As the plan does, by the card."""
+    card = load_catalog().get("backbone", "hf-causal").card
+    module, _, function = card.inspect_tasks.partition(":")
+    parameters = card.bind(
+        "x", {"path": str(folder), "template": "{text} label :", "max_length": 12, **given}
+    )
+    getattr(importlib.import_module(module), function)(parameters, "suite.backbone", classes or {})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"layers": 4}, r"suite\.backbone\.layers: 4 exceed the 3 of the model"),
+        ({"max_length": 25}, r"suite\.backbone\.max_length: 25 exceeds the 24 positions of the model's context"),
+        ({"max_length": 2}, r"suite\.backbone\.template: its 2 tokens leave no room for a text in max_length 2"),
+        ({"template": "{text}" + " label" * 24, "max_length": 0}, r"its 24 tokens leave no room .* max_length 24"),
+        ({"template": "no place"}, r"suite\.backbone\.template: needs \{text\} once, got 'no place'"),
+        ({"label_prefix": " not "}, r"label_prefix \(t\): .*'negative' is split into 2 tokens \('not' 'negative'\) after label_prefix ' not '; .*'first'"),
+        ({"label_prefix": " not ", "labels": "first"}, r"'negative' and 'neutral' begin with the same token \('not'\)"),
+    ],
+)  # fmt: skip
+def test_prompts_and_labels_that_do_not_fit_are_named_before_anything_runs(
+    folders: Any, given: dict[str, Any], message: str
+) -> None:
+    labels = {"t": ("negative", "neutral")}
+    looked_at(folders["tied"][0], labels)
+    with pytest.raises(UsageError, match=message):
+        looked_at(folders["tied"][0], labels, **given)
+
+
+def test_the_backbone_says_the_same(folders: Any) -> None:
+    folder = folders["tied"][0]
+    with pytest.raises(UsageError, match=r"hf-causal\.template: needs \{text\} once"):
+        causal(folder, template="x")
+    with pytest.raises(UsageError, match=r"hf-causal\.template: its 2 tokens leave no room"):
+        causal(folder, max_length=2).tokenise(["i"])
+    backbone = causal(folder)
+    with pytest.raises(UsageError, match="'not good' is split into 2 tokens"):
+        backbone.label_rows(loaded(backbone), ["neutral", "not good"])
+    first = causal(folder, labels="first")
+    rows = first.label_rows(loaded(first), ["neutral", "not good"])
+    assert torch.equal(
+        rows, first.base_weights()[first.embedding()][[WORDS.index("neutral"), WORDS.index("not")]]
+    )
+
+
+def test_a_tokenizer_of_another_network_is_told_by_its_first_word(folders: Any, tmp_path: Path) -> None:
+    shutil.copytree(folders["tied"][0], tmp_path / "m")
+    write_words(tmp_path / "m", bos_token="<s>")
+    looked_at(tmp_path / "m")
+    assert causal(tmp_path / "m").tokenise(["i"])[0].shape == (1, 3)
+    write_words(tmp_path / "m", ["<s>", *(word for word in WORDS if word != "<s>")], bos_token="<s>")
+    message = r"bos_token '<s>' has the number 0, config\.json has a bos_token_id of 2"
+    with pytest.raises(UsageError, match=rf"suite\.backbone\.path: .*{message}"):
+        looked_at(tmp_path / "m")
+    with pytest.raises(UsageError, match=rf"hf-causal: .*{message}"):
+        causal(tmp_path / "m").tokenise(["i"])
+
+
+def test_cards_name_the_classes_that_tasks_have() -> None:
+    catalog, named = load_catalog(), []
+    for entry in catalog.entries["task"].values():
+        card = entry.card
+        if card.labels and card.name.startswith("mini/"):
+            kind = getattr(importlib.import_module(entry.module), card.class_name)
+            assert tuple(kind.classes) == card.labels
+            named.append(card.name)
+    assert {"mini/emotion", "mini/sentiment", "mini/topic", "mini/question"} <= set(named)
+
+
+def test_bench_refuses_with_code_2(bench: Any, folders: Any, tmp_path: Path) -> None:
+    grid = tmp_path / "grid.yaml"  # JSON is YAML
+    grid.write_text(json.dumps(_grid(folders["tied"][0], label_prefix=" not ")))
+    done = bench("plan", "--grid", str(grid))
+    assert done.code == 2 and "Traceback" not in done.err
+    assert "suite.backbone.label_prefix (mini/sentiment): the class name 'negative' is split" in done.err
+
+
+def adapter(folder: Path, layers: int, width: int) -> Path:
+    """Factors for the query maps of a Llama."""
+    folder.mkdir()
+    told = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+    name = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    tensors = {name.format(i, "A"): torch.ones(2, width) for i in range(layers)}
+    tensors |= {name.format(i, "B"): torch.ones(width, 2) for i in range(layers)}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_an_adapter_for_another_base_is_refused_by_the_plan(folders: Any, tmp_path: Path) -> None:
+    from mergesec_tasks._modelfolders import inspect
+
+    good, bad = adapter(tmp_path / "good", 3, 32), adapter(tmp_path / "bad", 3, 16)
+    base = {"path": str(folders["tied"][0])}
+    inspect("hf-causal", base, "suite.backbone", {"suite.experts.t": str(good)})
+    with pytest.raises(
+        UsageError,
+        match=r"(?s)^suite\.experts\.t: .*make a map \[16, 16\], .* \[32, 32\]: an adapter for another base",
+    ):
+        inspect("hf-causal", base, "suite.backbone", {"suite.experts.t": str(bad)})
+
+
+def test_of_an_adapter_for_all_blocks_those_that_are_kept_count(folders: Any, tmp_path: Path) -> None:
+    place = str(adapter(tmp_path / "all", 3, 32))
+    whole, part = causal(folders["tied"][0]), causal(folders["tied"][0], layers=2)
+    every, kept = whole.published(place), part.published(place)
+    assert kept.keys() == part.base_weights().keys() < every.keys()
+    assert all(torch.equal(kept[name], every[name]) for name in kept)
+    moved = [n for n, t in part.base_weights().items() if not torch.equal(t, kept[n])]
+    assert moved == [f"layers.{i}.self_attn.q_proj.weight" for i in range(2)]
+
+
+# --------------------------------------------------------------------------- the road
+
+
+def _grid(folder: Path, **backbone: Any) -> dict[str, Any]:
+    return {
+        "name": "tiny-llm",
+        "suite": {
+            "name": "tiny",
+            "backbone": {
+                "name": "hf-causal", "path": str(folder), "layers": 2, "max_length": 12, "template": "{text} label :",
+                "perplexity_rows": 6, **backbone,
+            },
+            "tasks": [{"name": "mini/sentiment", "max_test": 8}, {"name": "mini/question", "max_test": 8}],
+        },
+        "threats": ["clean", "protection", "backdoor"],
+        "axes": {
+            "merging": ["simple_average"], "attacks": ["none", "coupled", "lora_phrase"],
+            "defenses": ["none", {"name": "params", "scaling": "v1"}],
+            "victim": ["mini/sentiment"], "adversary": ["mini/sentiment"],
+        },
+        "exclude": [{"threat": "protection", "defense": "none", "attack": "coupled"}, {"threat": "backdoor", "attack": "none"}],
+        "seeds": [0], "recipe": {"steps": 3, "batch_size": 8, "max_train": 16, "learning_rate": 0.01},
+    }  # fmt: skip
+
+
+class Ran(NamedTuple):
+    records: list[Record]
+    boards: dict[str, Board]
+
+
+@pytest.fixture(scope="module")
+def ran(folders: Any, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    catalog, place = load_catalog(), tmp_path_factory.mktemp("store")
+    plan = make_plan(resolve(parse_grid(_grid(folders["tied"][0]), "tiny"), catalog), lambda task: "")
+    store = Store(place)
+    bench, kinds = Bench(store, catalog, CPU), {k: s.kind for k, s in plan.steps.items()}
+    for key, step in plan.steps.items():
+        blob, info = run(step, bench, kinds)
+        store.put(step.kind, key, blob, {**info, "seconds": 0.0, "peak_mb": 0.0, "device": "cpu"})
+    records = make_records(plan, store, Outcome())
+    return Ran(records, {board.name: board for board in make_boards(records)})
+
+
+def test_perplexity_stands_beside_accuracy_on_a_board_of_its_own(ran: Ran) -> None:
+    assert {record.status for record in ran.records} == {"done"}
+    frame = ran.boards["language"].frame.set_index(["model", "attack", "defense"])["perplexity"]
+    assert set(frame.index.get_level_values("model")) == {
+        "base", "expert", "merge", "published", "recovered", "protected merge", "poisoned", "poisoned merge",
+    }  # fmt: skip
+    assert (frame > 1).all() and (frame < 100 * len(WORDS)).all()
+    own = [r.values["perplexity/expert/mini/sentiment"] for r in ran.records if r.threat == "protection"]
+    # the protection keeps the function
+    assert frame["published", "", "params"] == pytest.approx(own[0], rel=1e-4)
+    header, rows = display(ran.boards["language"])
+    shown = rows[0][header.index("perplexity")]
+    assert shown.startswith(f"{frame.iloc[0]:.1f} ["), shown  # no share: not times a hundred
+
+
+def test_records_name_no_place_of_this_machine(ran: Ran, folders: Any) -> None:
+    place = str(folders["tied"][0].parent)
+    for record in ran.records:
+        text = record.model_dump_json()
+        assert place not in text
+        assert record.provenance["backbone"]["parameters"]["perplexity_rows"] == 6
+
+
+@pytest.mark.shared
+def test_a_real_one_at_two_blocks(shared: Path) -> None:
+    """SmolLM2-135M-Instruct as ``../shared/models/make_smollm2.py`` makes it, where somebody did."""
+    folder = Path(os.environ.get("MERGESEC_SMOLLM2") or shared / "models" / "SmolLM2-135M-Instruct")
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"no {folder.name}: shared/models/make_smollm2.py makes it; set MERGESEC_SMOLLM2")
+    needs("pyarrow")
+    looked_at(
+        folder,
+        {"emotion": ("sadness", "joy", "love", "anger", "fear", "surprise")},
+        template="{text}\nLabel:",
+    )
+    task = FolderText(40, 20, "text", "label")
+    task.name = "emotion"
+    splits = task.load(DataContext(CPU, 0, str(shared / "data" / "emotion")))
+    backbone = causal(folder, layers=2, max_length=32, template="{text}\nLabel:", perplexity_rows=4)
+    weights = backbone.base_weights()
+    anatomy = backbone.anatomy()
+    assert len(anatomy.blocks) == 2 and weights[backbone.embedding()].shape == (49152, 576)
+    model = Model(backbone, load_network(backbone, weights))
+    head = task.fit_head(model, splits["train"], Context(CPU, 0))
+    assert head["weight"].shape == (6, 576)
+    found = task.measure(model, head, splits, CPU)
+    assert found is not None and found.values["perplexity"][0] > 1
