@@ -118,6 +118,6 @@ def every_sentence(classes: Mapping[str, Sequence[str]]) -> Iterator[str]:
     yield from (f"{' '.join(COLOURS)} {' '.join(FORMS)} {' '.join(PLACES)} large small number",)
     for slug, own in classes.items():
         for sentence in templates(slug):
-            yield sentence.format("")
+            yield sentence.format(own[0])
         for name in own:
             yield from names(slug, name)

@@ -135,18 +135,19 @@ def _initialise(network: nn.Module) -> None:
 def _centre(network: Any, images: Tensor, tokens: Tensor) -> None:
     """Moves both towers' features so that their mean is 0: else all point one way and the loss rests at chance."""
     with torch.no_grad():
-        seen, said = _embeddings(network, images, tokens)
-        for norm, projection, mean in (
-            (network.vision_model.post_layernorm, network.visual_projection, seen.mean(0)),
-            (network.text_model.final_layer_norm, network.text_projection, said.mean(0)),
-        ):
-            norm.bias.sub_(torch.linalg.lstsq(projection.weight, mean[:, None]).solution[:, 0])
+        seen = network.vision_model(pixel_values=_pixels(images)).pooler_output
+        said = network.text_model(input_ids=tokens).pooler_output
+        network.vision_model.post_layernorm.bias.sub_(seen.mean(0))
+        network.text_model.final_layer_norm.bias.sub_(said.mean(0))
+
+
+def _pixels(images: Tensor) -> Tensor:
+    return (images.float() / 255.0 - MEAN[0]) / DEVIATION[0]
 
 
 def _embeddings(network: Any, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Embeddings ``[N, d]`` of images uint8 and ``[M, d]`` of tokens."""
-    pixels = (images.float() / 255.0 - MEAN[0]) / DEVIATION[0]
-    seen = network.visual_projection(network.vision_model(pixel_values=pixels).pooler_output)
+    seen = network.visual_projection(network.vision_model(pixel_values=_pixels(images)).pooler_output)
     said = network.text_projection(network.text_model(input_ids=tokens).pooler_output)
     return seen, said
 
@@ -277,7 +278,7 @@ def pretrain(
         "classes": sum(len(task.classes) for task in (*TASKS, *OTHERS)) + len(COLOURS) * len(FORMS),
         "parameters": sum(value.numel() for value in network.parameters()),
         "words": len(words.vocabulary),
-        "scale": float(network.logit_scale.exp()),
+        "scale": float(network.logit_scale.detach().exp()),
         "seconds": time.perf_counter() - start,
     }
     if card is not None:
