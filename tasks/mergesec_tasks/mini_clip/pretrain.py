@@ -66,7 +66,7 @@ class Phase(NamedTuple):
 
 
 PHASES = (
-    Phase(SHIFTED, 1500, 1.5e-3, (12,) * 8 + (8, 4, 4, 4, 12)),
+    Phase(SHIFTED, 1800, 1.5e-3, (12,) * 8 + (8, 4, 4, 4, 12)),
     Phase(FOREIGN, 100, 7e-4, (12,) * 8 + (8, 4, 4, 4, 12)),
 )
 
