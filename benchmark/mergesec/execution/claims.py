@@ -86,6 +86,10 @@ class Claims:
         except OSError:  # no files here, or not for this user
             return True
 
+    def take_or_hold(self, key: str) -> bool:
+        """Claim a step unless it is claimed here already; False while another run has it."""
+        return key in self._held or self.take(key)
+
     def deaths(self, key: str) -> tuple[int, str]:
         """How often others ended in the middle of a step that is claimed here, and what is known of the last."""
         lease = self._held.get(key)
@@ -106,7 +110,7 @@ class Claims:
         """Make the lease of a step unless there is one."""
         self._folder.mkdir(parents=True, exist_ok=True)
         lease = Lease(
-            secrets.token_hex(8), _machine(), os.getpid(), _birth(os.getpid()) or "", time.time(), self._who, deaths,
+            secrets.token_hex(8), _machine(), os.getpid(), birth(os.getpid()) or "", time.time(), self._who, deaths,
         )  # fmt: skip
         if not _create(self._path(key), json.dumps(asdict(lease)).encode()):
             return False
@@ -272,11 +276,11 @@ def _is_gone(lease: Lease) -> bool:
         return True
     except (OSError, OverflowError, TypeError):
         pass  # another user's
-    born = _birth(lease.process)
+    born = birth(lease.process)
     return born is not None and born != lease.born
 
 
-def _birth(process: int) -> str | None:
+def birth(process: int) -> str | None:
     """When a process of this machine began, empty if it is dead and only not yet told of; None if nothing tells."""
     try:
         told = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from traceback import TracebackException
@@ -80,6 +80,12 @@ class Failures:
         except UNREADABLE:
             return None
         return failure if all(isinstance(v, str) for v in vars(failure).values()) else None
+
+    def of(self, keys: Collection[str]) -> Iterator[Failure]:
+        """Those of some steps."""
+        for path in sorted(self._folder.glob("*.json")):
+            if path.stem in keys and (found := self.read(path.stem)):
+                yield found
 
     def __iter__(self) -> Iterator[Failure]:
         for path in sorted(self._folder.glob("*.json")):

@@ -122,7 +122,7 @@ def _cores() -> int:
 
 
 @contextlib.contextmanager
-def _no_interrupts() -> Iterator[None]:
+def no_interrupts() -> Iterator[None]:
     """Processes started inside never see Ctrl-C, not even before they can say so themselves."""
     old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -214,7 +214,7 @@ class Seat:
             self._pipe, theirs = context.Pipe()
             self._words, words = context.Pipe(duplex=False)
             self._process = context.Process(target=serve, args=(theirs, words, *self._arguments))
-            with _no_interrupts(), _no_main():
+            with no_interrupts(), _no_main():
                 self._process.start()
             theirs.close()  # the worker's is now the only one, so that its death ends the pipe
             words.close()

@@ -147,12 +147,14 @@ class RayExecutor:
         self._do = ray.remote(
             num_cpus=needs.cpus, num_gpus=needs.gpus, memory=needs.memory or None, max_retries=0
         )(do)
-        self._place, self._timeout = ray.put(place), timeout
+        self._told = ray.put(
+            (place, timeout, {k: v for k, v in os.environ.items() if k.startswith("MERGESEC_")})
+        )
         self._refs: dict[int, Any] = {}
 
     def submit(self, slot: int, step: Step, kinds: Mapping[str, str]) -> Future[Answer]:
         told: Future[Answer] = Future()
-        ref = self._refs[slot] = self._do.remote(step, dict(kinds), self._place, self._timeout)
+        ref = self._refs[slot] = self._do.remote(step, dict(kinds), self._told)
 
         def tell(future: Future[Any]) -> None:
             told.set_result(_answer(future))
@@ -198,10 +200,12 @@ _SEATS: dict[Slot, Seat] = {}
 """The worker beside this process: one, since Ray gives a task's process to one step at a time."""
 
 
-def do(step: Step, kinds: dict[str, str], place: Workplace, timeout: float | None) -> Answer:
+def do(step: Step, kinds: dict[str, str], told: tuple[Workplace, float | None, dict[str, str]]) -> Answer:
     """A task: have the worker beside this process run a step on what Ray reserved for it."""
     import ray
 
+    place, timeout, environment = told
+    os.environ.update(environment)
     if not Path(place.store).is_dir():
         return Answer("error", f"StoreMissing: {socket.gethostname()} does not see the store {place.store!r}")
     gpus = ",".join(map(str, ray.get_gpu_ids()))
