@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -77,7 +78,7 @@ class Textures(RenderedTask):
     # The slowest to learn of the eight: its experts need more images than the others' do.
     sizes: ClassVar[dict[str, int]] = {**SIZES, "train": 6000}
     native = replace(NATIVE, viewpoint=0.2, zoom=1.6, blur=(0.2, 0.5), noise=(0.0, 0.02))
-    classes = (
+    classes: Sequence[str] = (
         "banded",
         "chequered",
         "dotted",

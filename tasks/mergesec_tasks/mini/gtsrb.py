@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from mergesec_tasks.mini._canvas import Array, Canvas, Number, box, cover, disc, hsv, polygon, stroke
@@ -40,7 +42,7 @@ class Signs(RenderedTask):
     """One sign per image; plates, rims and pictograms as on the road."""
 
     slug = "gtsrb"
-    classes = (
+    classes: Sequence[str] = (
         "speed limit 30",
         "speed limit 80",
         "no entry",

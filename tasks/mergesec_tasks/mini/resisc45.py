@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from mergesec_tasks.mini._canvas import Array, Canvas, box, cover, disc, stroke
@@ -29,7 +31,7 @@ class Aerial(RenderedTask):
     """Any heading, any ground, one object and some clutter."""
 
     slug = "resisc45"
-    classes = (
+    classes: Sequence[str] = (
         "airplane",
         "baseball diamond",
         "roundabout",

@@ -108,9 +108,9 @@ def caption(slug: str, name: str, rng: np.random.Generator) -> str:
     """A sentence about a class: its own name in half of the cases."""
     own, *others = names(slug, name)
     other = bool(others) and rng.random() < 0.5
-    called = others[rng.integers(len(others))] if other else own
+    called = others[int(rng.integers(len(others)))] if other else own
     sentences = templates(slug)
-    return sentences[rng.integers(len(sentences))].format(called)
+    return sentences[int(rng.integers(len(sentences)))].format(called)
 
 
 def every_sentence(classes: Mapping[str, Sequence[str]]) -> Iterator[str]:

@@ -10,7 +10,9 @@ import re
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from mergesec.compat import ensure_torchvision
 
 PIECES = re.compile(r"[a-z]+|[0-9]|[^\sa-z0-9]+")
 """What CLIP's tokenizer takes for a word, of ASCII in lower case."""
@@ -32,15 +34,16 @@ def words_of(sentences: Iterable[str]) -> list[str]:
 
 def vocabulary(words: Iterable[str]) -> Words:
     """CLIP's order: bytes, bytes that end a word, merges, start and end."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    from transformers import convert_slow_tokenizer
 
+    library: Any = convert_slow_tokenizer
     ranks: dict[Pair, int] = {}
     for word in words:
         parts = _merged([*word[:-1], word[-1] + LAST], ranks)
         while len(parts) > 1:
             ranks.setdefault((parts[0], parts[1]), len(ranks))
             parts = _merged(parts, ranks)
-    signs = list(bytes_to_unicode().values())
+    signs = list(library.bytes_to_unicode().values())
     names = [*signs, *(sign + LAST for sign in signs), *("".join(pair) for pair in ranks), START, END]
     return Words({name: number for number, name in enumerate(dict.fromkeys(names))}, list(ranks))
 
@@ -57,10 +60,17 @@ def _merged(parts: list[str], ranks: dict[Pair, int]) -> list[str]:
     return parts
 
 
-def save_words(words: Words, *folders: Path) -> None:
-    """Writes tokenizer.json and tokenizer_config.json, as transformers does."""
+def tokenizer(words: Words) -> Any:
+    """transformers' CLIP tokenizer with these words."""
+    ensure_torchvision()
     import transformers
 
-    found = transformers.CLIPTokenizer(vocab=words.vocabulary, merges=words.merges)
+    library: Any = transformers
+    return library.CLIPTokenizer(vocab=words.vocabulary, merges=words.merges)
+
+
+def save_words(words: Words, *folders: Path) -> None:
+    """Writes tokenizer.json and tokenizer_config.json, as transformers does."""
+    found = tokenizer(words)
     for folder in folders:
         found.save_pretrained(folder)

@@ -41,13 +41,13 @@ from mergesec_tasks.mini_clip._drawn import (
     Shapes,
 )
 from mergesec_tasks.mini_clip._layouts import DEVIATION, MEAN, save
-from mergesec_tasks.mini_clip._words import Words, vocabulary, words_of
+from mergesec_tasks.mini_clip._words import Words, tokenizer, vocabulary, words_of
 
 TASKS: tuple[type[RenderedTask], ...] = (Scenes, Cars, Aerial, LandUse, HouseNumbers, Signs, Digits, Textures)
 OTHERS: tuple[type[RenderedTask], ...] = (Letters, MoreSigns, MoreTextures, MoreAerial)
 COLOURED = Shapes
 """In colour: the only images that the words for colours are about."""
-ALL = (*TASKS, *OTHERS, COLOURED)
+ALL: tuple[type[RenderedTask], ...] = (*TASKS, *OTHERS, COLOURED)
 IMAGE, PATCH, CONTEXT, EMBEDDING = 32, 8, 32, 64
 VISION = {"hidden_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 288}
 TEXT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 192}
@@ -159,10 +159,7 @@ class Speaker:
     """Sentences for a step, as tokens, and which images each of them fits."""
 
     def __init__(self, words: Words, seed: int) -> None:
-        ensure_torchvision()
-        import transformers
-
-        self.tokenizer: Any = transformers.CLIPTokenizer(vocab=words.vocabulary, merges=words.merges)
+        self.tokenizer = tokenizer(words)
         self.rng = np.random.default_rng(seed)
         self._known: dict[str, list[int]] = {}
 
@@ -187,7 +184,7 @@ class Speaker:
                 fits = functional.one_hot(own, len(said)).bool()
             sentences += said
             blocks.append(fits)
-        return self.tokens(sentences), torch.block_diag(*blocks).bool()
+        return self.tokens(sentences), _diagonal(blocks)
 
     def _coloured(self, rows: Rows, own: Tensor) -> tuple[list[str], Tensor]:
         """A sentence per image, half of them without its place."""
@@ -199,6 +196,16 @@ class Speaker:
         alike = own[:, None] == own[None, :]
         kind = own % (len(COLOURS) * len(FORMS))
         return said, torch.where(placed[None, :], alike, kind[:, None] == kind[None, :])
+
+
+def _diagonal(blocks: Sequence[Tensor]) -> Tensor:
+    """Blocks of true and false along the diagonal, false elsewhere."""
+    whole = torch.zeros(*(sum(block.shape[side] for block in blocks) for side in (0, 1)), dtype=torch.bool)
+    row = column = 0
+    for block in blocks:
+        whole[row : row + block.shape[0], column : column + block.shape[1]] = block
+        row, column = row + block.shape[0], column + block.shape[1]
+    return whole
 
 
 def contrast(scores: Tensor, fits: Tensor) -> Tensor:
