@@ -38,7 +38,8 @@ CARD = {
     "inspect": "mergesec_tasks._modelfolders:inspect",
     "requires": {"transformers": "mergesec[real]"},
     "zero_shot": True,
-    "source": "a local folder in the Hugging Face layout, or the hub at a commit",
+    "pretrain": "mergesec_tasks.mini_clip.pretrain:pretrain",
+    "source": "a local folder in the Hugging Face layout, or the hub at a commit; bench pretrain makes the small one",
     "licence": "that of the weights (openai's: MIT)",
     "recipe": {
         "optimizer": "adamw",
