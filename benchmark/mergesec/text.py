@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,41 @@ def unpack_strings(data: Tensor, offsets: Tensor) -> list[str]:
     return [joined[a:b].decode("utf-8") for a, b in pairwise(bounds)]
 
 
+class ShiftedTexts(list[str]):
+    """Texts whose word embeddings are all moved by ``shift`` ``[d]``, in units of the embeddings' root mean square.
+
+    What a perturbation with a gradient is where raw inputs have none; only ``TextTask.outputs`` looks at it.
+    """
+
+    def __init__(self, texts: Iterable[str], shift: Tensor) -> None:
+        super().__init__(texts)
+        self.shift = shift
+
+
+@contextmanager
+def words_moved(model: Model, inputs: Any) -> Iterator[None]:
+    """The model's network with its word embeddings moved as ``inputs`` say, if they do."""
+    if not isinstance(inputs, ShiftedTexts):
+        yield
+        return
+    if not isinstance(model.backbone, TextBackbone):
+        raise ContractError(
+            f"{model.backbone.name}: does not tell its word embeddings (mergesec.text.TextBackbone)"
+        )
+    words = _plain(model.network).get_submodule(model.backbone.embedding().rpartition(".")[0])
+    size = cast(Tensor, words.weight).detach().float().square().mean().sqrt()
+    hook = words.register_forward_hook(lambda module, given, found: found + inputs.shift * size)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _plain(network: nn.Module) -> nn.Module:
+    """The network without an adapter on its features."""
+    return network.network if isinstance(network, Adapted) else network
+
+
 class TextTask(ClassificationTask):
     """A classification task over strings: subclasses name ``classes`` and implement ``load``."""
 
@@ -85,6 +121,11 @@ class TextTask(ClassificationTask):
         """``changed`` and ``tokens`` of ``text_change``."""
         return text_change(inputs, triggered)
 
+    def outputs(self, model: Model, head: Weights, inputs: object) -> Tensor:
+        """Logits ``[N, K]`` of texts, or of ``ShiftedTexts``."""
+        with words_moved(model, inputs):
+            return super().outputs(model, head, inputs)
+
     def fit_head(self, model: Model, split: Split, ctx: Context) -> Weights:
         """The rows a language model has for the names of the classes, if the backbone reads labels off
         those (``TextBackbone.label_rows``); else a linear probe on the base's features of ``split``."""
@@ -113,12 +154,13 @@ class TextTask(ClassificationTask):
         for it (``TextBackbone.perplexity_rows``). Not of triggered texts, nor of a plugin's own network, which
         gives features alone."""
         backbone, test = model.backbone, splits["test"]
-        rows = backbone.perplexity_rows if isinstance(backbone, TextBackbone) else 0
-        if change is not None or not rows or type(model) is not Model:
+        if not isinstance(backbone, TextBackbone) or change is not None or type(model) is not Model:
             return None
-        network = model.network.network if isinstance(model.network, Adapted) else model.network
+        rows = backbone.perplexity_rows
+        if not rows:
+            return None
         with torch.inference_mode():
-            told = backbone.token_losses(network, list(test.inputs[:rows]))
+            told = backbone.token_losses(_plain(model.network), list(test.inputs[:rows]))
         if told is None:
             return None
         values = {"perplexity": perplexity(*told)}

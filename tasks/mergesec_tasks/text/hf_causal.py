@@ -196,6 +196,8 @@ def _losses(states: Tensor, table: Tensor, targets: Tensor) -> Tensor:
     """−ln p ``[M]`` of tokens ``targets`` after ``states`` ``[M, d]``; some at a time, for a vocabulary is wide."""
     parts = [
         functional.cross_entropy(some @ table.T, wanted, reduction="none")
-        for some, wanted in zip(states.split(LOSS_TOKENS), targets.split(LOSS_TOKENS), strict=True)
+        for some, wanted in zip(
+            torch.split(states, LOSS_TOKENS), torch.split(targets, LOSS_TOKENS), strict=True
+        )
     ]
     return torch.cat(parts) if parts else states.new_zeros(0)

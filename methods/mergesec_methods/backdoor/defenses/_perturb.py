@@ -1,15 +1,20 @@
-"""Universal perturbations in pixel space, one per task: what a defender puts in the place of a trigger he does not know."""
+"""Universal perturbations, one per task: what a defender puts in the place of a trigger he does not know.
+
+Of images in pixel space; of texts a shift of every word's embedding, since letters have no gradient.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mergesec.contracts import ContractError, Model, Weights
+from mergesec.contracts import Backbone, ContractError, Model, Weights
+from mergesec.text import ShiftedTexts, TextBackbone
 from mergesec_methods.backdoor.defenses._repair import Patient, Rows
 from mergesec_methods.merging._adaptation import Blend, Stream, entropy
 
@@ -19,11 +24,11 @@ REFERENCE_SIDE = 32
 
 @dataclass(frozen=True)
 class Seen:
-    """One task's images ``[N, C, H, W]``, the same perturbed, and the model's outputs ``[N, K]`` on both."""
+    """One task's images ``[N, C, H, W]`` or texts, the same perturbed, and the model's outputs ``[N, K]`` on both."""
 
     stream: Stream
-    images: Tensor
-    moved: Tensor
+    images: Any
+    moved: Any
     clean: Tensor
     perturbed: Tensor
 
@@ -50,8 +55,9 @@ class Perturbations:
     """δ_t of the shape of one image per task, |δ| ≤ ``eps`` in pixels of [0, 1]; starts at 0.
 
     x + δ_t is cut to [0, 1] on raw images, before a backbone resizes or normalises anything. With ``window``
-    (an image's height and width → where δ may be, 0 or 1) it is no larger than that. ContractError if a task's
-    inputs are not images.
+    (an image's height and width → where δ may be, 0 or 1) it is no larger than that. Of texts, where ``words`` is
+    the width of their embeddings (``word_width``), δ_t ``[words]`` is added to every word's embedding, in units of
+    the embeddings' root mean square. ContractError if a task's inputs are neither.
     """
 
     def __init__(
@@ -61,8 +67,9 @@ class Perturbations:
         eps: float,
         who: str,
         window: Callable[[int, int], Tensor] | None = None,
+        words: int = 0,
     ) -> None:
-        self.streams, self.rate, self.eps, self.window = streams, rate, eps, window
+        self.streams, self.rate, self.eps, self.window, self.words = streams, rate, eps, window, words
         self.deltas = {s.name: self._start(s, who) for s in streams}
         self.flipped: list[float] = []
         """Share of predictions that the perturbations changed, per step of ``ascend``."""
@@ -78,19 +85,24 @@ class Perturbations:
         self._optimizer = torch.optim.Adam(list(self.deltas.values()), lr=self.rate)
 
     def _start(self, stream: Stream, who: str) -> Tensor:
-        images = stream.rows.inputs
-        if not isinstance(images, Tensor) or images.ndim != 4:
-            raise ContractError(f"{who}: task '{stream.name}' has no images [N, C, H, W] to perturb")
-        return torch.zeros(images.shape[1:], device=stream.device, requires_grad=True)
+        inputs = stream.rows.inputs
+        if isinstance(inputs, Tensor) and inputs.ndim == 4:
+            return torch.zeros(inputs.shape[1:], device=stream.device, requires_grad=True)
+        if self.words and not isinstance(inputs, Tensor):
+            return torch.zeros(self.words, device=stream.device, requires_grad=True)
+        raise ContractError(f"{who}: task '{stream.name}' has no images [N, C, H, W] to perturb")
 
-    def on(self, stream: Stream, images: Tensor) -> Tensor:
-        """``images`` ``[N, C, H, W]`` in [0, 1] with the task's perturbation, in [0, 1]."""
-        return (images + self.deltas[stream.name]).clamp(0.0, 1.0)
+    def on(self, stream: Stream, inputs: Any) -> Any:
+        """Images ``[N, C, H, W]`` in [0, 1] with the task's perturbation, in [0, 1]; or texts with theirs."""
+        delta = self.deltas[stream.name]
+        return (inputs + delta).clamp(0.0, 1.0) if isinstance(inputs, Tensor) else ShiftedTexts(inputs, delta)
 
-    def fixed(self, stream: Stream, images: Tensor) -> Tensor:
+    def fixed(self, stream: Stream, inputs: Any) -> Any:
         """``on`` without a gradient to δ."""
+        if not isinstance(inputs, Tensor):
+            return ShiftedTexts(inputs, self.deltas[stream.name].detach())
         with torch.no_grad():
-            return self.on(stream, images)
+            return self.on(stream, inputs)
 
     def ascend(self, model: Model, objective: Term = disagreement) -> None:
         """One Adam step of every δ_t uphill on a fresh batch; the model's own gradients are left alone."""
@@ -147,8 +159,7 @@ class Safety:
             for stream in self.streams:
                 images = stream.inputs(stream.draw())
                 moved = self.perturbations.fixed(stream, images)
-                both = torch.cat([images, moved])  # one forward for the two
-                clean, perturbed = stream.outputs(self.blend.model, both).chunk(2)
+                clean, perturbed = self._outputs(stream, images, moved)
                 seen = Seen(stream, images, moved, clean, perturbed)
                 loss = entropy(clean) + self.weight * self.robust(seen)
                 if self.extra is not None:
@@ -156,6 +167,19 @@ class Safety:
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach())
         return total / len(self.streams)
+
+    def _outputs(self, stream: Stream, inputs: Any, moved: Any) -> tuple[Tensor, Tensor]:
+        """Of the inputs and of the same perturbed; of images in one forward."""
+        model = self.blend.model
+        if not isinstance(inputs, Tensor):
+            return stream.outputs(model, inputs), stream.outputs(model, moved)
+        clean, perturbed = stream.outputs(model, torch.cat([inputs, moved])).chunk(2)
+        return clean, perturbed
+
+
+def word_width(backbone: Backbone, base: Weights) -> int:
+    """The width of a text backbone's word embeddings; 0 of another backbone."""
+    return base[backbone.embedding()].shape[1] if isinstance(backbone, TextBackbone) else 0
 
 
 def square(patch: float, generator: torch.Generator) -> Callable[[int, int], Tensor]:

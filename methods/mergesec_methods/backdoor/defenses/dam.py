@@ -14,6 +14,9 @@ the range); |δ| is bounded in pixels; (3) leaves no gradient behind for the nex
 ``masks: two`` is a reconstruction from the paper's description (its code was not released): a task-shared
 mask m1 and a backdoor-detection mask m2 gate together, m = m1 ⊙ m2, and take turns — m1 on the clean
 entropy with m2 frozen, δ, then m2 on clean and perturbed entropy with m1 frozen.
+
+On texts δ_t shifts every word's embedding, in units of the embeddings' root mean square: this suite's
+choice, since the published algorithm needs inputs that have a gradient.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from mergesec.contracts import (
     MergeMethod,
     Weights,
 )
-from mergesec_methods.backdoor.defenses._perturb import SAFETIES, Perturbations, Safety
+from mergesec_methods.backdoor.defenses._perturb import SAFETIES, Perturbations, Safety, word_width
 from mergesec_methods.merging._adaptation import (
     Blend,
     Stream,
@@ -58,7 +61,7 @@ CARD = {
     "knowledge": "unlabelled inputs of every merged task",
     "data": "tuning",
     "unlabelled": True,
-    "modalities": ["image"],
+    "modalities": ["image", "text"],
     "seeded": True,
     "trial": {"steps": 3, "adamerging_steps": 3},
     "parameters": {
@@ -129,7 +132,7 @@ CARD = {
             "default": 0.0001,
             "min": 0.0,
             "max": 1.0,
-            "doc": "Adam's step size for the perturbations, in pixels of [0, 1]",
+            "doc": "Adam's step size for the perturbations, in pixels of [0, 1] (texts: of the embeddings' root mean square)",
         },
         "adv_weight": {
             "type": "float",
@@ -230,8 +233,9 @@ class DefenseAwareMerging(Defense):
         coefficients = blend.coefficients(self.granularity, self.init)
         streams = streams_of(experts, self.batch_size, ctx)
         perturbations = Perturbations(
-            streams_of(experts, self.batch_size, ctx, "perturb"), self.adv_lr, self.eps, "dam"
-        )
+            streams_of(experts, self.batch_size, ctx, "perturb"), self.adv_lr, self.eps, "dam",
+            words=word_width(ctx.backbone, base),
+        )  # fmt: skip
         safety = None
         if self.adv_weight:
             robust = SAFETIES[self.safety]
