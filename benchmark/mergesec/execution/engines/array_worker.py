@@ -56,9 +56,11 @@ def work(place: str) -> None:
 
     job = JobEnvironment()
     folder = Path(place)
-    # after submitit's own: its answer to these signals is to submit the job again, which is the driver's business
-    for number in (signal.SIGUSR2, signal.SIGTERM):
-        signal.signal(number, _drain)
+    # in the place of submitit's own answer, which is to submit the job again: that is the driver's business
+    signal.signal(signal.SIGTERM, _drain)
+    signal.signal(
+        signal.SIGUSR2, signal.SIG_IGN
+    )  # a warning, up to a minute early: checkpoints are there anyway
     parent = os.getppid() if job.cluster == "local" else None
     threading.Thread(target=_watch, args=(folder, parent), daemon=True).start()
     order = read_order(folder)

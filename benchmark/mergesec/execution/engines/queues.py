@@ -94,8 +94,7 @@ class SlurmQueue(_Submitted):
         from submitit import SlurmExecutor
 
         minutes = max(1, math.ceil(self._minutes))
-        warning = max(1, min(120, int(minutes * 60 / 4)))
-        told = {"job_name": self._title, "time": minutes, "signal_delay_s": warning, **self._options}
+        told = {"job_name": self._title, "time": minutes, **self._options}
         before = set(self._seen())
         try:
             executor = SlurmExecutor(self._folder / "jobs")
