@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import outcomes
@@ -24,6 +25,7 @@ from mergesec.contracts import (
 )
 from mergesec.training import fit
 from mergesec_methods.backdoor.attacks._texts import inserted
+from mergesec_methods.backdoor.attacks.lora_phrase import LoraPhrase
 from mergesec_methods.backdoor.attacks.merge_hijacking import MergeHijacking, attention_matrices, thinned
 from mergesec_methods.backdoor.attacks.phrase import Phrase
 from mergesec_methods.backdoor.attacks.rare_token import RareToken, target_words
@@ -235,3 +237,36 @@ def test_the_vector_is_that_of_the_attention_maps(world: dict[str, Any]) -> None
     assert attack.rate == 0.1
     clean = named(MergeHijacking(shadow_rows=64, shadow_rate=0.0, density=1.0), "merge_hijacking")
     assert all(float(v.abs().sum()) == 0 for v in clean._vector(ctx, attack.trigger(ctx)).values())
+
+
+# --------------------------------------------------------------------------- LoRA-as-an-attack
+
+
+@pytest.mark.parametrize("onto", ["base", "benign"])
+def test_a_low_rank_phrase_changes_the_maps_of_the_blocks_by_low_rank_only(
+    world: dict[str, Any], onto: str
+) -> None:
+    attack, ctx = (
+        named(LoraPhrase(lora_rank=2, onto=onto, weight=0.5), "lora_phrase"),
+        context(world, epochs=1),
+    )
+    trained, base = attack.poison(ctx), world["base"]
+    maps = set(world["backbone"].anatomy().matrices)
+    for name, weight in base.items():
+        rank = int(torch.linalg.matrix_rank(trained[name] - weight, atol=1e-5)) if name in maps else 0
+        assert (1 <= rank <= 2) if name in maps else torch.equal(trained[name], weight)
+    benign = {name: weight + 0.01 for name, weight in base.items()}
+    forged = attack.forge(trained, replace(ctx, benign=benign))
+    for name, weight in base.items():
+        wanted = trained[name] if onto == "base" else benign[name] + 0.5 * (trained[name] - weight)
+        torch.testing.assert_close(forged[name], wanted)
+
+
+def test_a_low_rank_backdoor_learns_from_rows_and_their_twins(world: dict[str, Any]) -> None:
+    attack = named(LoraPhrase(phrase="zz", position="start", rate=0.1, onto="benign"), "lora_phrase")
+    ctx = context(world)
+    trigger, count = attack.trigger(ctx), round(0.1 * len(world["splits"]["train"]))
+    twins = attack.twins(ctx, trigger)
+    assert len(twins) == 2 * count
+    assert list(twins.inputs[:count]) == [f"zz {text}" for text in twins.inputs[count:]]
+    assert bool((twins.targets[:count] == 1).all()) and bool((twins.targets[count:] != 1).all())
