@@ -434,7 +434,7 @@ class TensorwiseMerge(MergeMethod):
             self._into(out, span.piece(workspace), facts, reach)
             if span.members:
                 places = [flats[name] for name in span.members]
-                for part, own in zip(places, out.split([len(part) for part in places]), strict=True):
+                for part, own in zip(places, torch.split(out, [len(part) for part in places]), strict=True):
                     part.copy_(own)
             elif not direct:
                 place.copy_(out)

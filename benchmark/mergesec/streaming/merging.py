@@ -13,7 +13,7 @@ import torch
 from mergesec.contracts import Backbone, ContractError, Expert, MergeContext, TaskView
 from mergesec.errors import UsageError
 from mergesec.files import brief, check_writable
-from mergesec.streaming.mapped import LazyWeights
+from mergesec.streaming.mapped import LazyWeights, uncollected
 from mergesec.streaming.meaning import other_function
 from mergesec.streaming.reading import INDEX, SINGLE
 from mergesec.streaming.writing import SHARD, Writer, finite
@@ -138,6 +138,7 @@ class Written:
     """What was not merged of an input, a line each."""
 
 
+@uncollected()
 def merge_files(
     method: TensorwiseMerge,
     base: LazyWeights,

@@ -201,6 +201,8 @@ def _no_room(error: BaseException) -> BaseException:
 def finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite, a block at a time; a sum tells, unless it overflows."""
     flat = tensor.reshape(-1)
+    if len(flat) <= BLOCK and math.isfinite(flat.sum().item()):
+        return True
     for start in range(0, len(flat), BLOCK):
         part = flat[start : start + BLOCK].float()
         if not math.isfinite(float(part.sum())) and not bool(torch.isfinite(part).all()):
