@@ -87,7 +87,8 @@ def test_presets_resolve_and_have_cells_of_every_threat(
     preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A network's folder counts by its content alone: any will do here, where nobody looks into it."""
-    monkeypatch.setattr("mergesec.planning.resolve._inspect", lambda *_: None)
+    for name in ("_inspect", "_inspect_tasks"):
+        monkeypatch.setattr(f"mergesec.planning.resolve.{name}", lambda *_: None)
     (tmp_path / "config.json").write_text("{}")
     source = presets_folder() / f"{preset}.yaml"
     local = "path:" in source.read_text(encoding="utf-8")
