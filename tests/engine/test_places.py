@@ -163,3 +163,18 @@ def test_a_suite_s_backbone(world: Path, micro: Path) -> None:
     spec = load_grid(str(source))
     found = placed(spec, str(source), (), load_catalog([micro]))
     assert found.suite.backbone == {"name": "hf-vit", "path": str(world / "grids" / "weights")}
+
+
+def test_a_model_that_a_package_carries_lies_wherever_the_package_does(world: Path, micro: Path) -> None:
+    named = {"name": "reads", "net": "mergesec_tasks:mini/weights/vit.safetensors"}
+    plan = _plan(world, micro, _grid(world, named))
+    place = _file(plan, "net")
+    assert Path(place).is_absolute() and Path(place).is_file()
+    absolute = _plan(world, micro, _grid(world, {"name": "reads", "net": place}))
+    assert list(absolute.steps) == list(plan.steps)
+    for lost, told in (
+        ("mergesec_tasks:mini/absent", "has no 'mini/absent'"),
+        ("nobody_s:net", "not installed"),
+    ):
+        with pytest.raises(UsageError, match=rf"axes\.merging\[0\]\.net: '{lost}'.*{told}"):
+            _plan(world, micro, _grid(world, {"name": "reads", "net": lost}))

@@ -34,16 +34,16 @@ def words_of(sentences: Iterable[str]) -> list[str]:
 
 def vocabulary(words: Iterable[str]) -> Words:
     """CLIP's order: bytes, bytes that end a word, merges, start and end."""
-    from transformers import convert_slow_tokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    library: Any = convert_slow_tokenizer
+    table: Any = bytes_to_unicode
     ranks: dict[Pair, int] = {}
     for word in words:
         parts = _merged([*word[:-1], word[-1] + LAST], ranks)
         while len(parts) > 1:
             ranks.setdefault((parts[0], parts[1]), len(ranks))
             parts = _merged(parts, ranks)
-    signs = list(library.bytes_to_unicode().values())
+    signs = list(table().values())
     names = [*signs, *(sign + LAST for sign in signs), *("".join(pair) for pair in ranks), START, END]
     return Words({name: number for number, name in enumerate(dict.fromkeys(names))}, list(ranks))
 
