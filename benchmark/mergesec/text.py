@@ -25,6 +25,8 @@ from mergesec.contracts import (
 )
 from mergesec.inference import predict
 
+LENGTH_ROWS = 256
+"""Training texts whose features tell how long features are."""
 LONGEST_LOSS = 700.0
 """Nats per token up to which a perplexity is told; beyond, a float has no room for it."""
 
@@ -138,7 +140,8 @@ class TextTask(ClassificationTask):
         if len(split) == 0:
             raise ContractError(f"{self.name}: cannot scale a head on an empty split")
         # logits() takes features at unit length; after a final norm their length hardly varies
-        length = self.features(model, split, ctx.device).float().norm(dim=-1).mean()
+        some = split.take(torch.arange(min(len(split), LENGTH_ROWS)))
+        length = self.features(model, some, ctx.device).float().norm(dim=-1).mean()
         return {"weight": rows.detach().float().clone(), "scale": length}
 
     def measure(

@@ -19,7 +19,7 @@ CARD = {
     "name": "hf-causal",
     "kind": "backbone",
     "class": "HfCausal",
-    "version": "1",
+    "version": "2",
     "title": "Hugging Face causal language model from a local folder",
     "paper": "Radford et al., Language models are unsupervised multitask learners, 2019; "
     "Touvron et al., Llama, 2023",
