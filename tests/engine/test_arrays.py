@@ -323,10 +323,10 @@ def _jobs(bench: Any) -> list[str]:
 
 def _shared_by_two_after_deaths(bench: Any, *options: str) -> tuple[str, list[str]]:
     """Two workers; the driver is killed and started again, then a worker is; what the second driver said."""
-    arguments = napping(bench, "array", 4, 3.0)
+    arguments = napping(bench, "array", 4, 2.0)
     driver = bench.start("run", *arguments, "--engine", "slurm", "--workers", "2", *options)
     wait_for(lambda: any((bench.store / "artifacts" / "expert").glob("*.json")))
-    os.killpg(driver.pid, signal.SIGKILL)
+    driver.kill()
     driver.communicate()
     before = _jobs(bench)
     second = bench.start("run", *arguments, "--engine", "slurm", "--workers", "2", *options)
@@ -349,7 +349,7 @@ def test_on_one_machine_a_killed_driver_finds_its_jobs_and_a_killed_job_is_repla
     assert len(_jobs(slurm)) <= 3
     plain = slurm.home / "plain"
     merged_here = comparable(slurm.results / "records" / "array")
-    ran = slurm("run", *napping(slurm, "array", 4, 3.0), "--results", str(plain))  # all from the store
+    ran = slurm("run", *napping(slurm, "array", 4, 2.0), "--results", str(plain))  # all from the store
     assert ran.code == 0
     assert comparable(plain / "records" / "array") == merged_here
 
