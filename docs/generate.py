@@ -14,7 +14,8 @@ component share. A number in a sentence, of the one row that fits::
 
 ``take=min|max|mean|count`` speaks of all rows that fit, ``minus=COLUMN`` subtracts, ``interval=yes`` adds the interval.
 ``<!-- claims: SECTION -->`` holds the claims of ``docs/claims.py``, ``<!-- scan: BACKBONE -->`` how often ``bench scan``
-is wrong by the table of that base.
+is wrong by the table of that base, ``<!-- plan: GRID;GRID victims=8 ... workers=100 -->`` what a grid of that size
+would take at the costs of measured ones.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ from mergesec.scanning.reference import Reference, read_reference, shipped
 ROOT = Path(__file__).resolve().parents[1]
 BOARDS = ROOT / "results" / "leaderboards"
 MARKER = re.compile(
-    r"^ *```.*?^ *```|<!--\s*(board|n|claims|scan):\s(.*?)-->(.*?)<!--\s*/\1\s*-->", re.DOTALL | re.MULTILINE
+    r"^ *```.*?^ *```|<!--\s*(board|n|claims|scan|plan):\s(.*?)-->(.*?)<!--\s*/\1\s*-->",
+    re.DOTALL | re.MULTILINE,
 )
 """A block of code, which is left alone, or a marker: its kind, its words, what it holds."""
 INTERVAL = re.compile(r" [\[(]-?\d+\.\d, -?\d+\.\d[\])]$")
@@ -48,6 +50,7 @@ _OPTIONS = {
     "n": {"column", "take", "minus", "interval"},
     "claims": set[str](),
     "scan": set[str](),
+    "plan": {"victims", "seeds", "defenses", "attacks", "merges", "workers"},
 }
 
 
@@ -120,8 +123,11 @@ def content(marker: Marker) -> str:
     """What belongs between a marker and its end."""
     if marker.kind == "scan":
         return f"\n\n{error_rates(marker.board)}\n\n"
+    if marker.kind == "plan":
+        sizes = {name: int(number) for name, number in marker.options.items()}
+        return f"\n\n{script('sizes').content(marker.board.split(';'), sizes)}\n\n"
     if marker.kind == "claims":
-        return f"\n\n{claims().content(marker.board, rows)}\n\n"
+        return f"\n\n{script('claims').content(marker.board, rows)}\n\n"
     frame = _chosen(marker)
     return _number(marker, frame) if marker.kind == "n" else f"\n\n{_table(marker, frame)}\n\n"
 
@@ -157,9 +163,9 @@ def _rates_by_task(table: Reference) -> list[str]:
 
 
 @cache
-def claims() -> ModuleType:
-    """docs/claims.py, which like this script is in no package."""
-    spec = importlib.util.spec_from_file_location("claims", ROOT / "docs" / "claims.py")
+def script(name: str) -> ModuleType:
+    """A script beside this one, which like it is in no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -29,7 +29,7 @@ def _generator() -> ModuleType:
 
 
 generate = _generator()
-claims = generate.claims()
+claims = generate.script("claims")
 QUERIES = [(c.id, q) for c in claims.CLAIMS for q in (c.query, c.given and c.given[0]) if q is not None]
 NOTHING = float("nan")
 
