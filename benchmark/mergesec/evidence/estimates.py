@@ -8,6 +8,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from operator import attrgetter, is_
 from typing import Any, NamedTuple, TypeVar
 
 import pandas as pd
@@ -56,9 +58,16 @@ class Cell(NamedTuple):
 
 def place_of(record: Record, *without: str) -> Place:
     """All axes of a record but the seed and those named; of experts that were drawn, their number."""
-    left = {"seed", *without, *record.drawn}
-    place = tuple(_fixed(getattr(record, name)) for name in AXES if name not in left)
+    values = _axes_but(without, tuple(record.drawn))(record)
+    place = tuple(v if type(v) is str or type(v) is int else _fixed(v) for v in values)
     return (*place, len(record.experts)) if "experts" in record.drawn else place
+
+
+@lru_cache(maxsize=256)
+def _axes_but(without: tuple[str, ...], drawn: tuple[str, ...]) -> attrgetter[tuple[Any, ...]]:
+    """Reads all axes of a record but the seed and these."""
+    left = {"seed", *without, *drawn}
+    return attrgetter(*(name for name in AXES if name not in left))
 
 
 def cell_of(record: Record, *without: str) -> Cell:
@@ -104,6 +113,8 @@ class Reader:
     mean of its cells, the result the mean of its subjects."""
 
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
+    _last: tuple[list[Record], list[int]] = ([], [])
+    """The records that were read last, and of each the cell without its seed: a row is read many times."""
 
     def rate(self, records: Iterable[Record], metric: str, role: str, which: Which) -> Estimate:
         """Mean rate; seeds paired, never pooled with samples."""
@@ -123,19 +134,32 @@ class Reader:
     def _mean(
         self, records: Iterable[Record], counted: Callable[[Record], Mapping[str, Count | None]]
     ) -> Estimate:
-        cells: dict[tuple[str, Place], dict[str, dict[int, Count]]] = {}
-        seen: dict[Cell, str] = {}
-        for record in records:
-            _claim(seen, cell_of(record), record)
+        cells: dict[tuple[str, int], dict[str, dict[int, Count]]] = {}
+        records = list(records)
+        for record, cell in zip(records, self._cells(records), strict=True):
             for task, found in counted(record).items():
                 if found is not None:
-                    tasks = cells.setdefault((record.subject, place_of(record)), {})
+                    tasks = cells.setdefault((record.subject, cell), {})
                     tasks.setdefault(task, {})[record.seed] = found
         subjects: dict[str, list[Estimate]] = {}
         for (subject, _), tasks in cells.items():
             rates = [self.bootstrap.rate(task, counts) for task, counts in tasks.items()]
             subjects.setdefault(subject, []).append(mean(rates))
         return mean([mean(cell) for cell in subjects.values()])
+
+    def _cells(self, records: list[Record]) -> list[int]:
+        """Of each record the number of its cell without the seed. UsageError if two are of the same cell."""
+        before, numbers = self._last
+        if len(before) != len(records) or not all(map(is_, before, records)):
+            seen: dict[Cell, str] = {}
+            places: dict[Place, int] = {}
+            numbers = []
+            for record in records:
+                cell = cell_of(record)
+                _claim(seen, cell, record)
+                numbers.append(places.setdefault(cell.place, len(places)))
+            self._last = (records, numbers)
+        return numbers
 
 
 def _aim(record: Record) -> str:

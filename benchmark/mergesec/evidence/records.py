@@ -10,6 +10,7 @@ import base64
 import json
 import math
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -45,15 +46,22 @@ class Count(BaseModel):
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
         """``k`` and ``n`` are what the bits say, and no hit lies outside the mask."""
-        hits, mask = self.arrays()
-        if (self.k, self.n) != (int(hits.sum()), int(mask.sum())) or bool((hits & ~mask).any()):
+        hits, mask = (int.from_bytes(bits) for bits in self.packed())
+        if (self.k, self.n) != (hits.bit_count(), mask.bit_count()) or hits & mask != hits:
             raise ValueError(f"{self.k} of {self.n} is not what its bits say")
         return self
 
+    def packed(self) -> tuple[bytes, bytes]:
+        """(hits, mask), eight samples a byte, the first one in the highest bit; what is over is 0."""
+        hits = _decoded(self.hits, self.total)
+        return hits, _all_set(self.total) if self.mask is None else _decoded(self.mask, self.total)
+
     def arrays(self) -> tuple[Bits, Bits]:
         """(hits, mask), each bool ``[total]``."""
-        hits = _unpack(self.hits, self.total)
-        return hits, np.ones(self.total, bool) if self.mask is None else _unpack(self.mask, self.total)
+        hits, mask = (
+            np.unpackbits(np.frombuffer(bits, np.uint8), count=self.total) for bits in self.packed()
+        )
+        return hits.astype(bool), mask.astype(bool)
 
 
 class Component(BaseModel):
@@ -176,13 +184,18 @@ def _pack(bits: Bits) -> str:
     return base64.b64encode(np.packbits(bits).tobytes()).decode()
 
 
-def _unpack(text: str, total: int) -> Bits:
-    """``total`` bits; ValueError if the text holds another number of them."""
-    packed = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
-    bits = np.unpackbits(packed)
-    if len(packed) != (total + 7) // 8 or bits[total:].any():
+def _decoded(text: str, total: int) -> bytes:
+    """The bytes of ``total`` bits; ValueError if the text holds another number of them."""
+    packed = base64.b64decode(text, validate=True)
+    over = 8 * len(packed) - total
+    if not 0 <= over < 8 or (over and packed[-1] & ((1 << over) - 1)):
         raise ValueError(f"{len(packed)} bytes of bits for {total} samples")
-    return bits[:total].astype(bool)
+    return packed
+
+
+@lru_cache(maxsize=64)
+def _all_set(total: int) -> bytes:
+    return np.packbits(np.ones(total, bool)).tobytes()
 
 
 def count(hits: Bits, mask: Bits | None = None) -> Count:
@@ -217,7 +230,41 @@ def read_records(folder: Path, grid: str) -> list[Record]:
         names = [str(name) for name in json.loads(manifest.read_bytes())["cells"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UsageError(f"{grid}/grid.json", "unreadable; run the grid again to write it anew") from None
-    return [read_record(home, name) for name in names]
+    pool = _Pool()
+    return [pool.shared(read_record(home, name)) for name in names]
+
+
+class _Pool:
+    """What the records of a grid tell alike is held once: outcomes of controls, costs, provenance."""
+
+    def __init__(self) -> None:
+        self._held: dict[Any, Any] = {}
+
+    def shared(self, record: Record) -> Record:
+        """The record, its parts exchanged for those of earlier ones that equal them."""
+        for name, told in record.counts.items():
+            record.counts[name] = self._count(told)
+        for name, numbers in record.cost.items():
+            record.cost[name] = self._once(("cost", *numbers.items()), numbers)
+        for name, told in record.provenance.items():
+            record.provenance[name] = self._once(json.dumps(told, sort_keys=True), told)
+        return record
+
+    def _count(self, told: Count) -> Count:
+        mask = None if told.mask is None else self._once(told.mask, told.mask)
+        key = (told.k, told.n, told.total, told.hits, mask)
+        if key not in self._held:  # one set of names for all: theirs would be a fourth of their memory
+            fields = dict(zip(_COUNTED, key, strict=True))
+            self._held[key] = Count.model_construct(_fields_set=_COUNTED_SET, **fields)
+        found: Count = self._held[key]
+        return found
+
+    def _once(self, key: Any, value: Any) -> Any:
+        return self._held.setdefault(key, value)
+
+
+_COUNTED = ("k", "n", "total", "hits", "mask")
+_COUNTED_SET = set(_COUNTED)
 
 
 def read_record(home: Path, name: str) -> Record:

@@ -7,6 +7,7 @@ drawn as weights of the seeds that every estimate shares, so that differences ar
 from __future__ import annotations
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -140,47 +141,97 @@ def _seed_weights(seeds: Seeds) -> Draws:
     return weights
 
 
+Words = NDArray[np.uint64]
+_AT_ONCE = 32
+"""Draws that are made, and words of bits that are counted, in one go: what they need stays small."""
+_VALUES = 2.0 ** np.arange(8, dtype=np.float32)
+"""Of planes of bits."""
+_KEPT = 4096
+"""Rates that are remembered: the controls that many rows share, not every row that ever was."""
+
+
+def _words(packed: bytes | NDArray[np.uint8]) -> Words:
+    """Packed bits along the last axis as whole words, filled up with zeros."""
+    rows = np.frombuffer(packed, np.uint8) if isinstance(packed, bytes) else packed
+    filled = np.zeros((*rows.shape[:-1], -(-rows.shape[-1] // 8) * 8), np.uint8)
+    filled[..., : rows.shape[-1]] = rows
+    return filled.view(np.uint64)
+
+
+def _often_drawn(task: str, total: int) -> NDArray[np.uint8]:
+    """How often each of ``total`` samples is in each draw, ``[DRAWS, total]``."""
+    rng = _generator("samples", task, total)
+    often = np.empty((DRAWS, total), np.uint8)
+    for start in range(0, DRAWS, _AT_ONCE):
+        drawn = rng.integers(0, total, (min(_AT_ONCE, DRAWS - start), total))
+        places = (drawn + total * np.arange(len(drawn))[:, None]).ravel()
+        often[start : start + len(drawn)] = np.bincount(places, minlength=drawn.size).reshape(drawn.shape)
+    return often
+
+
 class Bootstrap:
-    """Rates with draws; test samples of a task are drawn once, so that every row is resampled alike."""
+    """Rates with draws; test samples of a task are drawn once, so that every row is resampled alike.
+
+    How often a sample is drawn is kept as bits: plane i holds the bit of value 2^i of all samples. What of a draw
+    falls on outcomes, which are bits themselves, is then counted 64 samples at a time, exactly.
+    """
 
     def __init__(self) -> None:
-        self._samples: dict[tuple[str, int], NDArray[np.float32]] = {}
-        self._rates: dict[tuple[object, ...], Estimate] = {}
+        self._planes: dict[tuple[str, int], Words] = {}
+        self._masks: dict[tuple[str, int, str], NDArray[np.float32]] = {}
+        self._rates: OrderedDict[tuple[object, ...], Estimate] = OrderedDict()
 
-    def _sample_weights(self, task: str, total: int) -> NDArray[np.float32]:
-        """How often each of ``total`` samples is drawn, ``[DRAWS, total]``."""
+    def _sample_planes(self, task: str, total: int) -> Words:
+        """``[words, planes, DRAWS]``"""
         key = (task, total)
-        if key not in self._samples:
-            rng = _generator("samples", task, total)
-            drawn = rng.integers(0, total, (DRAWS, total))
-            places = (drawn + total * np.arange(DRAWS)[:, None]).ravel()
-            weights = np.bincount(places, minlength=DRAWS * total).reshape(DRAWS, total)
-            self._samples[key] = weights.astype(np.float32)
-        return self._samples[key]
+        if key not in self._planes:
+            often = _often_drawn(task, total)
+            bits = [np.packbits((often >> i) & 1, axis=1) for i in range(int(often.max()).bit_length())]
+            self._planes[key] = np.ascontiguousarray(_words(np.stack(bits)).transpose(2, 0, 1))
+        return self._planes[key]
+
+    def _drawn_of(self, task: str, total: int, packed: bytes) -> NDArray[np.float32]:
+        """How many of each draw's samples are among those whose bits are set, ``[DRAWS]``."""
+        planes, bits = self._sample_planes(task, total), _words(packed)[:, None, None]
+        found = np.zeros(DRAWS, np.float32)  # whole numbers, exact as such
+        for start in range(0, len(planes), _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            ones = np.add.reduce(np.bitwise_count(planes[part] & bits[part]), axis=0, dtype=np.uint16)
+            found += _VALUES[: len(ones)] @ ones.astype(np.float32)
+        return found
 
     def rate(self, task: str, counts: Mapping[int, Count]) -> Estimate:
         """Mean over seeds of k/n on one task; ``counts`` maps seed to count."""
         if not counts or any(c.n == 0 for c in counts.values()):
             return nothing()
         key = (task, *((seed, counts[seed].hits, counts[seed].mask) for seed in sorted(counts)))
-        if key not in self._rates:  # many rows share their controls
-            self._rates[key] = self._draw(task, counts)
-        return self._rates[key]
+        if key in self._rates:  # many rows share their controls
+            self._rates.move_to_end(key)
+            return self._rates[key]
+        found = self._rates[key] = self._draw(task, counts)
+        if len(self._rates) > _KEPT:
+            self._rates.popitem(last=False)
+        return found
 
     def _draw(self, task: str, counts: Mapping[int, Count]) -> Estimate:
         seeds = tuple(sorted(counts))
-        drawn = []
-        for seed in seeds:
-            hits, mask = counts[seed].arrays()
-            weights = self._sample_weights(task, counts[seed].total)
-            found = weights @ np.stack([hits, mask], 1).astype(np.float32)
-            drawn.append(found[:, 0] / np.maximum(found[:, 1], 1))
+        drawn = [self._shares(task, counts[seed]) for seed in seeds]
         rates = np.array([counts[seed].k / counts[seed].n for seed in seeds])
         samples: Draws = np.stack(drawn).mean(0, dtype=np.float64)
         effect = rates - rates.mean()
         return Estimate(
             float(rates.mean()), samples + _seed_weights(seeds) @ effect, samples, {seeds: effect}, (0.0, 1.0)
         )
+
+    def _shares(self, task: str, count: Count) -> NDArray[np.float32]:
+        """Of each draw the share of hits."""
+        hits = self._drawn_of(task, count.total, count.packed()[0])
+        if count.mask is None:
+            return hits / np.float32(count.total)
+        key = (task, count.total, count.mask)
+        if key not in self._masks:
+            self._masks[key] = np.maximum(self._drawn_of(task, count.total, count.packed()[1]), 1)
+        return hits / self._masks[key]
 
 
 # --------------------------------------------------------------------------- the largest of several
