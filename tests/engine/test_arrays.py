@@ -330,10 +330,9 @@ def _shared_by_two_after_deaths(bench: Any, *options: str) -> tuple[str, list[st
     driver.communicate()
     before = _jobs(bench)
     second = bench.start("run", *arguments, "--engine", "slurm", "--workers", "2", *options)
-    victim = wait_for(lambda: [lease for lease in leases(bench.store).values() if " job " in lease["who"]])[0]
-    wait_for(lambda: (bench.home / "store.jobs").exists() and merged(bench.store))
-    busy = [lease for lease in leases(bench.store).values() if " job " in lease["who"]]
-    os.kill((busy or [victim])[0]["process"], signal.SIGKILL)
+    wait_for(lambda: merged(bench.store))
+    busy = wait_for(lambda: [lease for lease in leases(bench.store).values() if " job " in lease["who"]])
+    os.kill(busy[0]["process"], signal.SIGKILL)
     out, err = second.communicate(timeout=200)
     assert second.returncode == 0, out + err
     assert "4 of 4 cells done" in out

@@ -10,9 +10,10 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -155,7 +156,7 @@ class LocalQueue(_Submitted):
 
         executor = LocalExecutor(self._folder / "jobs")
         executor.update_parameters(timeout_min=self._minutes)
-        with no_interrupts():
+        with no_interrupts(), _no_streams():
             jobs = [executor.submit(work, str(self._folder)) for _ in range(number)]
         ids = [str(job.job_id) for job in jobs]
         self._keep({job: {"born": birth(int(job)), "until": time.time() + 60 * self._minutes} for job in ids})
@@ -181,6 +182,24 @@ class LocalQueue(_Submitted):
                 self._jobs[job]["cancelled"] = True
                 with suppress(OSError):
                     os.kill(int(job), signal.SIGKILL)  # its worker leaves with it
+
+
+@contextmanager
+def _no_streams() -> Iterator[None]:
+    """Processes started inside outlive this one, and must not hold its output open."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(stream) for stream in (1, 2)]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for stream in (1, 2):
+            os.dup2(nowhere, stream)
+        yield
+    finally:
+        for stream, old in zip((1, 2), kept, strict=True):
+            os.dup2(old, stream)
+            os.close(old)
+        os.close(nowhere)
 
 
 def make_queue(folder: Path, options: Mapping[str, Any], minutes: float) -> Queue:
