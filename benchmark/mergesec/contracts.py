@@ -334,8 +334,11 @@ class MergeMethod(Component, ABC):
 
 
 def load_network(backbone: Backbone, weights: Weights) -> nn.Module:
-    """``backbone.build()`` with ``weights`` loaded strictly, in evaluation mode."""
+    """``backbone.build()`` with ``weights`` loaded strictly, where they lie, in evaluation mode."""
+    place = next((tensor.device for tensor in weights.values()), torch.device("cpu"))
     network = backbone.build()
+    if place.type != "cpu":  # else the weights would come back, and go there again with the network
+        network = network.to(place)
     network.load_state_dict(dict(weights), strict=True)
     return network.eval()
 

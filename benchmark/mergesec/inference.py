@@ -18,6 +18,19 @@ from mergesec.contracts import (
 EVALUATION_BATCH = 256
 
 
+RESIDENT = 2 << 30
+"""Bytes of a split's inputs up to which they stay on a device between passes."""
+
+
+def resident(split: Split, device: torch.device) -> Split:
+    """``split`` with its inputs on ``device``, if they are one tensor that is not too large; for what takes batches
+    of it more than once."""
+    inputs = split.inputs
+    if not isinstance(inputs, Tensor) or inputs.device == device or inputs.nbytes > RESIDENT:
+        return split
+    return split.with_inputs(inputs.to(device))
+
+
 def predict(
     task: Task, model: Model, head: Weights, split: Split, device: torch.device,
     change: Callable[[Any], Any] | None = None,

@@ -21,6 +21,7 @@ from mergesec.contracts import (
     Weights,
     load_network,
 )
+from mergesec.inference import resident
 
 _PRECISION = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -61,6 +62,7 @@ def fit(
     which may hold state that nobody else knows.
     """
     head = {k: v.to(device) for k, v in head.items()}
+    split = resident(split, device)
 
     def task_loss(model: Model, batch: Split) -> torch.Tensor:
         return task.loss(task.outputs(model, head, batch.inputs), batch.targets)

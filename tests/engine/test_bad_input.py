@@ -89,7 +89,7 @@ def test_a_malformed_grid(invoke: Invoke, micro: Path, tmp_path: Path, text: str
         (["--grid", "g.yaml", "--jobs", "0"], "--jobs: must be at least 1, got 0"),
         (["--grid", "g.yaml", "--threads", "0"], "--threads: must be at least 1, got 0"),
         (["--grid", "g.yaml", "--step-timeout", "-1"], "--step-timeout: must not be negative"),
-        (["--grid", "g.yaml", "--device", "gpu"], "--device: 'gpu'; valid: auto, cpu, cuda, cuda:0,1"),
+        (["--grid", "g.yaml", "--device", "gpu"], "--device: 'gpu'; valid: auto, cpu, cuda, cuda:0,1, mps"),
         (["--grid", "g.yaml", "--device", "cpu:1"], "--device: 'cpu:1'"),
         (["--grid", "g.yaml", "--plugin", "absent.py"], "--plugin: no file 'absent.py'"),
         (["--grid", "g.yaml", "--data-root", "absent"], "--data-root: no folder 'absent'"),

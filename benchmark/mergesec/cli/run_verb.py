@@ -38,7 +38,10 @@ def main(
     jobs: Annotated[
         int | None, typer.Option(help="workers (per GPU, or on the CPU; default one per core)")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0,1")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0,1 or mps")] = "auto",
+    per_gpu: Annotated[
+        int | None, typer.Option(help="workers on each GPU, for small networks; default: as --jobs")
+    ] = None,
     data_root: DataRoot = None,
     results: Results = None,
     threads: Annotated[int, typer.Option(help="threads per worker")] = 1,
@@ -99,7 +102,7 @@ def main(
             session,
             results_folder(results),
             progress,
-            device,
+            device if per_gpu is None else f"{device}*{per_gpu}",
             jobs,
             threads,
             step_timeout or None,

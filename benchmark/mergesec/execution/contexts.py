@@ -25,7 +25,7 @@ from mergesec.contracts import (
     Weights,
 )
 from mergesec.execution.work import Keeper, Work, unflatten
-from mergesec.inference import predict
+from mergesec.inference import predict, resident
 from mergesec.training import fit
 from mergesec.weights import read_only
 
@@ -168,13 +168,17 @@ def merge_context(work: Work, method: MergeMethod, seed: int) -> MergeContext:
             task = role.split(":")[1]
             siblings.setdefault(task, []).append(Expert(task, work.tensors(role)))
 
+    rows: dict[str, Split] = {}
+
     def score(merged: Merged) -> float:
-        """Mean tuning accuracy over tasks."""
+        """Mean tuning accuracy over tasks; the rows stay on the device for the next candidate."""
         total = 0.0
         for name in tasks:
             network = method.network(work.backbone, merged, name).to(work.device)
             v = views[name]
-            predicted = predict(v.task, Model(work.backbone, network), v.head, v.tuning, work.device)
+            if name not in rows:
+                rows[name] = resident(v.tuning, work.device)
+            predicted = predict(v.task, Model(work.backbone, network), v.head, rows[name], work.device)
             total += float((predicted == v.tuning.targets).float().mean())
         return total / len(tasks)
 

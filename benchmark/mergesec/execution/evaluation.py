@@ -21,7 +21,7 @@ from mergesec.contracts import (
 )
 from mergesec.execution.contexts import PlainMerge
 from mergesec.execution.work import Result, Work
-from mergesec.inference import predict, task_served
+from mergesec.inference import predict, resident, task_served
 
 VISIBILITY_ROWS = 256
 
@@ -151,7 +151,7 @@ def compare(work: Work) -> Result:
     the second's weights lie from the first's and from the base."""
     name = work.args["task"]
     task: Task = work.component(f"task:{name}")
-    split = work.splits(f"data:{name}", task)["test"]
+    split = resident(work.splits(f"data:{name}", task)["test"], work.device)
     with model_maker(work) as maker:
         models = (Model(work.backbone, network_of(work, "first", name, None)), maker("second", name))
         outputs = [task_served(task, m, work.tensors(f"head:{name}"), split, work.device) for m in models]

@@ -186,6 +186,7 @@ class Work:
         self.refs = dict(step.components)
         self._kinds = kinds
         self._handed: list[tuple[str, str, Tensor, int]] = []
+        self._moved: dict[str, Weights] = {}
 
     @property
     def device(self) -> torch.device:
@@ -215,10 +216,11 @@ class Work:
         return self.bench.component(self.refs[role])
 
     def tensors(self, role: str) -> Weights:
-        """An input's tensors, on the device, remembered so that mutation is noticed."""
-        moved = read_only({k: v.to(self.device) for k, v in self._read(role)[0].items()})
-        self._watch(role, moved)
-        return moved
+        """An input's tensors, on the device: they go there once a step. Remembered, so that mutation is noticed."""
+        if role not in self._moved:
+            self._moved[role] = read_only({k: v.to(self.device) for k, v in self._read(role)[0].items()})
+            self._watch(role, self._moved[role])
+        return self._moved[role]
 
     def kind_of(self, role: str) -> str:
         """The kind of step that made an input."""

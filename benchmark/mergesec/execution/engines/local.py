@@ -79,20 +79,32 @@ def _present_gpus() -> list[str] | None:
     return [*indices, *re.findall(r"UUID: ([\w/-]+)", out.stdout)]
 
 
+DEVICES = "auto, cpu, cuda, cuda:0,1, mps; *N behind it for N workers on each GPU"
+
+
 def make_slots(device: str, jobs: int | None) -> list[Slot]:
-    """Slots for ``--device auto|cpu|cuda|cuda:0,1`` and ``--jobs`` (per GPU, or in all on the CPU)."""
+    """Slots for ``--device auto|cpu|cuda|cuda:0,1|mps`` and ``--jobs`` (per GPU, or in all on the CPU).
+
+    ``cuda*4``: four workers on each GPU, whatever ``jobs`` says of the CPU. ``auto`` takes the GPUs that CUDA shows.
+    """
     if jobs is not None and jobs < 1:
         raise UsageError("--jobs", f"must be at least 1, got {jobs}")
-    match = re.fullmatch(r"(auto|cpu|cuda)(?::([\w, /-]+))?", device.strip())
+    place, star, times = device.partition("*")
+    match = re.fullmatch(r"(auto|cpu|cuda|mps)(?::([\w, /-]+))?", place.strip())
     if match is None or (match[2] and match[1] != "cuda"):
-        raise UsageError("--device", f"{device!r}; valid: auto, cpu, cuda, cuda:0,1")
+        raise UsageError("--device", f"{device!r}; valid: {DEVICES}")
+    if star and not re.fullmatch(r"\s*[1-9]\d{0,2}\s*", times):
+        raise UsageError("--per-gpu", f"must be a number from 1 to 999, got {times!r}")
+    each = int(times) if star else jobs or 1
+    if match[1] == "mps":
+        return [Slot("mps")] * each
     gpus = visible_gpus() if match[1] != "cpu" else []
     if match[2]:
         gpus = _chosen(match[2], gpus)
     if match[1] == "cuda" and not gpus:
         raise UsageError("--device", f"cuda was asked for, but {_none_visible()}; try --device cpu")
     if gpus:
-        return [Slot("cuda", g) for g in gpus for _ in range(jobs or 1)]
+        return [Slot("cuda", g) for g in gpus for _ in range(each)]
     return [Slot("cpu")] * (jobs or _cores())
 
 
@@ -104,7 +116,9 @@ def _chosen(asked: str, visible: Sequence[str]) -> list[str]:
             shown = ", ".join(visible) or f"none ({_none_visible()})"
             raise UsageError("--device", f"no GPU {name or repr(name)}; found {shown}")
         if name in chosen[:place]:
-            raise UsageError("--device", f"GPU {name} is named twice; --jobs says how many workers each has")
+            raise UsageError(
+                "--device", f"GPU {name} is named twice; --per-gpu says how many workers each has"
+            )
     return chosen
 
 

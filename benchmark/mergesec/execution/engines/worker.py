@@ -22,7 +22,7 @@ from mergesec.planning.plan import Step
 
 @dataclass(frozen=True)
 class Slot:
-    """One place a step can run: ``cpu`` or a GPU index."""
+    """One place a step can run: ``cpu``, ``mps``, or ``cuda`` and the GPU's index."""
 
     device: str
     gpu: str = ""
@@ -132,6 +132,7 @@ def _bench() -> Any:
         import torch
 
         from mergesec.execution.guests.host import Hosts, Setting
+        from mergesec.execution.numerics import settle
         from mergesec.execution.store import Store
         from mergesec.execution.work import Bench
         from mergesec.planning.catalog import load_catalog
@@ -139,12 +140,13 @@ def _bench() -> Any:
         assert _POST is not None
         slot, place, words = _POST
         torch.set_num_threads(place.threads)
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        device = torch.device(slot.device)
+        settle(device)
         root = Path(place.data_root) if place.data_root else None
         store = Store(Path(place.store))
         setting = Setting(place.plugins, slot.device, place.threads, place.data_root, place.walls, words)
         hosts = Hosts(store, setting)
-        _BENCH = Bench(store, load_catalog(place.plugins), torch.device(slot.device), root, guests=hosts)
+        _BENCH = Bench(store, load_catalog(place.plugins), device, root, guests=hosts)
         if place.guests:
             hosts.start()
     return _BENCH
@@ -219,8 +221,7 @@ def peak_mb(bench: Any) -> float:
 
 
 def device_name(bench: Any) -> str:
-    if bench.device.type == "cuda":
-        import torch
+    """Where the steps are done, as records tell it."""
+    from mergesec.execution.numerics import told
 
-        return str(torch.cuda.get_device_name())
-    return "cpu"
+    return told(bench.device)
