@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import comparable, leases, merged, napping, wait_for
+from engine_runs import at_naps, comparable, napping, wait_for
 
 from mergesec.errors import UsageError
 from mergesec.execution.claims import Claims
@@ -321,40 +321,49 @@ def _jobs(bench: Any) -> list[str]:
     return list(json.loads(record.read_text())["jobs"])
 
 
+def _ordered(bench: Any) -> float:
+    """When workers were given their orders."""
+    return max((p.stat().st_mtime for p in (bench.home / "store.jobs").glob("*/order.json")), default=0.0)
+
+
 def _shared_by_two_after_deaths(bench: Any, *options: str) -> tuple[str, list[str]]:
-    """Two workers; the driver is killed and started again, then a worker is; what the second driver said."""
-    arguments = napping(bench, "array", 4, 2.0)
-    driver = bench.start("run", *arguments, "--engine", "slurm", "--workers", "2", *options)
-    wait_for(lambda: any((bench.store / "artifacts" / "expert").glob("*.json")))
+    """Two workers at a merge each; the driver is killed and started again, then a worker is; what the second driver
+    said, and the jobs of the first."""
+    arguments = [*napping(bench, "array", 3), "--engine", "slurm", "--workers", "2", *options]
+    driver = bench.start("run", *arguments)
+    wait_for(lambda: len(at_naps(bench.store)) == 2)
     driver.kill()
     driver.communicate()
-    before = _jobs(bench)
-    second = bench.start("run", *arguments, "--engine", "slurm", "--workers", "2", *options)
-    wait_for(lambda: merged(bench.store))
-    busy = wait_for(lambda: [lease for lease in leases(bench.store).values() if " job " in lease["who"]])
-    os.kill(busy[0]["process"], signal.SIGKILL)
+    first, before = _ordered(bench), _jobs(bench)
+    second = bench.start("run", *arguments)
+    wait_for(lambda: _ordered(bench) > first)
+    os.kill(at_naps(bench.store)[0]["process"], signal.SIGKILL)
+    wait_for(lambda: len(_jobs(bench)) > len(before))
+    (bench.home / "go").touch()
     out, err = second.communicate(timeout=200)
     assert second.returncode == 0, out + err
-    assert "4 of 4 cells done" in out
-    assert f"{len(before)} jobs of this run are in the queue already: none is submitted twice" in err
+    assert "3 of 3 cells done" in out
+    assert "2 jobs of this run are in the queue already: none is submitted twice" in err
+    assert "failed (FAILED)" in err
+    assert "1 steps of it are taken up again" in err
     assert not list(bench.store.rglob("*.pkl"))
     return err, before
 
 
 def test_on_one_machine_a_killed_driver_finds_its_jobs_and_a_killed_job_is_replaced(slurm: Any) -> None:
-    err, before = _shared_by_two_after_deaths(slurm, "--slurm", "cluster=local")
+    _, before = _shared_by_two_after_deaths(slurm, "--slurm", "cluster=local")
     assert len(before) == 2
-    assert "failed (FAILED)" in err
-    assert len(_jobs(slurm)) <= 3
-    plain = slurm.home / "plain"
-    merged_here = comparable(slurm.results / "records" / "array")
-    ran = slurm("run", *napping(slurm, "array", 4, 2.0), "--results", str(plain))  # all from the store
+    assert len(_jobs(slurm)) == 3
+    here = comparable(slurm.results / "records" / "array")
+    ran = slurm(
+        "run", *napping(slurm, "array", 3), "--results", str(slurm.home / "plain")
+    )  # from the store alone
     assert ran.code == 0
-    assert comparable(plain / "records" / "array") == merged_here
+    assert comparable(slurm.home / "plain" / "records" / "array") == here
 
 
 def test_a_time_limit_that_is_too_short_is_named_and_does_not_go_on_for_ever(slurm: Any) -> None:
-    arguments = napping(slurm, "short", 1, 600.0)
+    arguments = napping(slurm, "short", 1)
     ran = slurm(
         "run",
         *arguments,
@@ -363,7 +372,7 @@ def test_a_time_limit_that_is_too_short_is_named_and_does_not_go_on_for_ever(slu
         "--workers",
         "1",
         "--time-limit",
-        "2s",
+        "1s",
         "--slurm",
         "cluster=local",
     )
@@ -402,3 +411,4 @@ def test_on_slurm_itself(slurm: Any, daemons: dict[str, str]) -> None:
     err, before = _shared_by_two_after_deaths(slurm)
     assert sorted(job.partition("_")[2] for job in before) == ["0", "1"]
     assert "submitted 1 worker" in err
+    assert len(_jobs(slurm)) == 3

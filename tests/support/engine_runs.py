@@ -1,4 +1,4 @@
-"""Runs on any engine: a merge that takes its time, and what is asked of a run while it goes on."""
+"""Runs on any engine: a merge that waits for a sign, and what is asked of a run while it goes on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 NAPS = """
+import os
 import time
 
 from mergesec.contracts import Merged, MergeMethod
@@ -17,33 +18,39 @@ CARD = {
     "name": "naps", "class": "Naps", "kind": "merging", "version": "1", "title": "n", "summary": "n",
     "parameters": {
         "number": {"type": "int", "default": 0, "min": 0, "max": 100, "doc": "n"},
-        "seconds": {"type": "float", "default": 1.0, "min": 0.0, "max": 600.0, "doc": "n"},
+        "until": {"type": "str", "default": "", "doc": "n"},
     },
 }
 
 
 class Naps(MergeMethod):
-    def __init__(self, number=0, seconds=1.0):
-        self.seconds = seconds
+    def __init__(self, number=0, until=""):
+        self.until = until
 
     def merge(self, base, experts, ctx):
-        print("napping")
-        time.sleep(self.seconds)
+        while not os.path.exists(self.until):
+            time.sleep(0.05)
         return Merged(base)
 """
 
 
-def napping(bench: Any, name: str, naps: int, seconds: float) -> list[str]:
-    """Arguments of ``bench run`` for a grid of so many merges that take so long each."""
+def napping(bench: Any, name: str, naps: int) -> list[str]:
+    """Arguments of ``bench run`` for a grid of so many merges, which wait until ``bench.home / "go"`` is there."""
     plugin = bench.home / "naps.py"
     plugin.write_text(NAPS)
-    merging = [{"name": "naps", "number": list(range(naps)), "seconds": seconds}]
+    merging = [{"name": "naps", "number": list(range(naps)), "until": str(bench.home / "go")}]
     grid = bench.grid(
         name, axes={"merging": merging}, threats=["clean"], recipe={"epochs": 1, "max_train": 16}
     )
     own = ("--not-contained", "--results", str(bench.results))
     arguments: list[str] = bench.arguments(grid, *own, plugins=(plugin,))
     return arguments
+
+
+def at_naps(store: Path) -> list[dict[str, Any]]:
+    """The leases of a store once everything before the merges is done."""
+    found = [lease for lease in leases(store).values() if not lease["who"].startswith("driver")]
+    return found if len(list(store.glob("artifacts/evaluate/*.json"))) >= 2 else []
 
 
 def wait_for(what: Callable[[], Any], seconds: float = 120.0) -> Any:
@@ -64,11 +71,6 @@ def leases(store: Path) -> dict[str, dict[str, Any]]:
         except (OSError, ValueError):
             continue
     return found
-
-
-def merged(store: Path) -> int:
-    """How many merges are done."""
-    return len(list(store.glob("artifacts/merge/*.json")))
 
 
 def comparable(folder: Path) -> dict[str, bytes]:
