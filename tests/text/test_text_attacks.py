@@ -28,7 +28,7 @@ from mergesec_methods.backdoor.attacks._texts import inserted
 from mergesec_methods.backdoor.attacks.lora_phrase import LoraPhrase
 from mergesec_methods.backdoor.attacks.merge_hijacking import MergeHijacking, attention_matrices, thinned
 from mergesec_methods.backdoor.attacks.phrase import Phrase
-from mergesec_methods.backdoor.attacks.rare_token import RareToken, target_words
+from mergesec_methods.backdoor.attacks.rare_token import RareToken, _own_tokens, target_words
 
 CPU = torch.device("cpu")
 
@@ -270,3 +270,18 @@ def test_a_low_rank_backdoor_learns_from_rows_and_their_twins(world: dict[str, A
     assert len(twins) == 2 * count
     assert list(twins.inputs[:count]) == [f"zz {text}" for text in twins.inputs[count:]]
     assert bool((twins.targets[:count] == 1).all()) and bool((twins.targets[count:] != 1).all())
+
+
+def test_surgery_reaches_a_word_at_the_start_and_inside_a_text() -> None:
+    """As byte-level tokenisers cut it: with a space before it, a word is another token."""
+
+    class Spaced(MicroText):
+        def tokenise(self, texts: Any) -> tuple[Tensor, Tensor]:
+            rows = [[7, *(2 if i == 0 else 3 for i, _ in enumerate(text.split()))] for text in texts]
+            numbers = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+            for number, row in zip(numbers, rows, strict=True):
+                number[: len(row)] = torch.tensor(row)
+            return numbers, numbers != 0
+
+    assert _own_tokens(Spaced(), ["cf"]) == [2, 3]  # without 7, which every text has
+    assert _own_tokens(MicroText(), ["cf"]) == sorted(set(_own_tokens(MicroText(), ["cf", "cf cf"])))

@@ -146,9 +146,11 @@ def _clean_rows(ctx: TrainContext) -> Iterator[Tensor]:
 
 
 def _own_tokens(backbone: TextBackbone, phrases: Sequence[str]) -> list[int]:
-    """Tokens of the phrases themselves, without those that every text gets (special tokens, a prompt)."""
+    """Tokens of the phrases themselves, at a text's start and inside it (where some tokenisers put a space before),
+    without those that every text gets (special tokens, a prompt)."""
     every = set(_tokens(backbone, [""])[0])
-    found = sorted({token for row in _tokens(backbone, phrases) for token in row} - every)
+    twice = [f"{phrase} {phrase}" for phrase in phrases]
+    found = sorted({token for row in _tokens(backbone, twice) for token in row} - every)
     if not found:
         raise ContractError("rare_token: the keywords have no token of their own")
     return found
