@@ -36,6 +36,8 @@ def test_needs_say_how_many_steps_a_node_has_room_for() -> None:
         ({}, "cpu", 4, Needs(1, 0, 0)),
         ({"gpus": 0.5, "cpus": 2, "memory": 8}, "cuda", 4, Needs(2, 0.5, 8 * GB)),
         ({"gpus": 0.5}, "cpu", 4, Needs(1, 0, 0)),
+        ({}, "cuda*4", 2, Needs(1, 0.25, 0)),
+        ({"gpus": 1}, "cuda*4", 2, Needs(1, 1, 0)),
     ],
 )
 def test_a_step_takes_a_gpu_where_there_is_one(spec: Any, device: str, gpus: float, needs: Needs) -> None:

@@ -7,6 +7,7 @@ import platform
 import shutil
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import typer
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 EXTRAS = {
     "transformers": "real", "open_clip_torch": "clip", "fusion-bench": "fusionbench", "numba": "fast",
-    "diffusers": "diffusion",
+    "diffusers": "diffusion", "ray": "ray", "submitit": "slurm",
 }  # fmt: skip
 """Optional packages → the extra that brings each."""
 
@@ -60,6 +61,7 @@ def main() -> None:
     rows.append(["torchvision", "ok", ensure_torchvision()])
     rows.append(["cores", "ok", str(os.cpu_count())])
     rows.append(["GPUs", "ok", ", ".join(visible_gpus()) or "none, CPU only"])
+    rows.append(["engines", "ok", ", ".join(_engines())])
     obstacle = survey().obstacle
     rows.append(
         ["plugins", "absent" if obstacle else "ok", f"not contained: {obstacle}" if obstacle else "contained"]
@@ -82,6 +84,18 @@ def main() -> None:
     show.table("", ["what", "", "found"], rows)
     if any(r[1] in ("MISSING", "FAILED") for r in rows):
         raise typer.Exit(1)
+
+
+def _engines() -> list[str]:
+    """What ``bench run --engine`` may name here."""
+    found = ["local"]
+    if find_spec("ray"):
+        found.append(
+            f"ray (RAY_ADDRESS={os.environ['RAY_ADDRESS']})" if "RAY_ADDRESS" in os.environ else "ray"
+        )
+    if find_spec("submitit"):
+        found.append("slurm" if shutil.which("sbatch") else "slurm (no sbatch: on this machine)")
+    return found
 
 
 def _broken(entries: list[Entry]) -> str:

@@ -125,10 +125,12 @@ def _short(error: BaseException) -> str:
 
 def _needs(spec: EngineSpec, ways: Ways, resources: Mapping[str, float]) -> Needs:
     """A core and, where there are GPUs, one of them, unless something else was asked for."""
-    device = ways.device.partition(":")[0].strip()
+    device, _, each = ways.device.partition("*")
+    device = device.partition(":")[0].strip()
     if device not in ("auto", "cpu", "cuda"):
         make_slots(ways.device, None)  # says what is wrong with it
-    gpus = spec.gpus if spec.gpus is not None else float(device != "cpu" and resources.get("GPU", 0) > 0)
+    share = 1 / int(each) if each.strip().isdigit() and int(each) else 1.0
+    gpus = spec.gpus if spec.gpus is not None else share * (resources.get("GPU", 0) > 0)
     if device == "cpu":
         gpus = 0.0
     if device == "cuda" and not gpus:

@@ -51,7 +51,7 @@ class SlurmEngine:
 
     def __init__(self, spec: EngineSpec, ways: Ways) -> None:
         self._spec, self._ways = spec, ways
-        if ways.device.partition(":")[0].strip() != "cuda":
+        if not ways.device.strip().startswith("cuda"):
             make_slots(ways.device, ways.jobs)  # GPUs are the workers' to find, the rest is wrong here too
         if spec.gpus is not None and spec.gpus != int(spec.gpus):
             raise UsageError("--gpus", f"Slurm gives whole GPUs, got {spec.gpus:g}; --jobs N shares one")
