@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -220,10 +221,10 @@ def test_steps_of_other_runs_and_recent_ones_are_known_from_the_store_alone(tmp_
     mine, other = Claims(tmp_path), Claims(tmp_path)
     running, killed = "a" * 40, "b" * 40
     assert other.take(running)
-    (tmp_path / "claims" / f"{killed}.lock").touch()  # nobody holds it
+    lease = (tmp_path / "claims" / f"{running}.lease").read_text()
+    (tmp_path / "claims" / f"{killed}.lease").write_text(json.dumps({**json.loads(lease), "born": "before"}))
     found = mine.elsewhere()
     assert list(found) == [running] and found[running] < 60
-    assert not (tmp_path / "claims" / f"{killed}.lock").exists()
     assert not other.elsewhere()
     other.release_all()
     assert not mine.elsewhere()
