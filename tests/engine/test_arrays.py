@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -13,21 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engine_runs import at_naps, comparable, napping, wait_for
+from safetensors.torch import save
 
 from mergesec.errors import UsageError
 from mergesec.execution.claims import Claims
 from mergesec.execution.engines import on_slurm, orders, queues
 from mergesec.execution.engines.engine import Ways
-from mergesec.execution.engines.on_slurm import Keeper, SlurmEngine, Stalled, jobs_folder
+from mergesec.execution.engines.on_slurm import Keeper, SlurmEngine, Stalled, Watch, jobs_folder
 from mergesec.execution.engines.orders import Order, needed_for, packed, read_order, read_steps, write_order
 from mergesec.execution.engines.queues import ENDED, LocalQueue, Silent, make_queue, run_name
 from mergesec.execution.engines.worker import Workplace
+from mergesec.execution.failures import Failure, Failures
 from mergesec.execution.guests.containment import Walls
+from mergesec.execution.scheduler import History
 from mergesec.execution.session import open_session
 from mergesec.execution.store import Store
 from mergesec.planning.engines import EngineSpec
-from mergesec.planning.plan import Plan
+from mergesec.planning.plan import Plan, Step
 
 # --------------------------------------------------------------------------- what workers are told
 
@@ -226,6 +231,133 @@ def test_after_a_stop_nobody_is_submitted(played: Any, tmp_path: Path) -> None:
     assert keeper.alive == 0
     orders.may_go_on(tmp_path / "run")
     assert not orders.stopped(tmp_path / "run")
+
+
+def test_a_second_driver_waits_for_the_orders_of_the_first(
+    played: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_slurm, "PAUSE", 0.01)
+    monkeypatch.setattr(on_slurm, "STARTING", 0.05)
+    first, _ = played()
+    first.begin("first")
+    second, _ = played()
+    with pytest.raises(UsageError, match="another driver of this run is starting"):
+        second.begin("second")
+
+
+# --------------------------------------------------------------------------- a driver that looks on
+
+
+class _Worker(threading.Thread):
+    """Commits what it is told to, and fails the rest."""
+
+    def __init__(self, store: Store, keys: dict[str, bool], attempt: str) -> None:
+        super().__init__()
+        self.store, self.keys, self.attempt = store, keys, attempt
+
+    def run(self) -> None:
+        for key, good in self.keys.items():
+            time.sleep(0.05)
+            if good:
+                self.store.put("merge", key, save({"w": torch.zeros(1)}), {})
+            else:
+                Failures(self.store.root).note(
+                    Failure(key, "merge", "merge x", "ValueError: no", "", self.attempt)
+                )
+
+
+class _Heard:
+    """A reporter that remembers."""
+
+    def __init__(self) -> None:
+        self.ends: list[str] = []
+        self.stops = 0
+
+    def start(self, total: int, cached: int, reached: Any) -> None:
+        assert (total, cached) == (4, 0)
+
+    def running(self, labels: Any) -> None:
+        list(labels)
+
+    def finished(self, step: Step, answer: Any, reached: Any) -> None:
+        self.ends.append(f"{step.key[0]} {answer.status}")
+
+    def stopping(self, done: int, running: list[str]) -> None:
+        self.stops += 1
+
+
+@pytest.fixture
+def watch(played: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Watch, _Played, _Heard]:
+    """Four steps, the last two of which need the second; a driver of two workers."""
+    monkeypatch.setattr(on_slurm, "PAUSE", 0.01)
+    a, b, c, d = (letter * 40 for letter in "abcd")
+    needs: dict[str, tuple[tuple[str, str], ...]] = {a: (), b: (), c: (("x", b),), d: (("x", c),)}
+    steps = {key: Step(key, "merge", (), inputs, "{}") for key, inputs in needs.items()}
+    keeper, queue = played()
+    keeper.begin("now")
+    store, heard = Store(tmp_path / "store"), _Heard()
+    nobody = on_slurm._Nobody(queue)
+    found = Watch(steps, store, nobody, History(store.root), heard, [{a}, {d}], attempt="now", keeper=keeper)
+    store.root.mkdir(exist_ok=True)
+    return found, queue, heard
+
+
+def test_a_run_is_settled_from_the_store_and_from_failures(watch: tuple[Watch, _Played, _Heard]) -> None:
+    driver, queue, heard = watch
+    worker = _Worker(driver.store, {"a" * 40: True, "b" * 40: False}, "now")
+    worker.start()
+    outcome = driver.run(driver.steps, 0)
+    worker.join()
+    assert outcome.done == 1
+    assert outcome.failed == {"b" * 40: "ValueError: no"}
+    assert sorted(outcome.blocked) == ["c" * 40, "d" * 40]
+    assert heard.ends == ["a ok", "b error"]
+    assert queue.arrays == [2]
+
+
+def test_an_older_attempts_failure_is_not_this_ones(watch: tuple[Watch, _Played, _Heard]) -> None:
+    driver, _, _ = watch
+    Failures(driver.store.root).note(Failure("b" * 40, "merge", "merge x", "ValueError: no", "", "before"))
+    worker = _Worker(driver.store, {letter * 40: True for letter in "abcd"}, "now")
+    worker.start()
+    outcome = driver.run(driver.steps, 0)
+    worker.join()
+    assert (outcome.done, outcome.failed) == (4, {})
+
+
+def test_after_ctrl_c_the_driver_waits_for_its_jobs_and_leaves(watch: tuple[Watch, _Played, _Heard]) -> None:
+    driver, queue, heard = watch
+
+    def press() -> None:
+        wait_for(lambda: queue.arrays)
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_for(lambda: queue.calls)
+        queue.jobs = dict.fromkeys(queue.jobs, "COMPLETED")
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    presser = threading.Thread(target=press)
+    presser.start()
+    try:
+        outcome = driver.run(driver.steps, 0)
+    finally:
+        presser.join()
+        signal.signal(signal.SIGINT, before)
+    assert outcome.interrupted
+    assert (heard.stops, queue.calls, queue.arrays) == (1, [True], [2])
+
+
+def test_if_workers_get_nowhere_what_is_ready_failed_and_the_rest_is_blocked(
+    watch: tuple[Watch, _Played, _Heard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver, queue, _ = watch
+    monkeypatch.setattr(queue, "states", lambda: dict.fromkeys(queue.jobs, "FAILED"))
+    outcome = driver.run(driver.steps, 0)
+    assert sorted(outcome.failed) == ["a" * 40, "b" * 40]
+    assert sorted(outcome.blocked) == ["c" * 40, "d" * 40]
+    assert outcome.failed["a" * 40].startswith(
+        "WorkersEnded: 6 workers in a row ended with nothing done; slurm job"
+    )
+    assert Failures(driver.store.root).read("a" * 40) is not None
 
 
 # --------------------------------------------------------------------------- Slurm's own words

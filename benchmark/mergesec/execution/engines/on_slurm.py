@@ -43,6 +43,8 @@ PAUSE = 1.0
 """Seconds between two looks at the store, and at least ten times what a look takes."""
 LOOKS = {"slurm": 5.0, "local": 1.0}
 """Seconds between two looks at the queue."""
+STARTING = 60.0
+"""Seconds that another driver of the run has to give its orders."""
 JOBS = "MERGESEC_JOBS"
 
 
@@ -63,7 +65,6 @@ class SlurmEngine:
         minutes = seconds_of(self._spec.time_limit or TIME_LIMIT) / 60
         queue = make_queue(folder, _options(self._spec), minutes)
         keeper = Keeper(folder, queue, self._spec.workers or WORKERS, work.store)
-        orders.may_go_on(folder)
         attempt = keeper.begin(secrets.token_hex(8))
         order = Order(
             attempt, work.place, self._ways.device, _jobs(self._spec, self._ways, work.place.threads), self._ways.timeout
@@ -173,13 +174,19 @@ class Keeper:
         for job in states.keys() - set(alive):
             self._told.add(job)
             self._claims.bury(name_of(self._queue.name, job), ENDED[states[job]], states[job] in BLAMED)
-        if alive or not mine:
+        if not mine:
+            _wait_for_orders(self._folder)
+        if (alive or not mine) and orders.given(self._folder):
             _say(f"{len(alive)} jobs of this run are in the queue already: none is submitted twice")
-            return orders.read_order(self._folder).attempt
-        self._claims.sweep()
+            attempt = orders.read_order(self._folder).attempt
+        else:
+            self._claims.sweep()
+            attempt = fresh
+        if mine:
+            orders.may_go_on(self._folder)
         if self._queue.name == "local":
             _say("no Slurm here: submitit's local executor runs the workers on this machine")
-        return fresh
+        return attempt
 
     def end(self) -> None:
         self._claims.release_all()
@@ -235,6 +242,15 @@ class Keeper:
             f"submitted {missing} {'workers' if missing > 1 else 'worker'}: {', '.join(ids[:3])}"
             + ", ..." * (missing > 3)
         )
+
+
+def _wait_for_orders(folder: Path) -> None:
+    """The driver that is there may be just starting."""
+    end = time.monotonic() + STARTING
+    while not orders.given(folder):
+        if time.monotonic() > end:
+            raise UsageError("--engine", "another driver of this run is starting; try again in a while")
+        time.sleep(PAUSE)
 
 
 def _say(text: str) -> None:

@@ -34,6 +34,11 @@ def write_order(folder: Path, order: Order, steps: Mapping[str, Step], wanted: I
     write_atomic(folder / _ORDER, json.dumps(asdict(order)).encode())
 
 
+def given(folder: Path) -> bool:
+    """Whether somebody gave orders here."""
+    return (folder / _ORDER).is_file()
+
+
 def read_order(folder: Path) -> Order:
     told: dict[str, Any] = json.loads((folder / _ORDER).read_bytes())
     place = told.pop("place")
