@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from mergesec.compat import ensure_torchvision
 from mergesec_tasks.mini._base import Pace
-from mergesec_tasks.mini._canvas import FOREIGN, SHIFTED, Style
+from mergesec_tasks.mini._canvas import SHIFTED, Style
 from mergesec_tasks.mini._rendered import RenderedTask
 from mergesec_tasks.mini.cars import Cars
 from mergesec_tasks.mini.dtd import Textures
@@ -65,10 +65,7 @@ class Phase(NamedTuple):
     shares: tuple[int, ...]
 
 
-PHASES = (
-    Phase(SHIFTED, 1800, 1.5e-3, (12,) * 8 + (8, 4, 4, 4, 12)),
-    Phase(FOREIGN, 100, 7e-4, (12,) * 8 + (8, 4, 4, 4, 12)),
-)
+PHASES = (Phase(SHIFTED, 1800, 1.5e-3, (12,) * 8 + (8, 4, 4, 4, 12)),)
 
 
 class Rows(NamedTuple):
