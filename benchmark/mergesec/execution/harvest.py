@@ -33,7 +33,7 @@ from mergesec.execution.store import CorruptArtifact, Store, parse_safetensors
 from mergesec.files import write_atomic
 from mergesec.planning.cells import Cell
 from mergesec.planning.plan import CellPlan, Plan, back, behind, data_steps, siblings
-from mergesec.planning.refs import HUB_NAME, PACKAGED, NONE, Ref
+from mergesec.planning.refs import HUB_NAME, NONE, PACKAGED, Ref
 from mergesec.planning.resolve import Grid
 from mergesec.planning.seeds import salt_digest
 from mergesec.threats import TRIGGERED, Hook, Role, Threat
