@@ -117,7 +117,7 @@ def test_devices_are_named_with_or_without_spaces(monkeypatch: pytest.MonkeyPatc
     ("listed", "device", "said"),
     [
         ("0,1", "cuda:2", "no GPU 2; found 0, 1"),
-        ("0,1", "cuda:0,0", "GPU 0 is named twice; --jobs"),
+        ("0,1", "cuda:0,0", "GPU 0 is named twice; --per-gpu"),
         ("0,1", "cuda:-1", "no GPU -1; found 0, 1"),
         ("0,1", "cuda:0,,1", "no GPU ''"),
         ("-1", "cuda", "but with CUDA_VISIBLE_DEVICES='-1' no GPU is visible; try --device cpu"),
