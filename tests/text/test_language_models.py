@@ -312,7 +312,7 @@ def test_perplexity_stands_beside_accuracy_on_a_board_of_its_own(ran: Ran) -> No
     assert frame["published", "", "params"] == pytest.approx(own[0], rel=1e-4)
     header, rows = display(ran.boards["language"])
     shown = rows[0][header.index("perplexity")]
-    assert shown.startswith(f"{frame.iloc[0]:.1f} ["), shown  # no share: not times a hundred
+    assert shown.startswith(f"{frame.iloc[0]:.1f} ("), shown  # no share: not times a hundred
 
 
 def test_records_name_no_place_of_this_machine(ran: Ran, folders: Any) -> None:

@@ -18,6 +18,7 @@ PERPLEXITY = "perplexity"
 def language_board(records: Sequence[Record]) -> Board | None:
     """Accuracy and perplexity of each model, means over tasks and seeds; None where no perplexity was measured."""
     gathered: dict[Made, dict[str, Mapping[str, float]]] = {}
+    seeds: dict[Made, set[int]] = {}
     for record in records:
         if record.status == "done" and any(name.startswith(f"{PERPLEXITY}/") for name in record.values):
             for made, role, tasks in _models(record):
@@ -25,10 +26,12 @@ def language_board(records: Sequence[Record]) -> Board | None:
                     found = _measured(record, role.partition(":")[0], task)
                     if found:  # an evaluation that several cells share counts once
                         gathered.setdefault(made, {})[f"{record.steps[role]}/{task}"] = found
+                        seeds.setdefault(made, set()).add(record.seed)
     if not gathered:
         return None
     rows = [
-        {**made._asdict(), "sets": len(sets), **_means(list(sets.values()))} for made, sets in gathered.items()
+        {**made._asdict(), "sets": len(sets), "seeds": len(seeds[made]), **_means(list(sets.values()))}
+        for made, sets in gathered.items()
     ]
     note = (
         "Perplexity of the first test texts of each task without the prompt, by the base's own output layer where "
