@@ -232,3 +232,13 @@ def test_pretraining_makes_the_same_files_again(tmp_path: Path) -> None:
         assert first.read_bytes() == second.read_bytes()
     subject = Clip(str(tmp_path / "first" / "transformers"), 0, 0, "zero-shot")
     assert subject.zero_shot([["a beach."], ["a forest."]], CPU) is not None
+
+
+@pytest.mark.slow
+def test_the_smoke_grid_aims_off_task_by_text(bench: Any) -> None:
+    ran = bench("run", "--grid", "mini-clip-smoke", "threats=[backdoor]", "recipe.steps=4", "axes.victim=[mini/gtsrb]",
+                "suite.tasks=[mini/gtsrb,mini/eurosat]", "--jobs", "1", "--device", "cpu", "--results",
+                str(bench.results))  # fmt: skip
+    assert ran.code == 0, ran.err
+    board = (bench.results / "leaderboards" / "mini-clip-smoke" / "boards.md").read_text()
+    assert "shadow=text" in board and "mini/eurosat" in board
