@@ -104,6 +104,7 @@ BARE = {"attack": "none", "method": PAIR}
 AMONG = {"attack": "none", "method": EIGHT}
 PROTECTION, REAL_PROTECTION = "mini-protection/protection_cells", "real-protection/protection_cells"
 GAUGE = "mini-protection-gauge/protection_cells"
+GENERATED = "mini-diffusion-protection/protection_cells"
 V1, V2 = {"defense": "params"}, {"defense": "params(scaling=nonsymmetric)"}
 BACKDOOR, DEFENDED, MERGED = "mini-backdoor/backdoor", "mini-backdoor-defenses/backdoor", "mini-merging/clean"
 OPTIMISED, FLAT = "badmerging(batch=32, restarts=*", "badmerging(batch=32, interpolation=False,*"
@@ -213,8 +214,12 @@ CLAIMS: Sequence[Claim] = (
           _PARAMS, _NOTES, _recovery("aga", "params(dropout=0.2*"), most(20, 80)),
     Claim("params-lora", "protection", "It is weak where only LoRA factors are merged",
           _PARAMS, _NOTES, void="factors published alone cannot be transformed without the weights they are added to"),
-    Claim("params-diffusion", "protection", "It protects Stable Diffusion 1.5 (alignment 0.34 → 0.13)",
-          _PARAMS, _NOTES, void="no trained image generator here to merge; the release has no code for it"),
+    Claim("params-diffusion", "protection", "It protects image generators (Stable Diffusion 1.5: alignment 0.34 → 0.13; here a small diffusion transformer, a pair)",
+          _PARAMS, _NOTES, _drop("params", GENERATED, experts="2"), least(20, 2)),
+    Claim("params-diffusion-alone", "protection", "A protected generator draws alone what it drew before",
+          _PARAMS, _NOTES, _alone("params", GENERATED, experts="2"), most(0.5, 2)),
+    Claim("params-diffusion-aga", "protection", "AGA brings a protected generator back",
+          _AGA, _NOTES, _recovery("aga", "params", board=GENERATED, experts="2"), least(80, 20)),
     Claim("mergelock-alone", "protection", "A MergeLock expert is as accurate alone as before",
           _LOCK, _PAPER, _alone("mergelock"), most(0.5, 2)),
     Claim("mergelock", "protection", "Merging it degrades “over 95 %” in most cases",

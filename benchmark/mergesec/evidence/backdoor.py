@@ -290,7 +290,7 @@ def _adversaries(settings: Sequence[Setting], reader: Reader) -> Board | None:
         return None
     rows: list[Row] = []
     for setting in attacked:
-        for adversary, mine in grouped(setting.done, lambda r: r.subject).items():
+        for (adversary,), mine in grouped(setting.done, lambda r: (r.subject,)).items():
             row: Row = {**{k: v for k, v in setting.row.items() if k in _SETTING}, "adversary": adversary}
             row["cells_done"] = row["cells_expected"] = len(mine)
             row["seeds"] = fewest_seeds(mine)

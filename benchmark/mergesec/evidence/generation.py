@@ -47,7 +47,7 @@ def generation_board(records: Sequence[Record]) -> Board | None:
     note = (
         "KID and FID on the features of the suite's judge, beside the task's real test images: only rows of this board "
         "compare. Nearest: root mean square distance to the nearest training image, of full brightness. Memorised: share "
-        "that lies nearer to one than all but a hundredth of the real test images do. KID and what follows × 100. "
+        "that lies nearer to one than all but a hundredth of the real test images do. Coverage and what follows × 100. "
         "Intervals are of the images drawn, not of training."
     )  # fmt: skip
     return Board("generation", "Generated images as sets", frame, tuple(MEASURES.values()), note)

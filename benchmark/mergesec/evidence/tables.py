@@ -13,7 +13,7 @@ import pandas as pd
 from mergesec.evidence.estimates import Board
 from mergesec.evidence.protection import STANDARD
 from mergesec.evidence.records import Record, is_claimed
-from mergesec.files import brief, plain, write_atomic
+from mergesec.files import brief, plain, write_changed
 
 _SHOWN: dict[str, tuple[str, ...]] = {
     "protection": ("defense", "stand_alone_loss", "MMP-", "MMP+", f"recovery_{STANDARD}", "worst_recovery",
@@ -42,7 +42,7 @@ _SHOWN: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-_WHOLE = ("perplexity",)
+_WHOLE = ("KID", "perplexity",)
 """Measures that are no shares."""
 _PLAIN = (
     "max_abs_dlogit",
@@ -54,7 +54,6 @@ _PLAIN = (
     "visibility/tokens",
     "FID",
 )
-
 
 ORIGIN = ("verified", "contained", "external", "external_by")
 """Where numbers come from: in every CSV, and shown where some row is not as it should be."""
@@ -190,9 +189,9 @@ def write_boards(folder: Path, boards: Sequence[Board], title: str, notes: Seque
             old.unlink()
     for board in boards:
         path = folder / f"{board.name}.csv"
-        write_atomic(path, csv_bytes(board.frame))
+        write_changed(path, csv_bytes(board.frame))
         paths.append(path)
     head = "\n".join([f"# {title}", "", _EXPLAINED, *(f"\n* {n}" for n in notes), "", ""])
     path = folder / "boards.md"
-    write_atomic(path, (head + "\n".join(markdown(b) for b in boards)).encode())
+    write_changed(path, (head + "\n".join(markdown(b) for b in boards)).encode())
     return [*paths, path]
