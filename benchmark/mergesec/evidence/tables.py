@@ -42,7 +42,10 @@ _SHOWN: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-_WHOLE = ("KID", "perplexity",)
+_WHOLE = (
+    "KID",
+    "perplexity",
+)
 """Measures that are no shares."""
 _PLAIN = (
     "max_abs_dlogit",
