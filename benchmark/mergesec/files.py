@@ -10,7 +10,9 @@ import os
 import secrets
 import tempfile
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mergesec.errors import UsageError
 
@@ -76,6 +78,16 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise
 
 
+def write_changed(path: Path, data: bytes) -> None:
+    """``write_atomic``, unless these bytes are there already: flushing a disk takes longer than reading it."""
+    try:
+        same = path.read_bytes() == data
+    except OSError:
+        same = False
+    if not same:
+        write_atomic(path, data)
+
+
 def sync_folder(folder: Path) -> None:
     """Flush a folder: the names in it outlive a power loss."""
     with contextlib.suppress(OSError):  # some file systems have no such thing as flushing a folder
@@ -112,6 +124,24 @@ def fingerprint(path: Path) -> str:
     if changed:
         write_atomic(cache, json.dumps(known).encode())
     return digest.hexdigest()[:32]
+
+
+def remembered(name: str, stamp: str, make: Callable[[], dict[Any, Any]]) -> dict[Any, Any]:
+    """What ``make`` returns, plain JSON, kept in a file of the cache until ``stamp`` is another. Where the file
+    cannot be read or written it is made each time."""
+    path = default_root() / name
+    try:
+        known = dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        known = {}
+    key, _, version = stamp.rpartition(" ")
+    kept = known.get(key)
+    if isinstance(kept, list) and len(kept) == 2 and kept[0] == version and isinstance(kept[1], dict):
+        return kept[1]
+    made = make()
+    with contextlib.suppress(OSError, Full, TypeError):
+        write_atomic(path, json.dumps({**known, key: [version, made]}).encode())
+    return made
 
 
 def plain(text: str) -> str:

@@ -30,7 +30,7 @@ from mergesec.evidence.records import (
 )
 from mergesec.execution.scheduler import Outcome
 from mergesec.execution.store import CorruptArtifact, Store, parse_safetensors
-from mergesec.files import write_atomic
+from mergesec.files import write_changed
 from mergesec.planning.cells import Cell
 from mergesec.planning.plan import CellPlan, Plan, back, behind, data_steps, siblings
 from mergesec.planning.refs import HUB_NAME, NONE, PACKAGED, Ref
@@ -397,14 +397,13 @@ def write_records(folder: Path, records: list[Record], grid: Grid) -> Standing:
             continue
         standing.append(record)
         data = (json.dumps(record.model_dump(mode="json"), sort_keys=True) + "\n").encode()
-        if not path.is_file() or path.read_bytes() != data:
-            write_atomic(path, data)
+        write_changed(path, data)
     manifest = {
         "schema_version": SCHEMA,
         "spec": json.loads(grid.spec.model_dump_json(), object_hook=_without_place),
         "cells": [r.cell for r in records],
     }
-    write_atomic(home / "grid.json", (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+    write_changed(home / "grid.json", (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
     return Standing(standing, older)
 
 

@@ -27,6 +27,8 @@ from mergesec.files import write_atomic
 CHECKPOINTS = "checkpoints"
 CHECKPOINT_DAYS = 30
 """After these nobody is going on with a training."""
+FRESH = 1.0
+"""Seconds in which a file may change once more without another time: what is so young is hashed at every read."""
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What reading a damaged file may raise."""
 
@@ -119,6 +121,8 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._sound: dict[Path, str] = {}
+        """Files that this process found whole, and what would change if their bytes did."""
 
     def _paths(self, kind: str, key: str) -> tuple[Path, Path]:
         folder = self.root / "artifacts" / kind
@@ -160,11 +164,19 @@ class Store:
             path.unlink(missing_ok=True)
 
     def read(self, kind: str, key: str) -> tuple[bytes | mmap.mmap, dict[str, Any]]:
-        """(safetensors bytes, metadata), verified. CorruptArtifact (removed) on any mismatch."""
+        """(safetensors bytes, metadata), verified. CorruptArtifact (removed) on any mismatch.
+
+        A file is hashed once by a process, and again whenever its inode, size or times are others.
+        """
         meta = self.meta(kind, key)
+        path = self._paths(kind, key)[1]
         try:
-            blob = read_plain(self._paths(kind, key)[1])
-            sound = digests_of(blob) == meta["digests"]
+            with open_plain(path) as file:
+                blob, stamp = file.read(), _stamp(file, str(meta["check"]))
+                fresh = time.time() - os.fstat(file.fileno()).st_mtime < FRESH
+            sound = self._sound.get(path) == stamp or digests_of(blob) == meta["digests"]
+            if sound and not fresh:
+                self._sound[path] = stamp
         except UNREADABLE:
             sound = False
         if not sound:
@@ -296,6 +308,20 @@ class Store:
                     if is_plain(path) and _is_own(path):
                         yield path
 
+    def _left_behind(self) -> Iterator[Path]:
+        """Files of the store's own that were never committed, or belong to an artifact that is no more. Told from
+        names: with many artifacts a look at each would be what a run begins with."""
+        folder = self.root / "artifacts"
+        for kind in folder.iterdir() if folder.is_dir() else ():
+            if kind.is_dir() and not kind.is_symlink():
+                names = set(os.listdir(kind))
+                for name in names:
+                    stem, _, suffix = name.rpartition(".")
+                    lost = suffix in ("safetensors", "checked") and f"{stem}.json" not in names
+                    path = kind / name
+                    if (lost or name.startswith(".tmp-")) and is_plain(path) and _is_own(path):
+                        yield path
+
     def artifacts(self) -> Iterator[tuple[str, str, int]]:
         """(kind, key, bytes) of everything committed."""
         for stored in self._artifacts():
@@ -320,7 +346,7 @@ class Store:
     def sweep(self) -> int:
         """Remove what a killed process left behind: temporary and uncommitted files older than an hour, and
         checkpoints that are a month old, or of steps that are committed."""
-        old = [path for path in self._own("*") if _is_left_behind(path) and _age(path) > 3600]
+        old = [path for path in self._left_behind() if _age(path) > 3600]
         beside = (self.root / CHECKPOINTS).glob(".tmp-*")
         old += [path for path in beside if _KEY.fullmatch(path.name) and _age(path) > 3600]
         done = self.keys()
@@ -343,12 +369,6 @@ def _is_own(path: Path) -> bool:
         return bool(meta["key"] == path.stem and meta["kind"] == path.parent.name)
     except UNREADABLE:
         return False
-
-
-def _is_left_behind(path: Path) -> bool:
-    """Whether a file was never committed, or belongs to an artifact that is no more."""
-    orphan = path.suffix in (".safetensors", ".checked") and not path.with_suffix(".json").exists()
-    return orphan or path.name.startswith(".tmp-")
 
 
 def _age(path: Path) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from mergesec.errors import UsageError, nearest
+from mergesec.files import remembered
 from mergesec.planning.engines import EngineSpec, as_fields
 from mergesec.planning.presets import preset_names, presets_folder
 from mergesec.planning.yamlguard import check_yaml
@@ -76,12 +78,31 @@ class GridSpec(_Strict):
 
 def load_grid(source: str, overrides: Sequence[str] = ()) -> GridSpec:
     """Compose a preset by name, or a YAML file by path, with Hydra overrides; UsageError if malformed."""
+    folder, name = _locate(source)
+    check_yaml(folder / f"{name}.yaml", f"grid {source}")
+    if folder == presets_folder() and not overrides:
+        raw = remembered(
+            "presets.json", f"{name} {_presets_stamp()}", lambda: _composed(source, folder, name, ())
+        )
+    else:
+        raw = _composed(source, folder, name, overrides)
+    fields = {"name": name, **{str(k): v for k, v in raw.items()}}
+    return parse_grid(fields, f"grid {source}")
+
+
+def _presets_stamp() -> str:
+    """What changes when a preset, or a file that presets take their defaults from, does."""
+    found = sorted((str(path), path.stat()) for path in presets_folder().rglob("*.yaml"))
+    told = [f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in found]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()
+
+
+def _composed(source: str, folder: Path, name: str, overrides: Sequence[str]) -> dict[Any, Any]:
+    """The fields of a grid, as Hydra puts them together: loading it takes longer than planning a small grid."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
-    folder, name = _locate(source)
-    check_yaml(folder / f"{name}.yaml", f"grid {source}")
     search = ["hydra.searchpath=[pkg://mergesec.conf]"] if folder != presets_folder() else []
     GlobalHydra.instance().clear()
     try:
@@ -99,8 +120,7 @@ def load_grid(source: str, overrides: Sequence[str] = ()) -> GridSpec:
         raise UsageError(
             f"grid {source}: {missing[0]}", f"needs a value; add {missing[0]}=... to the command"
         )
-    fields = {"name": name, **{str(k): v for k, v in raw.items()}}
-    return parse_grid(fields, f"grid {source}")
+    return raw
 
 
 def _was_interrupted(error: BaseException | None) -> bool:
