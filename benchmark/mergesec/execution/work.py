@@ -73,6 +73,8 @@ class Held(NamedTuple):
     info: dict[str, Any]
     digests: Mapping[str, str]
     """Of each tensor, as verified when it was read."""
+    bytes: int = 0
+    """Of memory, what the cache is bounded by."""
 
 
 @dataclass
@@ -90,6 +92,8 @@ class Bench:
     guests: Guests | None = None
     """Where plugins' code runs; None in a process that is a guest itself, and where somebody tries a component."""
     _held: OrderedDict[str, Held] = field(default_factory=OrderedDict)
+    _bytes: int = 0
+    """Of all that is held, kept up rather than added up: a worker reads thousands of artifacts."""
     _given: dict[str, Held] = field(default_factory=dict)
     _instances: dict[str, Any] = field(default_factory=dict)
 
@@ -110,10 +114,11 @@ class Bench:
                 tensors = {n: t if large_bytes(t) else t.clone() for n, t in _views(blob).items()}
             else:
                 tensors = {name: tensor.clone() for name, tensor in load_tensors(blob).items()}
-        self._held[key] = Held(read_only(tensors), meta["info"], meta["digests"])
-        while len(self._held) > 1 and self._size() > self.cache_bytes:
-            self._held.popitem(last=False)
-        return self._held[key][:2]
+        self._held[key] = held = Held(read_only(tensors), meta["info"], meta["digests"], _size(tensors))
+        self._bytes += held.bytes
+        while len(self._held) > 1 and self._bytes > self.cache_bytes:
+            self.forget(next(iter(self._held)))
+        return held[:2]
 
     def give(self, tensors: Mapping[str, Tensor]) -> str:
         """Take somebody's own tensors as an artifact that is not stored; its key."""
@@ -127,14 +132,10 @@ class Bench:
         """Of each tensor of an artifact that was read."""
         return (self._given.get(key) or self._held[key]).digests
 
-    def _size(self) -> int:
-        """Bytes of memory; mapped pixels are the system's to drop."""
-        tensors = [t for held in self._held.values() for t in held.tensors.values()]
-        return sum(t.nbytes for t in tensors if not large_bytes(t))
-
     def forget(self, key: str) -> None:
         """Read an artifact from the store again next time."""
-        self._held.pop(key, None)
+        if held := self._held.pop(key, None):
+            self._bytes -= held.bytes
 
     def touched(self, key: str) -> str:
         """The first tensor of a kept artifact whose bytes are no longer those that were read, whoever wrote them
@@ -158,6 +159,11 @@ class Bench:
             parameters = {k: list(v) if isinstance(v, tuple) else v for k, v in ref.parameters}
             self._instances[ref.text] = entry.create(parameters)
         return self._instances[ref.text]
+
+
+def _size(tensors: Weights) -> int:
+    """Bytes of memory, and what a tensor takes besides its own; mapped pixels are the system's to drop."""
+    return sum(1024 + (0 if large_bytes(t) else t.nbytes) for t in tensors.values())
 
 
 def _views(blob: mmap.mmap) -> dict[str, Tensor]:

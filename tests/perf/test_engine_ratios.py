@@ -1,0 +1,176 @@
+"""What surrounds the work - command line, store, records, boards - against peers in the same run: ratios only."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from board_subjects import backdoor_texts
+from safetensors.torch import save
+
+from mergesec.evidence.records import Count, Record, _Pool, count
+from mergesec.evidence.statistics import DRAWS, Bootstrap
+from mergesec.execution.store import Store
+from mergesec.execution.work import Bench
+from mergesec.planning.catalog import load_catalog
+from mergesec.planning.gridspec import load_grid
+
+OLD = time.time() - 100
+"""A time at which a file was not changed just now."""
+
+
+def ratio(ours: Callable[[], Any], peer: Callable[[], Any], times: int = 5) -> float:
+    """Best processor time over best, in turns, so that both see the same machine."""
+    best = [float("inf"), float("inf")]
+    for _ in range(times):
+        for index, run in enumerate((ours, peer)):
+            start = time.process_time()
+            run()
+            best[index] = min(best[index], time.process_time() - start)
+    return best[0] / best[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "absent"),
+    [
+        (["--help"], {"rich", "pydantic", "numpy", "yaml", "tempfile"}),
+        (["list"], {"rich", "pydantic", "numpy", "yaml", "typer"}),
+    ],
+)
+def test_words_that_start_no_work_load_no_more_than_they_need(words: list[str], absent: set[str]) -> None:
+    """Modules rather than seconds: what these take to load was half of the time."""
+    program = f"""
+import sys
+from mergesec.cli.main import main
+sys.argv = ["bench", *{words!r}]
+try:
+    main()
+finally:
+    print(*sys.modules, file=sys.stderr)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    loaded = set(ran.stderr.split())
+    assert "mergesec.cli.main" in loaded
+    assert not absent & loaded, absent & loaded
+
+
+def _outcomes(number: int, samples: int) -> list[dict[int, Count]]:
+    rng = np.random.default_rng(0)
+    return [{seed: count(rng.random(samples) < 0.6) for seed in range(5)} for _ in range(number)]
+
+
+def test_draws_against_a_product_of_matrices() -> None:
+    """Peer: how often samples are drawn, as floats, times outcomes and mask: the same numbers, bit for bit."""
+    samples, rows = 3000, _outcomes(8, 3000)
+    bootstrap = Bootstrap()
+    bootstrap.rate("t", _outcomes(1, samples)[0])
+    rng = np.random.default_rng(
+        int.from_bytes(hashlib.sha256(f"samples|t|{samples}".encode()).digest()[:8], "big")
+    )
+    places = rng.integers(0, samples, (DRAWS, samples)) + samples * np.arange(DRAWS)[:, None]
+    weights = (
+        np.bincount(places.ravel(), minlength=DRAWS * samples).reshape(DRAWS, samples).astype(np.float32)
+    )
+
+    def ours() -> list[Any]:
+        bootstrap._rates.clear()
+        return [bootstrap.rate("t", row).samples for row in rows]
+
+    def peer() -> list[Any]:
+        found = []
+        for row in rows:
+            sums = [weights @ np.stack(c.arrays(), 1).astype(np.float32) for c in row.values()]
+            found.append(np.stack([s[:, 0] / s[:, 1] for s in sums]).mean(0, dtype=np.float64))
+        return found
+
+    assert all((a == b).all() for a, b in zip(ours(), peer(), strict=True))
+    found = ratio(ours, peer, times=3)
+    assert found < 0.5, found
+
+
+def test_records_hold_what_they_tell_alike_once() -> None:
+    """Peer: the records one by one. Memory, of a backdoor grid whose cells share base, experts and merges."""
+    texts = list(backdoor_texts(150))
+    sizes = []
+    for pool in (_Pool(), None):
+        tracemalloc.start()
+        read = (Record.model_validate_json(text) for text in texts)
+        kept = [pool.shared(record) if pool else record for record in read]
+        sizes.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+        assert len(kept) == len(texts)
+    assert sizes[0] < 0.5 * sizes[1], sizes
+
+
+def _stored(store: Store, number: int) -> None:
+    """So many committed artifacts, of one tensor each."""
+    folder = store.root / "artifacts" / "merge"
+    store.put("merge", "0" * 40, save({"w": torch.zeros(1)}), {})
+    meta, blob = ((folder / f"{'0' * 40}{end}").read_bytes() for end in (".json", ".safetensors"))
+    for i in range(1, number):
+        (folder / f"{i:040x}.json").write_bytes(meta)
+        (folder / f"{i:040x}.safetensors").write_bytes(blob)
+
+
+def test_many_artifacts_do_not_slow_the_begin_of_a_run(tmp_path: Path) -> None:
+    """Peer: one look at each file. What is committed, and what was left behind, are told from names."""
+    store = Store(tmp_path)
+    _stored(store, 3000)
+    files = sorted((tmp_path / "artifacts" / "merge").iterdir())
+    found = ratio(lambda: (store.sweep(), store.keys()), lambda: [path.lstat() for path in files])
+    assert len(store.keys()) == 3000
+    assert found < 1.5, found
+
+
+def test_an_artifact_is_hashed_once_and_again_when_it_changed(tmp_path: Path) -> None:
+    """Peer: SHA-256 of its bytes."""
+    store, blob = Store(tmp_path), save({"w": torch.randn(4_000_000)})
+    store.put("merge", "k", blob, {})
+    path = tmp_path / "artifacts" / "merge" / "k.safetensors"
+    os.utime(path, (OLD, OLD))
+    assert store.read("merge", "k")[0] == blob
+    found = ratio(lambda: store.read("merge", "k"), lambda: hashlib.sha256(blob).digest())
+    assert found < 0.9, found
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([blob[-1] ^ 1]))
+    with pytest.raises(RuntimeError, match="corrupt"):
+        store.read("merge", "k")
+
+
+def test_a_worker_reads_its_last_artifact_as_fast_as_its_first(tmp_path: Path) -> None:
+    """Peer: the first 200 of 1200 tiny artifacts. The cache's size is kept up, not added up at each miss."""
+    store = Store(tmp_path)
+    blob = save({f"w{i}": torch.zeros(4) for i in range(40)})
+    store.put("merge", "0" * 40, blob, {})
+    bench = Bench(store, load_catalog(), torch.device("cpu"))
+    meta = store.meta("merge", "0" * 40)
+    store.read = lambda kind, key: (blob, meta)  # type: ignore[method-assign]
+
+    def some(start: int) -> float:
+        began = time.process_time()
+        for i in range(start, start + 200):
+            bench.read("merge", f"{i:040x}")
+        return time.process_time() - began
+
+    spent = [some(200 * i) for i in range(6)]
+    assert spent[-1] < 3 * spent[0] + 0.02, spent
+
+
+def test_a_preset_is_composed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peer: Hydra, as for a preset with an override."""
+    monkeypatch.setenv("MERGESEC_CACHE", str(tmp_path))
+    first = load_grid("quickstart")
+    assert load_grid("quickstart") == first == load_grid("quickstart", ["name=quickstart"])
+    found = ratio(lambda: load_grid("quickstart"), lambda: load_grid("quickstart", ["name=quickstart"]), 3)
+    assert found < 0.6, found
