@@ -158,7 +158,7 @@ def stream(task: dict[str, Any]) -> dict[str, Any]:
             }
             method = entry.create(entry.card.bind(task["method"], task.get("parameters", {})))
             merge_files(method, base, experts, Path(out, "out.safetensors"), force=True)
-            return max(place.size for place in base.places.values())
+            return max(place.size for place in base.extents.values())
 
         run("small")
         forget_peak()
