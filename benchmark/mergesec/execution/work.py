@@ -162,8 +162,8 @@ class Bench:
 
 
 def _size(tensors: Weights) -> int:
-    """Bytes of memory, and what a tensor takes besides its own; mapped pixels are the system's to drop."""
-    return sum(1024 + (0 if large_bytes(t) else t.nbytes) for t in tensors.values())
+    """Bytes of memory; mapped pixels are the system's to drop."""
+    return sum(t.nbytes for t in tensors.values() if not large_bytes(t))
 
 
 def _views(blob: mmap.mmap) -> dict[str, Tensor]:
