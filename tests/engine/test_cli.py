@@ -230,7 +230,7 @@ class Here:
 @pytest.fixture
 def ran(invoke: Invoke, tmp_path: Path, micro: Path, monkeypatch: pytest.MonkeyPatch) -> Ran:
     """A run of two merges, of which one fails."""
-    monkeypatch.setattr("mergesec.execution.session.LocalExecutor", Here)
+    monkeypatch.setattr("mergesec.execution.engines.engine.LocalExecutor", Here)
     monkeypatch.setattr(worker, "_BENCH", None)
     monkeypatch.setattr(worker, "_POST", None)
     for name in ("set_num_threads", "use_deterministic_algorithms"):

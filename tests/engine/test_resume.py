@@ -272,7 +272,7 @@ def test_data_is_mapped_and_verified_once(
     again, _ = Bench(bench.store, load_catalog(), CPU).read("data", "k")
     assert torch.equal(again["train/inputs"], pixels)
     assert len(hashed) == 1
-    assert bench._size() == 700 * 8  # the targets
+    assert bench._bytes == 700 * 8  # the targets
 
 
 def test_a_flipped_byte_is_found_after_the_first_check(images: tuple[Bench, Tensor]) -> None:

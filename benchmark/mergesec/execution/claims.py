@@ -2,7 +2,7 @@
 
 ``<root>/claims/<key>.lease`` is made by whoever does the step, touched every ``BEAT`` seconds while he does it and
 removed at the end. One that nobody touched for ``STALE`` seconds, or whose process is known to be gone, is taken
-over. Only what network file systems keep is relied on: a file is created by one of many who try, renamed by one,
+over. Only what network file systems keep is relied on: a file is created by one of many who try, replaced at once,
 and all times are the file server's, so clocks need not agree. Where no lease can be written every claim is
 granted: then work may be done twice, and is right all the same.
 """
@@ -30,6 +30,7 @@ BEAT = 10.0
 STALE = 120.0
 """Seconds without a touch after which a lease is nobody's: longer than what a network file system remembers."""
 _KEY = re.compile(r"[0-9a-f]{40}")
+_TOKEN = re.compile(r"[0-9a-f]{16}")
 _LEFT_OVER = re.compile(r"\.(dead|clock|tmp)-[0-9a-f]{16}")
 
 
@@ -106,45 +107,55 @@ class Claims:
         for key in list(self._held):
             self.release(key)
 
-    def _make(self, key: str, deaths: int = 0, ended: str = "") -> bool:
+    def _make(self, key: str) -> bool:
         """Make the lease of a step unless there is one."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        lease = Lease(
-            secrets.token_hex(8), _machine(), os.getpid(), birth(os.getpid()) or "", time.time(), self._who, deaths,
-        )  # fmt: skip
+        lease = self._fresh()
         if not _create(self._path(key), json.dumps(asdict(lease)).encode()):
             return False
-        self._held[key] = replace(lease, ended=ended)
+        self._hold(key, lease)
+        return True
+
+    def _fresh(self, deaths: int = 0) -> Lease:
+        """A lease of one's own."""
+        me = os.getpid()
+        return Lease(secrets.token_hex(8), _machine(), me, birth(me) or "", time.time(), self._who, deaths)
+
+    def _hold(self, key: str, lease: Lease) -> None:
+        """Know a step as one's own, and keep touching its lease."""
+        self._held[key] = lease
         with self._guard:
             if self._heart is None:
                 self._heart = threading.Thread(target=self._beats, name="leases", daemon=True)
                 self._heart.start()
-        return True
 
     def _take_over(self, key: str) -> bool:
-        """Make the lease of a step whose holder is gone. Of many who try one renames the old one, and one of those
-        who find none makes the new."""
+        """Put one's own lease in the place of one whose holder is gone. Of many who try one makes the mark that
+        lets him; the lease's file is never away meanwhile, so that nobody makes another."""
         path = self._path(key)
         seen = _look(path)
         if seen is None:
             return self._make(key)
         if not self._is_dead(seen):
             return False
-        grave = self._folder / f".dead-{secrets.token_hex(8)}"
+        mark = self._folder / f".dead-{seen.token if _TOKEN.fullmatch(seen.token) else '0' * 16}"
+        if not _create(mark, b""):
+            with contextlib.suppress(OSError):  # whoever made it ended in the middle
+                if self._now() - mark.lstat().st_mtime > STALE:
+                    mark.unlink()
+            return False
         try:
-            os.rename(path, grave)
-        except FileNotFoundError:
-            return False
-        buried = _look(grave)
-        if buried is not None and buried.token != seen.token:  # somebody was faster: this is his new one
-            with contextlib.suppress(OSError):
-                _create(path, read_plain(grave))
-            grave.unlink(missing_ok=True)
-            return False
-        grave.unlink(missing_ok=True)
-        if seen.lease is None:
-            return self._make(key)
-        return self._make(key, seen.lease.deaths + (not seen.lease.ended), seen.lease.ended)
+            if _look(path) != seen:  # somebody was faster
+                return False
+            deaths, ended = (
+                (seen.lease.deaths + (not seen.lease.ended), seen.lease.ended) if seen.lease else (0, "")
+            )
+            lease = self._fresh(deaths)
+            write_atomic(path, json.dumps(asdict(lease)).encode())
+            self._hold(key, replace(lease, ended=ended))
+            return True
+        finally:
+            mark.unlink(missing_ok=True)
 
     def _beats(self) -> None:
         """Touches what is held, until nothing is."""

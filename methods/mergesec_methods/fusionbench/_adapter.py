@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import io
 import logging
 import os
@@ -275,6 +276,9 @@ def harvest(found: Mapping[str, Tensor], base: Weights, experts: Sequence[Expert
     return merged
 
 
+_TRACED = "_ray_trace_ctx"
+
+
 class FusionBenchMerge(MergeMethod):
     """A merge done by a class of FusionBench on networks built from the backbone.
 
@@ -304,7 +308,7 @@ class FusionBenchMerge(MergeMethod):
 
     def run(self, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> Any:
         """Whatever FusionBench's ``run`` returns."""
-        built = find(self.target)(**self.arguments(ctx))
+        built = _without_actors(find(self.target))(**self.arguments(ctx))
         return execute(built, pool(self.networks(base, experts, ctx)), ctx)
 
     def read(self, result: Any, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> Merged:
@@ -352,3 +356,12 @@ def carrier(weights: Weights, names: Mapping[str, str]) -> nn.Module:
 def uncarried(found: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
     """A carrier's tensors under the backbone's names again."""
     return {old: found[new] for old, new in names.items()}
+
+
+def _without_actors(kind: type[Any]) -> type[Any]:
+    """A class that can be built where Ray is installed: made into an actor, its constructor has a parameter more,
+    which FusionBench looks for among those that a configuration names."""
+    known = getattr(kind, "_config_mapping", None)
+    if known is not None and _TRACED not in known and _TRACED in inspect.signature(kind).parameters:
+        known[_TRACED] = _TRACED
+    return kind
