@@ -82,10 +82,12 @@ def off(network: Denoiser, weights: dict) -> float:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("defense", DEFENSES)
 def test_protections_keep_the_function_of_generators(name: str, defense: str) -> None:
+    """In float64: in float32 full matrices multiply rounding by their condition, up to 10⁵, which the grids report."""
     network = make(name)
-    result = DEFENSES[defense].protect(network.expert, network.protect_context())
-    # float32 rounding times the condition of full matrices
-    assert gap(network, dict(result.weights), network.expert) < (2e-3 if defense == "nonsymmetric" else 3e-4)
+    expert = {n: t.double() for n, t in network.expert.items()}
+    result = DEFENSES[defense].protect(expert, network.protect_context())
+    before, after = (network.logits(dict(w), torch.float64) for w in (expert, result.weights))
+    assert float((after - before).abs().max() / before.abs().max()) < 1e-6  # RMS norms there are float32
     assert distance(result.weights, network.expert) > 1.0
     assert [n for n, t in result.weights.items() if t.shape != network.expert[n].shape] == []
     if defense == "denoiser_gauge":
