@@ -64,6 +64,17 @@ def test_one_that_nobody_touches_is_taken_over_and_says_so(tmp_path: Path) -> No
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+def test_who_dies_in_the_middle_of_taking_over_leaves_the_step_to_the_next(tmp_path: Path) -> None:
+    path = _lease(tmp_path, age=STALE + 5)
+    mark = path.parent / f".dead-{_read(tmp_path)['token']}"
+    mark.touch()
+    assert not Claims(tmp_path).take(KEY)  # somebody is at it
+    _age(mark, STALE + 5)
+    assert not Claims(tmp_path).take(KEY)  # he is not: the mark goes
+    assert Claims(tmp_path).take(KEY)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
 @pytest.mark.parametrize("age", [0, STALE + 5])
 def test_a_torn_lease_is_somebodys_until_it_is_old(tmp_path: Path, age: float) -> None:
     path = _lease(tmp_path)

@@ -84,7 +84,7 @@ class Claims:
         """Claim a step; False while another run has it."""
         try:
             return self._make(key) or self._take_over(key)
-        except OSError:  # no files here, or not for this user
+        except (OSError, Full):  # no files here, no room, or not for this user
             return True
 
     def take_or_hold(self, key: str) -> bool:
