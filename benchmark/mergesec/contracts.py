@@ -205,6 +205,11 @@ class Task(Component, ABC):
         default none. The runner calls it before every training step."""
         return batch
 
+    def fixed(self, batch: Split) -> Split:
+        """A batch as ``noised`` makes it, but with chance that belongs to each row and never changes: what
+        statistics of data are computed on, so that they depend on nothing but the rows."""
+        return batch
+
     def served(self, model: Model, head: Weights, inputs: Any) -> Tensor:
         """What a user of the model gets, a row per input; two networks are the same function if it is equal."""
         return self.outputs(model, head, inputs)

@@ -24,6 +24,8 @@ SHOWN = 2
 """Generated images that are kept of each class."""
 OTHER = -1
 """The prediction where the judge sees a class that is not of the task."""
+EARLY = 0.7
+"""Times of training are sigmoid(N(-EARLY, 1)): most often early, where layouts are decided."""
 DROPPED = 0.1
 """Share of training rows that lose their condition, so that guidance has something to lean on."""
 
@@ -136,16 +138,26 @@ class GenerationTask(Task):
         return Split(request, rows.targets.to(device))
 
     def noised(self, batch: Split, generator: torch.Generator) -> Split:
-        """Fresh noise, times and dropped conditions: t = sigmoid(N(-0.7, 1)), most often early, where layouts
-        are decided. Drawn on the CPU, so that every device sees the same."""
+        """Fresh noise, times and dropped conditions: t = sigmoid(N(-0.7, 1)). Drawn on the CPU, so that every device sees the same."""
         request: Request = batch.inputs
         count, place = len(request), request.noise.device
         noise = torch.randn(request.noise.shape, generator=generator)
-        times = torch.sigmoid(torch.randn(count, generator=generator) - 0.7)
+        times = torch.sigmoid(torch.randn(count, generator=generator) - EARLY)
         dropped = torch.rand(count, generator=generator) < DROPPED
         return batch.with_inputs(
             Noised(request.conditions, noise.to(place), request.images, times.to(place), dropped.to(place))
         )
+
+    def fixed(self, batch: Split) -> Split:
+        """Each row at one time of ``noised``'s law, with its own start noise ε and its condition.
+
+        t = sigmoid(z - 0.7) with z = Σ ε / √d, which is standard normal and almost independent of any entry.
+        """
+        request: Request = batch.inputs
+        noise = request.noise.flatten(1)
+        times = torch.sigmoid(noise.sum(1) / noise.shape[1] ** 0.5 - EARLY)
+        kept = torch.zeros(len(request), dtype=torch.bool, device=noise.device)
+        return batch.with_inputs(Noised(request.conditions, request.noise, request.images, times, kept))
 
     def served(self, model: Model, head: Weights, inputs: Any) -> Tensor:
         """The generated images ``[N, 3, S, S]``, in [0, 1] up to what the network overshoots."""

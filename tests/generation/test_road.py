@@ -88,6 +88,14 @@ def test_outcomes_are_bits_of_the_judge_and_sets_have_measures(protected: Ran) -
     assert board.loc["expert", "sets"] == 2
 
 
+def test_regmean_and_fisher_merge_generators(tmp_path: Path) -> None:
+    methods = ["simple_average", "regmean", "fisher"]
+    ran = _ran(tmp_path, ["clean"], merging=methods)
+    assert {r.merging.split("(")[0] for r in ran.records if r.status == "done"} == set(methods)
+    merges = [key for key, step in ran.plan.steps.items() if step.kind == "merge"]
+    assert len({bytes(ran.store.read("merge", key)[0]) for key in merges}) == len(methods)  # no two alike
+
+
 def test_a_protected_generator_draws_the_same_images(protected: Ran) -> None:
     record = next(r for r in protected.records if r.defense.startswith("params") and r.attack == "none")
     assert record.values["max_abs_dlogit"] < 1e-4

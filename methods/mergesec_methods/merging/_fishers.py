@@ -38,8 +38,11 @@ def diagonal_fisher(model: Model, sample: Sample, expectation: str, coverage: fl
 
     ``expectation`` says which y: ``predictive`` Σ_y p(y|x) (∂ log p(y|x))², as in the paper and its
     authors' code; ``argmax`` the most probable y; ``label`` the row's target; ``batch`` the square of
-    Σ_x Σ_y √p(y|x) ∂ log p(y|x) over the rows of a batch, as in MergeLM and FusionBench. Raises
-    ContractError if the outputs are not logits.
+    Σ_x Σ_y √p(y|x) ∂ log p(y|x) over the rows of a batch, as in MergeLM and FusionBench.
+
+    A generator's outputs are the residual r ``[n, 1, d]`` of a normal distribution. There ``predictive`` is
+    the same mean, Σ_j (∂ r_j)², by one vector z of random signs a row, fixed per row: E (∂ zᵀr)² is it.
+    Raises ContractError for other outputs, and for ``argmax`` and ``batch`` of residuals.
     """
     named = {n: p.requires_grad_() for n, p in model.network.named_parameters() if p.is_floating_point()}
     sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in named.items()}
@@ -76,12 +79,19 @@ def _targets(
             scores = _log_probabilities(model, sample, batch)
             yield scores.flatten(), (0.5 * scores.detach()).exp().reshape(1, -1)
         return
-    kept = important(_probabilities(model, sample), coverage) if expectation == "predictive" else None
-    for row, one in enumerate(sample.batches(1)):
-        if expectation == "label":
+    if expectation == "label":
+        for one in sample.batches(1):
             loss = sample.view.task.loss(sample.outputs(model, one), one.targets)
             yield loss.reshape(1), torch.ones(1, 1, device=loss.device)
-            continue
+        return
+    if expectation == "predictive" and sample.residual(model):
+        for row, one in enumerate(sample.batches(1)):
+            residual = sample.outputs(model, one).reshape(-1)
+            signs = torch.randint(2, (1, len(residual)), generator=torch.Generator().manual_seed(row)) * 2.0 - 1
+            yield residual, signs.to(residual)
+        return
+    kept = important(_probabilities(model, sample), coverage) if expectation == "predictive" else None
+    for row, one in enumerate(sample.batches(1)):
         chosen = None if kept is None else kept[row].nonzero().flatten()
         if chosen is not None and not len(chosen):
             continue

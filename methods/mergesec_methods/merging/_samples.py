@@ -62,13 +62,19 @@ class Sample:
         return len(self.rows)
 
     def batches(self, size: int = BATCH) -> Iterator[Split]:
-        """The rows in order, ``size`` at a time, in raw input space."""
+        """The rows in order, ``size`` at a time, in raw input space; of generators at fixed noise and times."""
         for index in torch.split(self.rows, size):
-            yield self.view.task.batch(self.split, index, self.device)
+            yield self.view.task.fixed(self.view.task.batch(self.split, index, self.device))
 
     def outputs(self, model: Model, batch: Split) -> Tensor:
-        """The task's outputs (classification: logits ``[n, K]``) of a batch."""
+        """The task's outputs (classification: logits ``[n, K]``; generation: the loss' residual) of a batch."""
         return self.view.task.outputs(model, self.head, batch.inputs)
+
+    @torch.no_grad()
+    def residual(self, model: Model) -> bool:
+        """Whether outputs are the residual ``[n, 1, d]`` of a generator's loss and not logits."""
+        first: Split = next(self.batches(1))
+        return self.outputs(model, first).ndim == 3
 
 
 def model_of(ctx: MergeContext, weights: Weights) -> Model:

@@ -25,7 +25,7 @@ CARD = {
     "summary": "the mean of the experts, weighted per entry by the diagonal Fisher information of each",
     "output": "static",
     "data": "tuning",
-    "modalities": ["image", "text"],
+    "modalities": ["image", "text", "generation"],
     "seeded": False,
     "parameters": {
         "num_examples": {

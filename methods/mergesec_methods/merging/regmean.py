@@ -30,7 +30,7 @@ CARD = {
     "summary": "linear layers by least squares on each expert's inputs, everything else averaged",
     "output": "static",
     "data": "tuning",
-    "modalities": ["image", "text"],
+    "modalities": ["image", "text", "generation"],
     "seeded": False,
     "parameters": {
         "num_examples": {
