@@ -10,28 +10,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from merge_worlds import Plain, World, draw, linear, plain_context, trained_world
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mergesec.anatomy import Anatomy
-from mergesec.classification import ClassificationTask, linear_probe
-from mergesec.conformance.micro import Bars, Blobs, MicroViT, Rings
 from mergesec.contracts import (
-    Backbone,
     ContractError,
-    DataContext,
     Expert,
     MergeContext,
     MergeMethod,
     Model,
-    Recipe,
     Split,
-    Task,
     TaskView,
     Weights,
     load_network,
 )
-from mergesec.training import fit
 from mergesec.weights import digest_weights
 from mergesec_methods.merging import regmean_plusplus
 from mergesec_methods.merging._fishers import FisherMean, diagonal_fisher, important
@@ -58,60 +51,6 @@ METHODS: Mapping[str, Callable[[], MergeMethod]] = {
     "regmean": lambda: RegMean(256, 0.95),
     "regmean_plusplus": lambda: RegMeanPlusPlus(256, 0.95),
 }
-
-
-def draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-# --------------------------------------------------------------------------- a network that is one matrix
-
-
-class Plain(Backbone):
-    """Features are the network's output; the network is whatever ``make`` builds."""
-
-    def __init__(self, make: Callable[[], nn.Module]) -> None:
-        self.make = make
-
-    def build(self) -> nn.Module:
-        return self.make()
-
-    def base_weights(self) -> Weights:
-        torch.manual_seed(0)
-        return self.make().state_dict()
-
-    def anatomy(self) -> Anatomy:
-        return Anatomy(())
-
-    def features(self, network: nn.Module, inputs: Any) -> Tensor:
-        found: Tensor = network(inputs)
-        return found
-
-
-class Identity(ClassificationTask):
-    """Logits are the features."""
-
-    classes = ("0", "1", "2", "3")
-
-    def load(self, ctx: DataContext) -> dict[str, Split]:
-        raise AssertionError("never loaded")
-
-    def outputs(self, model: Model, head: Weights, inputs: Any) -> Tensor:
-        return model.features(inputs)
-
-
-def plain_context(
-    backbone: Backbone, inputs: Mapping[str, Tensor], targets: Tensor | None = None
-) -> MergeContext:
-    views = {}
-    for task, rows in inputs.items():
-        labels = torch.arange(len(rows)) % 4 if targets is None else targets
-        views[task] = TaskView(Identity(), {}, Split(rows, labels), rows)
-    return MergeContext(CPU, 0, backbone, views, lambda merged: 0.0)
-
-
-def linear(bias: bool = True) -> nn.Module:
-    return nn.Sequential(nn.Linear(6, 4, bias=bias))
 
 
 # --------------------------------------------------------------------------- regression
@@ -449,27 +388,8 @@ def test_gradients_in_portions_are_the_same_gradients(monkeypatch: pytest.Monkey
 
 
 @pytest.fixture(scope="module")
-def world() -> tuple[Weights, list[Expert], MergeContext]:
-    """Three tasks, an expert each, and what a merge is told of them."""
-    torch.set_num_threads(1)
-    backbone = MicroViT()
-    base = backbone.base_weights()
-    recipe = Recipe(learning_rate=2e-3, epochs=2, batch_size=32)
-    members, views = [], {}
-    tasks: dict[str, Task] = {"bars": Bars(), "blobs": Blobs(), "rings": Rings()}
-    for seed, (name, task) in enumerate(tasks.items()):
-        splits = task.load(DataContext(CPU, 0))
-        model = Model(backbone, load_network(backbone, base))
-        with torch.no_grad():
-            features = model.features(task.batch(splits["train"], torch.arange(256), CPU).inputs)
-        head = linear_probe(features, splits["train"].targets, 4)
-        weights = fit(backbone, task, base, head, splits["train"], recipe, seed, CPU)
-        members.append(Expert(name, weights))
-        views[name] = TaskView(task, head, splits["tuning"], splits["tuning"].inputs)
-    return base, members, MergeContext(CPU, 0, backbone, views, lambda merged: 0.0)
-
-
-World = tuple[Weights, list[Expert], MergeContext]
+def world() -> World:
+    return trained_world()
 
 
 def layer_inputs(ctx: MergeContext, expert: Expert) -> dict[str, Tensor]:
