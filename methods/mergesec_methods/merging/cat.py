@@ -193,7 +193,8 @@ class Cat(StatisticsMerge):
 def response(delta: Tensor, gram: Tensor) -> Tensor:
     """τᵀ XᵀX τ ``[out, out]`` of a task vector ``[out, in]``: the second moment of what it does to features."""
     moved = delta.to(gram)
-    return moved @ gram @ moved.T
+    found: Tensor = moved @ gram @ moved.T
+    return found
 
 
 def leading(conflict: Tensor, rank: int) -> Tensor:
@@ -222,7 +223,8 @@ def others(bases: Sequence[Tensor], index: int, like: Tensor) -> Tensor:
     """Orthonormal columns ``[out, m]`` float64 that span all bases but one."""
     joined = torch.cat([basis for k, basis in enumerate(bases) if k != index] or [bases[0][:, :0]], dim=1)
     left, sizes, _ = torch.linalg.svd(joined, full_matrices=False)
-    return left[:, sizes > 1e-6].to(like.device)
+    span: Tensor = left[:, sizes > 1e-6].to(like.device)
+    return span
 
 
 def without(delta: Tensor, span: Tensor) -> Tensor:
