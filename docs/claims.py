@@ -105,6 +105,7 @@ AMONG = {"attack": "none", "method": EIGHT}
 PROTECTION, REAL_PROTECTION = "mini-protection/protection_cells", "real-protection/protection_cells"
 GAUGE = "mini-protection-gauge/protection_cells"
 GENERATED = "mini-diffusion-protection/protection_cells"
+GENERATED_GAUGE = "mini-diffusion-gauge/protection_cells"
 V1, V2 = {"defense": "params"}, {"defense": "params(scaling=nonsymmetric)"}
 BACKDOOR, DEFENDED, MERGED = "mini-backdoor/backdoor", "mini-backdoor-defenses/backdoor", "mini-merging/clean"
 OPTIMISED, FLAT = "badmerging(batch=32, restarts=*", "badmerging(batch=32, interpolation=False,*"
@@ -503,6 +504,12 @@ CLAIMS: Sequence[Claim] = (
     Claim("coupled-arf", "ours", "Coupled re-alignment undoes ARF where its margin binds",
           "[coupled re-alignment](coupled-realignment.md)", _OURS,
           _recovery("coupled", "arf(margin=0.3)"), least(90, 50)),
+    Claim("generator-gauge", "ours", "Symmetries of generators that no published protection uses ruin a merged pair",
+          "[generators](methods/generators.md)", _OURS, _drop("denoiser_gauge", GENERATED_GAUGE), least(20, 2)),
+    Claim("generator-gauge-aga", "ours", "AGA as published does not undo them",
+          "[generators](methods/generators.md)", _OURS, _recovery("aga", "denoiser_gauge", board=GENERATED_GAUGE), most(20, 80)),
+    Claim("generator-gauge-coupled", "ours", "Coupled re-alignment does, and every other symmetry of a generator's blocks",
+          "[generators](methods/generators.md)", _OURS, _recovery("coupled", "full_gauge", board=GENERATED_GAUGE), least(90, 50)),
     Claim("coupled-gauge", "ours", "Coupled re-alignment undoes every symmetry of a block",
           "[coupled re-alignment](coupled-realignment.md)", _OURS,
           _recovery("coupled", "full_gauge", "simple_average", GAUGE), least(99, 90)),

@@ -119,7 +119,7 @@ def test_sheets_show_what_was_kept(protected: Ran, poisoned: Ran) -> None:
     guarded = next(s for name, s in sheets.items() if "params" in name)
     assert list(guarded.rows) == [
         "expert", "protected expert", "task_arithmetic, unprotected", "task_arithmetic, protected",
-        "task_arithmetic", "task_arithmetic after aga",
+        "task_arithmetic after aga",
     ]  # fmt: skip
     assert np.array_equal(guarded.rows["expert"], guarded.rows["protected expert"])
     assert guarded.rows["expert"].shape == (8, 3, 8, 8)

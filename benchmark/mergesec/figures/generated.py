@@ -80,10 +80,11 @@ def _labels(cell: Cell, task: str) -> Iterator[tuple[str, str]]:
     if cell.threat == Threat.CLEAN:
         yield from ((Role.BASE, "base"), (Role.EXPERT.of(task), "expert"), (Role.CLEAN_MERGE, merging))
     elif cell.threat == Threat.PROTECTION:
-        attacked = f"{merging} after {cell.attack.label}" if cell.attack is not NONE else merging
+        protected = f"{merging}, protected"
+        attacked = f"{merging} after {cell.attack.label}" if cell.attack is not NONE else protected
         yield from (
             (Role.EXPERT.of(task), "expert"), (Role.PUBLISHED, "protected expert"),
-            (Role.CLEAN_MERGE, f"{merging}, unprotected"), (Role.PROTECTED_MERGE, f"{merging}, protected"),
+            (Role.CLEAN_MERGE, f"{merging}, unprotected"), (Role.PROTECTED_MERGE, protected),
             (Role.MERGE, attacked),
         )  # fmt: skip
     else:
