@@ -201,7 +201,8 @@ def leading(conflict: Tensor, rank: int) -> Tensor:
     """Eigenvectors ``[out, ≤ rank]`` of the largest eigenvalues of a symmetric matrix that are positive."""
     values, vectors = torch.linalg.eigh((conflict + conflict.T).double() / 2)
     count = min(rank, int((values > 0).sum()))
-    return vectors[:, len(values) - count :]
+    best: Tensor = vectors[:, len(values) - count :]
+    return best
 
 
 def largest(conflict: Tensor, rank: int) -> Tensor:
