@@ -10,7 +10,7 @@ import os
 import secrets
 import tempfile
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +55,16 @@ def check_writable(folder: Path, field: str) -> None:
         raise UsageError(field, f"cannot write to {brief(str(folder))!r} ({reason})") from None
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
     """Write-temp, flush to disk, rename, flush the folder: after a power loss the old file or the new one is
-    there, whole. Readable by whom the umask allows. Full if there is no room."""
+    there, whole. ``data`` may come in parts. Readable by whom the umask allows. Full if there is no room."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         name = path.parent / f".tmp-{secrets.token_hex(8)}"
         try:
             handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             with os.fdopen(handle, "wb") as file:
-                file.write(data)
+                file.writelines([data] if isinstance(data, bytes) else data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(name, path)

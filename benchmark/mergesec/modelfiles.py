@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,30 @@ class Stored(NamedTuple):
     file: Path
     dtype: str
     shape: tuple[int, ...]
+
+
+class Placed(NamedTuple):
+    """The beginning of a safetensors file, and where each tensor begins after it."""
+
+    head: bytes
+    starts: Mapping[str, int]
+    size: int
+    """Bytes of all tensors."""
+
+
+def placed(
+    tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None = None
+) -> Placed:
+    """A safetensors file of tensors (name, type, shape, bytes) that lie one behind the other, in this order."""
+    listed: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    starts, position = {}, 0
+    for name, dtype, shape, size in tensors:
+        starts[name], end = position, position + size
+        listed[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(listed, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return Placed(len(text).to_bytes(8, "little") + text, starts, position)
 
 
 def read_json(path: Path, who: str) -> dict[str, Any]:

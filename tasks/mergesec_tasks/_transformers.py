@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,6 +64,24 @@ def built(config: Any, who: str) -> nn.Module:
     ):
         network = AutoModel.from_config(config, attn_implementation="sdpa")  # type: ignore[no-untyped-call]
     return without_pooler(network)
+
+
+def hollow(network: nn.Module) -> nn.Module:
+    """``network`` with parameters that have shapes and no memory, in place: what ``filled`` makes networks of."""
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad))
+    return network
+
+
+def filled(template: nn.Module) -> nn.Module:
+    """A network like a hollow one, its parameters in fresh memory; they mean nothing until loaded."""
+    network = copy.deepcopy(template)
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            fresh = torch.empty_like(parameter, device="cpu")
+            setattr(module, name, nn.Parameter(fresh, parameter.requires_grad))
+    return network
 
 
 @contextmanager

@@ -403,7 +403,7 @@ def _work(plan: Plan, kind: str, store: Path) -> Work:
 def _splits(work: Work, role: str) -> dict[str, torch.Tensor]:
     from safetensors.torch import load
 
-    return {n: t for n, t in load(handed(work, role).blob).items() if n.endswith("/targets")}
+    return {n: t for n, t in load(bytes(handed(work, role).blob)).items() if n.endswith("/targets")}
 
 
 @pytest.mark.parametrize(

@@ -229,11 +229,11 @@ def test_a_torn_checkpoint_is_not_used(tmp_path: Path) -> None:
     store.keep("k", 0, b"first")
     store.keep("k", 0, b"second")
     store.keep("k", 1, b"other")
-    assert store.kept("k", 0) == b"second"
+    assert (store.kept("k", 0) or b"")[:] == b"second"
     (path,) = (tmp_path / "checkpoints").glob("k.0.*")
     path.write_bytes(b"secomd")
     assert store.kept("k", 0) is None
-    assert store.kept("k", 1) == b"other"
+    assert (store.kept("k", 1) or b"")[:] == b"other"
 
 
 def test_a_training_tells_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ def _run(monkeypatch: pytest.MonkeyPatch, bench: Bench, body: Any, key: str = KE
     """The tensors of a step that does ``body`` with the base as its input."""
     monkeypatch.setitem(steps.KINDS, "merge", body)
     step = Step(key, "merge", (), (("base", "base-key"),), "{}")
-    return load(run(step, bench, {"base-key": "base"})[0])
+    return load(bytes(run(step, bench, {"base-key": "base"})[0]))
 
 
 def test_draws_behind_the_contexts_back_do_not_depend_on_the_workers_past(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 import stat
 import time
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from mergesec.contracts import Merged
 from mergesec.errors import UsageError
-from mergesec.execution.store import CorruptArtifact, Store
-from mergesec.execution.work import flatten, unflatten
+from mergesec.execution.store import ORDER, CorruptArtifact, Store, digests_of
+from mergesec.execution.work import flatten, packed, unflatten, unpacked
 from mergesec.files import Full, check_writable, fingerprint, write_atomic
+from mergesec.weights import DTYPES
 
 TENSORS = {"w": torch.arange(6, dtype=torch.float32).view(2, 3), "n": torch.tensor(7)}
 INFO = {"seconds": 0.25, "device": "cpu", "report": {"condition": 1e6}}
@@ -54,6 +56,41 @@ def test_every_type_survives_bit_by_bit(tmp_path: Path, dtype: torch.dtype) -> N
     assert found["x"].dtype == dtype
     assert torch.equal(found["x"], tensor)
     assert found["empty"].shape == (0, 3)
+
+
+def test_a_file_in_parts_is_the_librarys_file_byte_for_byte(tmp_path: Path) -> None:
+    assert set(ORDER) == set(DTYPES)
+    tensors = {f'{name} é"\n': torch.tensor([0, 1, 3]).to(dtype) for name, dtype in DTYPES.items()}
+    tensors |= {
+        "none": torch.zeros(0, 3),
+        "one": torch.tensor(2.0),
+        "b": torch.ones(2, 5),
+        "a": torch.ones(3),
+    }
+    parts = packed(tensors)
+    assert bytes(parts) == save(tensors)
+    assert len(parts) == len(save(tensors))
+    assert digests_of(parts) == digests_of(save(tensors))
+    store = Store(tmp_path)
+    store.put("data", "k", parts, {})
+    found = unpacked(store.read("data", "k")[0])
+    assert found.keys() == tensors.keys()
+    assert digests_of(packed(found)) == digests_of(parts)
+
+
+def test_what_is_packed_lies_where_it_was_and_what_is_unpacked_does_not(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).view(3, 4)
+    tied = packed({"w": whole, "same": whole, "turned": whole.T})
+    whole[0, 0] = 7.0
+    assert load(bytes(tied))["w"][0, 0] == load(bytes(tied))["same"][0, 0] == 7.0
+    assert torch.equal(load(bytes(tied))["turned"], torch.arange(12.0).view(3, 4).T)
+    blob = bytearray(bytes(tied))
+    (tmp_path / "f").write_bytes(blob)
+    with (tmp_path / "f").open("r+b") as file:
+        opened = mmap.mmap(file.fileno(), 0)
+        found = unpacked(opened)
+        opened[-4:] = b"\0\0\0\0"
+    assert torch.equal(found["w"], load(bytes(tied))["w"])
 
 
 def test_files_are_readable_by_whom_the_umask_allows(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""What ``bench merge`` needs in memory: a few tensors, however large the files are."""
+"""What work needs in memory: ``bench merge`` a few tensors, however large the files are; a training the optimizer's own
+copies of the weights, its checkpoints none."""
 
 from __future__ import annotations
 
@@ -66,3 +67,69 @@ def test_memory_stays_below_three_tensors_per_expert(dtype: torch.dtype, width: 
         [sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, check=True
     )
     assert json.loads(ran.stdout) < 3 * 2 * largest
+
+
+TRAINING = """
+import json, sys
+from pathlib import Path
+import torch
+from torch import nn
+from mergesec.contracts import Backbone, Recipe, Split
+from mergesec.execution.store import Store
+from mergesec.execution.work import Bench, Keeper, packed, unpacked
+from mergesec.training import fit
+
+WIDTH, MAPS = 1200, 24
+
+def status(field):
+    return 1024 * int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0])
+
+class Wide(Backbone):
+    name = "wide"
+    def build(self):
+        return nn.ModuleList([nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(MAPS)])
+    def base_weights(self):
+        return self.build().state_dict()
+    def anatomy(self):
+        raise AssertionError
+    def features(self, network, inputs):
+        return sum(layer(inputs) for layer in network)
+
+class Few:
+    def batch(self, split, index, device):
+        return split.take(index)
+    def noised(self, batch, generator):
+        return batch
+    def outputs(self, model, head, inputs):
+        return model.features(inputs)
+    def loss(self, outputs, targets):
+        return outputs.square().mean()
+
+def train(rows):
+    bench = Bench(Store(Path(sys.argv[1])), None, torch.device("cpu"), checkpoint_seconds=0.0)
+    backbone, split = Wide(), Split(torch.ones(rows, WIDTH), torch.zeros(rows, dtype=torch.long))
+    base = backbone.base_weights()
+    recipe = Recipe(optimizer="adamw", learning_rate=0.1, epochs=1, batch_size=1)
+    weights = fit(backbone, Few(), base, {}, split, recipe, 0, bench.device, watch=Keeper(bench, "k", 0))
+    left = status("VmRSS")
+    bench.store.put("expert", "k", packed(weights), {})
+    return left
+
+before = status("VmHWM")
+left = train(3)
+size = 4 * MAPS * WIDTH**2
+print(json.dumps([(status("VmHWM") - before) / size, (left - before) / size]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory from /proc")
+def test_a_training_holds_base_weights_gradients_and_moments_and_no_copy_for_checkpoints(
+    tmp_path: Path,
+) -> None:
+    """In units of the weights, 138 MB: five while it trains, checkpoints after every step; two when it is done."""
+    ran = subprocess.run(
+        [sys.executable, "-c", TRAINING, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    peak, left = json.loads(ran.stdout)
+    assert 4.0 < peak < 6.5
+    assert left < 3.2

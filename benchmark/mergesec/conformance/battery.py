@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from mergesec.conformance.backbones import (
@@ -39,7 +38,7 @@ from mergesec.errors import UsageError
 from mergesec.execution.failures import explain, shown_file
 from mergesec.execution.steps import run
 from mergesec.execution.store import Store
-from mergesec.execution.work import Bench
+from mergesec.execution.work import Bench, unpacked
 from mergesec.planning.cards import Card
 from mergesec.planning.catalog import Catalog, Entry, add_plugin
 from mergesec.planning.gridspec import parse_grid
@@ -236,6 +235,7 @@ def run_here(plan: Plan, bench: Bench, shared: Set[str] | None = None) -> dict[s
         if not bench.store.has(step.kind, key):
             blob, info = (key in shared and _made.get(key)) or run(step, bench, kinds)
             if key in shared:
+                blob = bytes(blob)  # its tensors may still be somebody's
                 _made[key] = blob, info
             bench.store.put(step.kind, key, blob, dict(info))
         digests[key] = bench.store.read(step.kind, key)[1]["digests"]
@@ -319,7 +319,7 @@ def _seeded(entry: Entry, plan: Plan, bench: Bench) -> str | None:
             continue  # training always has a seed
         tried = True
         reseeded = replace(step, args=json.dumps({**json.loads(step.args), "seed": 987654321}))
-        tensors = load_tensors(run(reseeded, bench, kinds)[0])
+        tensors = unpacked(run(reseeded, bench, kinds)[0])
         before, _ = bench.read(step.kind, step.key)
         differs |= any(not torch.equal(tensors[k], before[k]) for k in before)
     if differs and not entry.card.seeded:

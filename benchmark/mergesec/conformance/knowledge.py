@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from mergesec.contracts import Split, Task
-from mergesec.execution.steps import packed, run
+from mergesec.execution.steps import run
 from mergesec.execution.store import Store
-from mergesec.execution.work import Bench
+from mergesec.execution.work import Bench, packed
 from mergesec.planning.cards import Card
 from mergesec.planning.gridspec import parse_grid
 from mergesec.planning.plan import Plan, Step, make_plan, step_key
@@ -118,7 +118,7 @@ def _copy(step: Step, source: Bench, target: Bench, card: Card) -> None:
         task: Task = source.component(dict(step.components)["task"])
         splits = task.unpack(source.read("data", step.key)[0])
         changed = {n: _other(s, n, card, len(task.classes)) for n, s in splits.items()}
-        blob = packed(task.pack(changed))
+        blob = bytes(packed(task.pack(changed)))
     target.store.put(step.kind, step.key, bytes(blob), meta["info"])
 
 

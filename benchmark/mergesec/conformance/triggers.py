@@ -10,12 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from mergesec.contracts import Attack, ContractError
 from mergesec.execution.steps import run
-from mergesec.execution.work import Bench
+from mergesec.execution.work import Bench, unpacked
 from mergesec.generation import Request
 from mergesec.planning.cards import Parameter
 from mergesec.planning.catalog import Catalog, Entry
@@ -127,7 +126,7 @@ def shares_its_trigger(
         except ContractError:
             continue  # the two values do not go together; says nothing of the trigger
         components = tuple((role, ref if role == "attack" else part) for role, part in step.components)
-        found = load_tensors(run(replace(step, components=components), bench, kinds)[0])
+        found = unpacked(run(replace(step, components=components), bench, kinds)[0])
         if found.keys() != before.keys() or any(not torch.equal(found[k], before[k]) for k in before):
             return f"the trigger depends on {name}" if changed else f"the trigger is not {card.trigger_of}'s"
     return None

@@ -149,21 +149,25 @@ def visibility(work: Work) -> Result:
 def compare(work: Work) -> Result:
     """Two networks that should be the same function: largest difference of test outputs, and how far
     the second's weights lie from the first's and from the base."""
-    name = work.args["task"]
-    task: Task = work.component(f"task:{name}")
-    split = resident(work.splits(f"data:{name}", task)["test"], work.device)
-    with model_maker(work) as maker:
-        models = (Model(work.backbone, network_of(work, "first", name, None)), maker("second", name))
-        outputs = [task_served(task, m, work.tensors(f"head:{name}"), split, work.device) for m in models]
-    gap = (outputs[0] - outputs[1]).abs().max()
+    gap = _gap(work, work.args["task"])
     first, second, origin = work.tensors("first"), work.tensors("second"), work.tensors("base")
     facts: dict[str, Any] = {
-        "max_abs_dlogit": float(gap), "report": work.info("second").get("report", {}),
+        "max_abs_dlogit": gap, "report": work.info("second").get("report", {}),
         "to_base": distances(work.backbone, second, origin),
         "to_expert": distances(work.backbone, second, first),
         "expert_to_base": distances(work.backbone, first, origin),
     }  # fmt: skip
     return Result({}, facts)
+
+
+def _gap(work: Work, name: str) -> float:
+    """The largest difference of what the two networks give a user."""
+    task: Task = work.component(f"task:{name}")
+    split = resident(work.splits(f"data:{name}", task)["test"], work.device)
+    with model_maker(work) as maker:
+        models = (Model(work.backbone, network_of(work, "first", name, None)), maker("second", name))
+        outputs = [task_served(task, m, work.tensors(f"head:{name}"), split, work.device) for m in models]
+    return float((outputs[0] - outputs[1]).abs().max())
 
 
 def distances(backbone: Any, weights: Weights, reference: Weights) -> dict[str, float]:
@@ -187,8 +191,9 @@ def distances(backbone: Any, weights: Weights, reference: Weights) -> dict[str, 
     sums: dict[str, list[float]] = {}
     for name, tensor in reference.items():
         if tensor.is_floating_point() and name in weights and weights[name].shape == tensor.shape:
-            moved = float((weights[name].double() - tensor.double()).square().sum())
-            size = float(tensor.double().square().sum())
+            apart = weights[name].to(torch.float64, copy=True).sub_(tensor)
+            moved = float(apart.square_().sum())
+            size = float(apart.copy_(tensor).square_().sum())
             for kind in (kinds.get(name, "other"), "all"):
                 sums.setdefault(kind, [0.0, 0.0])[0] += moved
                 sums[kind][1] += size

@@ -8,15 +8,16 @@ from typing import Any, NamedTuple
 from mergesec.execution.guests.handing import MEASURES
 from mergesec.execution.guests.host import Hosts
 from mergesec.execution.logs import Log
-from mergesec.execution.steps import packed, run
-from mergesec.execution.work import Bench, Work
+from mergesec.execution.steps import run
+from mergesec.execution.store import Laid
+from mergesec.execution.work import Bench, Work, packed
 from mergesec.planning.plan import Step
 
 
 class Performed(NamedTuple):
     """What is to be stored of a step. ``guest_mb``: peak memory of the guests, MiB; 0 without any."""
 
-    blob: bytes
+    blob: Laid
     facts: dict[str, Any]
     guest_mb: float = 0.0
 

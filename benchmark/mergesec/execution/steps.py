@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save as save_tensors
-from torch import Tensor
 
 from mergesec.contracts import (
     Adapted,
@@ -44,7 +42,8 @@ from mergesec.execution.contexts import (
     view,
 )
 from mergesec.execution.evaluation import compare, evaluate, network_of, plain_producer, visibility
-from mergesec.execution.work import Bench, Result, Work, check_merged, check_weights, flatten
+from mergesec.execution.store import Laid
+from mergesec.execution.work import Bench, Result, Work, check_merged, check_weights, flatten, packed
 from mergesec.planning.plan import Step
 from mergesec.weights import check_finite, check_same_layout
 
@@ -273,8 +272,8 @@ KINDS: dict[str, Callable[[Work], Result]] = {
 }  # fmt: skip
 
 
-def run(step: Step, bench: Bench, kinds: Mapping[str, str]) -> tuple[bytes, dict[str, Any]]:
-    """Do a step: (safetensors bytes, JSON facts). ``kinds`` tells the kind of each input key."""
+def run(step: Step, bench: Bench, kinds: Mapping[str, str]) -> tuple[Laid, dict[str, Any]]:
+    """Do a step: (safetensors file, JSON facts). ``kinds`` tells the kind of each input key."""
     work = Work(step, bench, kinds)
     # a component that draws behind the context's back still gives the same numbers on any worker
     torch.manual_seed(int(step.key[:15], 16))
@@ -287,22 +286,3 @@ def run(step: Step, bench: Bench, kinds: Mapping[str, str]) -> tuple[bytes, dict
     if changed:
         raise ContractError(f"changed its input {changed} in place")
     return packed(tensors), dict(info)
-
-
-def packed(tensors: Mapping[str, Tensor]) -> bytes:
-    """Tensors as a safetensors file."""
-    return save_tensors(_untied(tensors))
-
-
-def _untied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of one's own on the CPU, as safetensors wants them; what has its memory to itself is not copied."""
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        plain = tensor.detach().cpu().contiguous()
-        memory = plain.untyped_storage()
-        if memory.nbytes() != plain.nbytes or memory.data_ptr() in seen:
-            plain = plain.clone()
-        seen.add(memory.data_ptr())
-        found[name] = plain
-    return found

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from mergesec.files import write_atomic
+from mergesec.modelfiles import placed
 
 CHECKPOINTS = "checkpoints"
 CHECKPOINT_DAYS = 30
@@ -57,8 +58,51 @@ class Raw:
     data: memoryview
 
 
-def parse_safetensors(blob: bytes | mmap.mmap) -> dict[str, Raw]:
+@dataclass(frozen=True)
+class Laid:
+    """A safetensors file in parts: its beginning, and tensors where they lie in memory. Nothing is copied to
+    write it; whoever has it must not change them."""
+
+    head: bytes
+    tensors: Mapping[str, Raw]
+
+    def parts(self) -> Iterator[bytes | memoryview]:
+        """What the file's bytes are, one behind the other."""
+        yield self.head
+        for raw in self.tensors.values():
+            yield raw.data
+
+    def __len__(self) -> int:
+        return len(self.head) + sum(raw.data.nbytes for raw in self.tensors.values())
+
+    def __bytes__(self) -> bytes:
+        return b"".join(self.parts())
+
+
+Blob = bytes | Laid
+"""A safetensors file in memory."""
+ORDER = (
+    "U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
+)  # fmt: skip
+"""Types as the safetensors library sorts them in a file: wide ones first, so that every tensor is aligned."""
+
+
+def laid(tensors: Mapping[str, Raw]) -> Laid:
+    """Tensors as the file that the safetensors library makes of them, byte for byte."""
+    order = dict(sorted(tensors.items(), key=lambda entry: (ORDER.index(entry[1].dtype), entry[0])))
+    head = placed((name, raw.dtype, raw.shape, raw.data.nbytes) for name, raw in order.items()).head
+    return Laid(head, order)
+
+
+def parts_of(blob: Blob | memoryview | mmap.mmap) -> Iterable[bytes | memoryview]:
+    """The bytes of a file, in parts."""
+    return blob.parts() if isinstance(blob, Laid) else [memoryview(blob)]
+
+
+def parse_safetensors(blob: Blob | mmap.mmap) -> dict[str, Raw]:
     """Tensors of a safetensors file, as views of it; ValueError if it is malformed or truncated."""
+    if isinstance(blob, Laid):
+        return dict(blob.tensors)
     size = int.from_bytes(blob[:8], "little")
     header = json.loads(blob[8 : 8 + size])
     body = memoryview(blob)[8 + size :]
@@ -72,12 +116,13 @@ def parse_safetensors(blob: bytes | mmap.mmap) -> dict[str, Raw]:
     return found
 
 
-def digests_of(blob: bytes | mmap.mmap) -> dict[str, str]:
+def digests_of(blob: Blob | mmap.mmap) -> dict[str, str]:
     """The digest of each tensor of a safetensors file."""
     found = {}
     for name, raw in parse_safetensors(blob).items():
         found[name] = tensor_digest(name, raw.dtype, raw.shape, raw.data)
-        raw.data.release()
+        if not isinstance(blob, Laid):  # a mapped file is not closed while parts of it are held
+            raw.data.release()
     return found
 
 
@@ -150,11 +195,11 @@ class Store:
                 found += time.time() - self._paths(kind, key)[0].lstat().st_mtime < seconds
         return found
 
-    def put(self, kind: str, key: str, blob: bytes, info: Mapping[str, Any]) -> None:
+    def put(self, kind: str, key: str, blob: Blob, info: Mapping[str, Any]) -> None:
         """Commit. ``blob`` is a safetensors file, ``info`` JSON facts; Full if there is no room."""
         meta_path, tensor_path = self._paths(kind, key)
         digests = digests_of(blob)
-        write_atomic(tensor_path, blob)
+        write_atomic(tensor_path, parts_of(blob))
         # as JSON will give it back: the check must not depend on integer keys or tuples
         facts = json.loads(json.dumps(dict(info)))
         meta = {"key": key, "kind": kind, "digests": digests, "bytes": len(blob), "info": facts}
@@ -243,17 +288,17 @@ class Store:
         found = sorted((self.root / CHECKPOINTS).glob(f"{key}.{number}.*.safetensors"))
         return [path for path in found if _CHECKPOINT.fullmatch(path.name) and is_plain(path)]
 
-    def keep(self, key: str, number: int, blob: bytes) -> None:
+    def keep(self, key: str, number: int, blob: Blob) -> None:
         """A checkpoint of a step's training; its name tells its digest. Full if there is no room."""
         old = self._checkpoints(key, str(number))
         path = self.root / CHECKPOINTS / f"{key}.{number}.{_short_digest(blob)}.safetensors"
-        write_atomic(path, blob)
+        write_atomic(path, parts_of(blob))
         for other in old:
             if other != path:
                 other.unlink(missing_ok=True)
 
-    def kept(self, key: str, number: int) -> bytes | None:
-        """The last whole checkpoint of a step's training; None if there is none."""
+    def kept(self, key: str, number: int) -> mmap.mmap | None:
+        """The last whole checkpoint of a step's training, mapped; None if there is none."""
         for path in self._checkpoints(key, str(number)):
             if (blob := _whole(path)) is not None:
                 return blob
@@ -387,15 +432,19 @@ def _unlink(path: Path) -> bool:
     return True
 
 
-def _short_digest(blob: bytes) -> str:
-    return hashlib.sha256(blob).hexdigest()[:32]
+def _short_digest(blob: Blob | mmap.mmap) -> str:
+    digest = hashlib.sha256()
+    for part in parts_of(blob):
+        digest.update(part)
+    return digest.hexdigest()[:32]
 
 
-def _whole(path: Path) -> bytes | None:
-    """A checkpoint's bytes if they are what its name says."""
+def _whole(path: Path) -> mmap.mmap | None:
+    """A checkpoint's bytes, mapped, if they are what its name says."""
     try:
-        blob = read_plain(path)
-    except OSError:
+        with open_plain(path) as file:
+            blob = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError):  # nothing is mapped of an empty file
         return None
     return blob if _short_digest(blob) == path.name.split(".")[-2] else None
 

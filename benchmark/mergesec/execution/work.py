@@ -16,9 +16,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from mergesec.contracts import (
@@ -30,11 +28,11 @@ from mergesec.contracts import (
     Task,
     Weights,
 )
-from mergesec.execution.store import Store, parse_safetensors, tensor_digest
+from mergesec.execution.store import Blob, Laid, Raw, Store, laid, parse_safetensors, tensor_digest
 from mergesec.planning.catalog import Catalog
 from mergesec.planning.plan import Step
 from mergesec.planning.refs import Ref
-from mergesec.weights import DTYPE_NAMES, check_finite, check_same_layout, read_only
+from mergesec.weights import DTYPE_NAMES, DTYPES, check_finite, check_same_layout, read_only
 
 
 class Served(Protocol):
@@ -61,9 +59,12 @@ MAPPED = ("data",)
 """Kinds of artifact whose large byte tensors (decoded images) stay on disk, mapped: batches copy what they need."""
 
 
+LARGE = 1 << 20
+
+
 def large_bytes(tensor: Tensor) -> bool:
     """Whether a tensor of bytes is large enough to be mapped."""
-    return tensor.dtype == torch.uint8 and tensor.nbytes > 1 << 20
+    return tensor.dtype == torch.uint8 and tensor.nbytes > LARGE
 
 
 class Held(NamedTuple):
@@ -109,11 +110,7 @@ class Bench:
             tensors = {n: t if large_bytes(t) else t.clone() for n, t in load_file(path).items()}
         else:
             blob, meta = self.store.read(kind, key)
-            # copies lie aligned; where a file's tensors lie depends on chance, and rounding on where they lie
-            if isinstance(blob, mmap.mmap):
-                tensors = {n: t if large_bytes(t) else t.clone() for n, t in _views(blob).items()}
-            else:
-                tensors = {name: tensor.clone() for name, tensor in load_tensors(blob).items()}
+            tensors = unpacked(blob)
         self._held[key] = held = Held(read_only(tensors), meta["info"], meta["digests"], _size(tensors))
         self._bytes += held.bytes
         while len(self._held) > 1 and self._bytes > self.cache_bytes:
@@ -166,20 +163,43 @@ def _size(tensors: Weights) -> int:
     return sum(t.nbytes for t in tensors.values() if not large_bytes(t))
 
 
-def _views(blob: mmap.mmap) -> dict[str, Tensor]:
-    """Tensors of a mapped safetensors file, as views of it."""
-    kinds = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-    return {
-        name: torch.frombuffer(raw.data, dtype=kinds[raw.dtype]).reshape(raw.shape)
-        if len(raw.data)
-        else torch.empty(raw.shape, dtype=kinds[raw.dtype])
-        for name, raw in parse_safetensors(blob).items()
-    }
+def packed(tensors: Mapping[str, Tensor]) -> Laid:
+    """Tensors as a safetensors file. It shares their memory where that can be: on the CPU, row by row."""
+    return laid({name: _raw(tensor) for name, tensor in tensors.items()})
+
+
+def unpacked(blob: Blob | mmap.mmap) -> dict[str, Tensor]:
+    """Tensors of a safetensors file in memory of their own; large ones of bytes stay where they are if it is mapped.
+
+    Copies lie aligned: where a file's tensors lie depends on chance, and rounding on where they lie. Pages of a
+    mapped file are let go of once they are copied.
+    """
+    found: dict[str, Tensor] = {}
+    for name, raw in parse_safetensors(blob).items():
+        if isinstance(blob, mmap.mmap) and raw.dtype == "U8" and raw.data.nbytes > LARGE:
+            found[name] = torch.frombuffer(raw.data, dtype=torch.uint8).reshape(raw.shape)
+            continue
+        found[name] = own = torch.empty(raw.shape, dtype=DTYPES[raw.dtype])
+        if raw.data.nbytes:
+            _bytes(own)[:] = raw.data
+        if isinstance(blob, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            blob.madvise(mmap.MADV_DONTNEED)
+    return found
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """What a tensor on the CPU that lies row by row holds."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def _raw(tensor: Tensor) -> Raw:
+    plain = tensor.detach().cpu().contiguous()
+    return Raw(DTYPE_NAMES[plain.dtype], tuple(plain.shape), _bytes(plain))
 
 
 def _digest_of(name: str, tensor: Tensor) -> str:
-    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-    return tensor_digest(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), flat.numpy().data)
+    raw = _raw(tensor)
+    return tensor_digest(name, raw.dtype, raw.shape, raw.data)
 
 
 class Work:
@@ -277,9 +297,9 @@ class Keeper:
         blob = self._bench.store.kept(self._key, self._number)
         if blob is None:
             return None
-        tensors = load_tensors(blob)
+        tensors = unpacked(blob)
         facts: dict[str, Any] = json.loads(bytes(tensors.pop("facts").tolist()))
-        return {n: t.clone() for n, t in tensors.items()}, facts
+        return tensors, facts
 
     def step(self, done: int, steps: int, loss: float) -> None:
         now = time.monotonic()
@@ -294,9 +314,8 @@ class Keeper:
         return time.monotonic() - self._saved >= self._bench.checkpoint_seconds
 
     def keep(self, tensors: Weights, facts: Mapping[str, Any]) -> None:
-        written = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
-        written["facts"] = torch.frombuffer(bytearray(json.dumps(dict(facts)).encode()), dtype=torch.uint8)
-        self._bench.store.keep(self._key, self._number, save_tensors(written))
+        told = torch.frombuffer(bytearray(json.dumps(dict(facts)).encode()), dtype=torch.uint8)
+        self._bench.store.keep(self._key, self._number, packed({**tensors, "facts": told}))
         self._saved = time.monotonic()
 
 

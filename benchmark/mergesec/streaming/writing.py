@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from mergesec.contracts import ContractError
 from mergesec.files import Full, sync_folder
+from mergesec.modelfiles import placed
 from mergesec.streaming.mapped import Extent, LazyWeights
 from mergesec.streaming.reading import SINGLE
 from mergesec.tensorwise import BLOCK
@@ -41,26 +41,16 @@ class _Shard:
 
 def _shard(file: str, tensors: Mapping[str, Extent], metadata: Mapping[str, str]) -> _Shard:
     """Layout of one file: large element types first, so that every tensor is aligned."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    starts, position = {}, 0
-    for name in sorted(tensors, key=lambda n: -tensors[n].dtype.itemsize):
-        extent = tensors[name]
-        end = position + extent.size
-        header[name] = {
-            "dtype": DTYPE_NAMES[extent.dtype], "shape": list(extent.shape), "data_offsets": [position, end],
-        }  # fmt: skip
-        starts[name], position = position, end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > HEADER:
+    order = sorted(tensors.items(), key=lambda entry: -entry[1].dtype.itemsize)
+    head, starts, size = placed(
+        [(name, DTYPE_NAMES[extent.dtype], extent.shape, extent.size) for name, extent in order], metadata
+    )
+    first = len(head)
+    if first - 8 > HEADER:
         raise ContractError(
-            f"the names of {len(tensors)} tensors and the metadata fill {len(text)} bytes; use shards"
+            f"the names of {len(tensors)} tensors and the metadata fill {first - 8} bytes; use shards"
         )
-    first = 8 + len(text)
-    return _Shard(
-        file, {n: first + s for n, s in starts.items()}, len(text).to_bytes(8, "little") + text,
-        first + position,
-    )  # fmt: skip
+    return _Shard(file, {n: first + s for n, s in starts.items()}, head, first + size)
 
 
 def _shards(like: LazyWeights, single: str, limit: int | None, metadata: Mapping[str, str]) -> list[_Shard]:

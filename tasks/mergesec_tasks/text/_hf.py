@@ -21,7 +21,7 @@ from mergesec_tasks._adapters import expert_weights
 from mergesec_tasks._configs import Values, layers_name, layers_of
 from mergesec_tasks._hub import model_folder
 from mergesec_tasks._modelfolders import KINDS, check_base, check_expert
-from mergesec_tasks._transformers import built, config_of, loaded, shapes_of, tokenizer_of
+from mergesec_tasks._transformers import built, config_of, filled, hollow, loaded, shapes_of, tokenizer_of
 from mergesec_tasks._words import check_beginning, check_words
 
 OPTIONAL = ("pooler.", "position_ids", "rotary_emb.inv_freq")
@@ -140,8 +140,8 @@ class HfFolder(TextBackbone):
     def build(self) -> nn.Module:
         """A fresh network with fused attention; its weights mean nothing until loaded."""
         if self._template is None:
-            self._template = straightened(built(self.config, self.who))
-        return copy.deepcopy(self._template)
+            self._template = hollow(straightened(built(self.config, self.who)))
+        return filled(self._template)
 
     def base_weights(self) -> Weights:
         """The folder's weights, float32. Only safetensors is read; ContractError if tensors are missing."""
@@ -175,7 +175,7 @@ class HfFolder(TextBackbone):
                     f"'{name}' in '{folder}' has shape {list(native[name].shape)}, config.json needs "
                     f"{list(target.shape)}",
                 )
-            weights[name] = native[name].clone()
+            weights[name] = native.pop(name).clone()
         return weights
 
     def anatomy(self) -> Anatomy:

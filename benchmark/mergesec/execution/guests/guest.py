@@ -19,7 +19,7 @@ from mergesec.execution.failures import explain
 from mergesec.execution.guests.batches import from_bytes, to_bytes
 from mergesec.execution.guests.wire import Message, copied, mapped, receive, send, sheet
 from mergesec.execution.steps import run
-from mergesec.execution.store import CorruptArtifact, Store
+from mergesec.execution.store import Blob, CorruptArtifact, Store
 from mergesec.execution.work import Bench, Work
 from mergesec.planning.catalog import Catalog
 from mergesec.planning.plan import Step
@@ -46,11 +46,11 @@ class Brokered(Store):
     def open(self, kind: str, key: str) -> tuple[Path, dict[str, Any]]:
         raise CorruptArtifact(key)  # nothing of the disk is at hand here
 
-    def kept(self, key: str, number: int) -> bytes | None:
+    def kept(self, key: str, number: int) -> mmap.mmap | None:
         file = self.ask({"kept": number}).file
-        return None if file < 0 else copied(file)
+        return None if file < 0 else mapped(file)
 
-    def keep(self, key: str, number: int, blob: bytes) -> None:
+    def keep(self, key: str, number: int, blob: Blob) -> None:
         file = sheet(blob)
         try:
             self.ask({"keep": number}, file)
@@ -137,7 +137,7 @@ _JOBS: dict[str, Callable[[socket.socket, Step, Bench, Mapping[str, str]], None]
 }
 
 
-def _answer(line: socket.socket, said: Mapping[str, Any], blob: bytes | None = None) -> None:
+def _answer(line: socket.socket, said: Mapping[str, Any], blob: Blob | None = None) -> None:
     sys.stdout.flush()  # the worker ends the guest as soon as it has what it wants
     sys.stderr.flush()
     file = -1 if blob is None else sheet(blob)

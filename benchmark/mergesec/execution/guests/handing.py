@@ -13,9 +13,9 @@ from torch import Tensor
 
 from mergesec.contracts import Task, Weights
 from mergesec.execution.contexts import reference_rows
-from mergesec.execution.steps import packed as as_file
-from mergesec.execution.store import digests_of
+from mergesec.execution.store import Laid, digests_of
 from mergesec.execution.work import Work
+from mergesec.execution.work import packed as as_file
 
 SPLITS = ("train", "tuning", "test")
 TRAINS = ("head", "expert", "trigger", "poison", "forge", "guard")
@@ -29,7 +29,7 @@ HIDDEN = -1
 class Handed(NamedTuple):
     """An input as a guest gets it: a safetensors file and the metadata beside it."""
 
-    blob: bytes
+    blob: Laid
     meta: dict[str, Any]
 
 

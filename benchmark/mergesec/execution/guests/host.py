@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import pickle
 import select
@@ -27,7 +28,7 @@ from mergesec.execution.guests.containment import Walls
 from mergesec.execution.guests.handing import handed
 from mergesec.execution.guests.wire import Ended, Garbled, Message, copied, receive, send, sheet
 from mergesec.execution.logs import Log
-from mergesec.execution.store import Store
+from mergesec.execution.store import Blob, Store
 from mergesec.execution.work import Result, Work
 from mergesec.files import plain
 from mergesec.planning.refs import Ref
@@ -273,12 +274,12 @@ class Guest:
         self._fork, self._work, self._log = fork, work, log
         self._roles = {key: role for role, key in work.step.inputs if role in roles}
 
-    def ask(self, said: Mapping[str, Any], blob: bytes | None = None) -> tuple[dict[str, Any], bytes]:
+    def ask(self, said: Mapping[str, Any], blob: Blob | None = None) -> tuple[dict[str, Any], bytes]:
         """Say something and wait for the answer."""
         self.say(said, blob)
         return self.hear()
 
-    def say(self, said: Mapping[str, Any], blob: bytes | None = None) -> None:
+    def say(self, said: Mapping[str, Any], blob: Blob | mmap.mmap | None = None) -> None:
         file = -1 if blob is None else sheet(blob)
         try:
             send(self._fork.line, said, file)
@@ -377,7 +378,8 @@ class ServedModel(Model):
 
 def _tensors(blob: bytes, device: torch.device) -> dict[str, Tensor]:
     try:
-        return {name: tensor.clone().to(device) for name, tensor in load_tensors(blob).items()}
+        found = load_tensors(blob)
+        return {name: found.pop(name).clone().to(device) for name in list(found)}
     except (SafetensorError, ValueError, RuntimeError) as error:
         raise ContractError(f"what came back is no safetensors file ({error})") from None
 

@@ -15,6 +15,8 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from mergesec.execution.store import Blob, parts_of
+
 LONGEST = 1 << 26
 """Bytes of one JSON message."""
 _HEAD = struct.Struct("<Q")
@@ -35,19 +37,20 @@ class Garbled(ValueError):
     """What came is no message."""
 
 
-def sheet(data: bytes | memoryview | mmap.mmap) -> int:
+def sheet(data: Blob | memoryview | mmap.mmap) -> int:
     """A file without a name that holds ``data``; where the system can, nobody may change it any more."""
     if not hasattr(os, "memfd_create"):
         with tempfile.TemporaryFile() as file:
-            file.write(data)
+            file.writelines(parts_of(data))
             file.flush()
             return os.dup(file.fileno())
     import fcntl
 
     number = os.memfd_create("mergesec", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    view = memoryview(data)
-    while view:
-        view = view[os.write(number, view) :]
+    for part in parts_of(data):
+        view = memoryview(part)
+        while view:
+            view = view[os.write(number, view) :]
     seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
     fcntl.fcntl(number, fcntl.F_ADD_SEALS, seals)
     return number
