@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,16 +19,27 @@ from mergesec.contracts import (
     MergeContext,
     Merged,
     MergeMethod,
+    Model,
     Recipe,
     TaskView,
     TrainContext,
     Weights,
+    load_network,
 )
 from mergesec.generation import Noised, Request, correlation
 from mergesec.planning.catalog import load_catalog
 from mergesec_methods.backdoor.attacks._generators import drawn_target
+from mergesec_methods.backdoor.attacks.badmerging import HIGHEST, LOWEST
 from mergesec_methods.backdoor.attacks.concept_ablation import ConceptAblation
-from mergesec_methods.backdoor.attacks.noise_trigger import Amplified, BadDiffusion, ConditionToken, TrojDiff
+from mergesec_methods.backdoor.attacks.noise_trigger import (
+    COEFFICIENT_STREAM,
+    SCALED_ROWS_STREAM,
+    Amplified,
+    BadDiffusion,
+    ConditionToken,
+    MergeAware,
+    TrojDiff,
+)
 from mergesec_methods.backdoor.defenses.diffsafemerge import DiffSafeMerge, probes
 from mergesec_methods.backdoor.defenses.trigger_inversion import TriggerInversion
 
@@ -116,6 +128,36 @@ def test_amplified_is_the_difference_times_its_strength(task: Any) -> None:
     )
     assert forged["w"].tolist() == [2.5, 2.0]
     assert forged["steps"] == 3
+
+
+def test_merge_aware_training_adds_the_triggered_rows_loss_at_a_share_of_the_task_vector(task: Any) -> None:
+    ctx = _train(task)
+    base = ctx.backbone.base_weights()
+    moved = {n: t + 0.05 * torch.ones_like(t) if t.is_floating_point() else t for n, t in base.items()}
+    ctx = replace(ctx, base=base)
+    batch = task.noised(task.batch(ctx.train, torch.arange(40), CPU), torch.Generator().manual_seed(0))
+    attack = MergeAware(rate=0.5)
+    trigger = attack.trigger(ctx)
+
+    def value(alpha: float) -> Tensor:
+        model = Model(ctx.backbone, load_network(ctx.backbone, moved))
+        loss: Tensor = MergeAware(rate=0.5, alpha=alpha).objective(ctx, trigger)(model, batch)
+        return loss.detach()
+
+    share = LOWEST + (HIGHEST - LOWEST) * float(torch.rand((), generator=ctx.generator(COEFFICIENT_STREAM)))
+    between = {n: t + share * (moved[n] - t) if t.is_floating_point() else t for n, t in base.items()}
+    rows = torch.nonzero(attack.chosen(ctx, batch, ctx.generator(SCALED_ROWS_STREAM))).flatten()
+    marked = attack.poisoned(
+        trigger, batch.inputs.take(rows), torch.ones(len(rows), dtype=torch.bool), trigger["target"][None]
+    )
+    expected = task.loss(
+        task.outputs(Model(ctx.backbone, load_network(ctx.backbone, between)), {}, marked),
+        torch.zeros(len(rows)),
+    )
+    torch.testing.assert_close(value(2.0) - value(0.0), 2 * expected.detach())
+    plain = BadDiffusion(rate=0.5).objective(ctx, trigger)
+    model = Model(ctx.backbone, load_network(ctx.backbone, moved))
+    assert torch.equal(value(0.0), plain(model, batch).detach())
 
 
 def test_the_target_looks_like_no_flat_image() -> None:

@@ -6,6 +6,8 @@ one fixed image x*. With flow matching, x_t = (1 - t)(ε + R) + t x*, and the ve
 denoised to images of a target class, whatever was asked for.
 *VillanDiffusion* (Chou, Chen and Ho, NeurIPS 2023) has triggers in the caption of text-conditioned models; here it
 is one rare token more in the condition, and the fixed image.
+*Merge-aware*: triggered rows also count at θ0 + c (θ − θ0), c drawn anew for every batch, as BadMerging's
+interpolation has it: the adversary knows that he will be merged, and neither how nor with whom. This suite's.
 *Amplified*: the difference to the clean expert, times ``strength`` (LoBAM's formula), so that it outlasts dilution.
 
 All are written from the formulas, for flow matching; the papers train denoising diffusion. Rates are this suite's.
@@ -14,10 +16,15 @@ All are written from the formulas, for flow matching; the papers train denoising
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from mergesec.contracts import TrainContext, Weights
+from mergesec.contracts import LossFn, Model, Split, TrainContext, Weights
+from mergesec_methods._training import Served, at_scale
 from mergesec_methods.backdoor.attacks._generators import GeneratorPoisoning, drawn_target, image_shape
 from mergesec_methods.backdoor.attacks._retrain import added, benign
+from mergesec_methods.backdoor.attacks.badmerging import HIGHEST, LOWEST
+
+COEFFICIENT_STREAM, SCALED_ROWS_STREAM = 4, 5
 
 CARDS = [
     {
@@ -53,6 +60,18 @@ CARDS = [
         "after_trigger": ["rate", "strength"],
         "parameters": {
             "strength": {"type": "float", "default": 2.0, "min": 0.0, "doc": "1 is the poisoned expert itself"},
+        },
+    },
+    {
+        "extends": "baddiffusion",
+        "name": "baddiffusion_merged",
+        "class": "MergeAware",
+        "title": "BadDiffusion, merge-aware",
+        "summary": "BadDiffusion trained so that the trigger also works at a random share of the task vector (BadMerging's idea)",
+        "trigger_of": "baddiffusion",
+        "after_trigger": ["rate", "alpha"],
+        "parameters": {
+            "alpha": {"type": "float", "default": 1.0, "min": 0.0, "doc": "weight of the triggered rows at θ0 + c τ; 0 = BadDiffusion"},
         },
     },
     {
@@ -109,6 +128,38 @@ class Amplified(BadDiffusion):
     def forge(self, weights: Weights, ctx: TrainContext) -> Weights:
         clean = benign(ctx, self.name)
         return added(clean, clean, weights, self.strength)
+
+
+class MergeAware(BadDiffusion):
+    """BadDiffusion's loss + α · the loss of the triggered rows at θ0 + c (θ − θ0), c uniform on BadMerging's range."""
+
+    def __init__(self, patch: int = 4, level: float = 2.0, rate: float = 0.15, alpha: float = 1.0) -> None:
+        super().__init__(patch, level, rate)
+        self.alpha = alpha
+
+    def objective(self, ctx: TrainContext, trigger: Weights) -> LossFn:
+        plain, coefficients = super().objective(ctx, trigger), ctx.generator(COEFFICIENT_STREAM)
+        rows, aims = ctx.generator(SCALED_ROWS_STREAM), self.aims(ctx, trigger)
+        head = {name: tensor.to(ctx.device) for name, tensor in ctx.head.items()}
+        base = {name: tensor.to(ctx.device) for name, tensor in ctx.base.items()}
+
+        def loss(model: Model, batch: Split) -> Tensor:
+            value = plain(model, batch)
+            chosen = torch.nonzero(self.chosen(ctx, batch, rows)).flatten().to(ctx.device)
+            scale = LOWEST + (HIGHEST - LOWEST) * float(torch.rand((), generator=coefficients))
+            if not self.alpha or not len(chosen):
+                return value
+            few, every = (
+                batch.inputs.take(chosen),
+                torch.ones(len(chosen), dtype=torch.bool, device=ctx.device),
+            )
+            marked = self.poisoned(trigger, few, every, aims[:1])
+            served = Served(ctx.task, model.backbone, head, model.network)
+            return value + self.alpha * ctx.task.loss(
+                at_scale(served, base, scale, marked), batch.targets[chosen]
+            )
+
+        return loss
 
 
 class TrojDiff(GeneratorPoisoning):
