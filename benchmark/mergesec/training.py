@@ -137,6 +137,7 @@ class _Training:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)  # the next forward pass needs their room
         self.done += 1
         return loss
 
@@ -144,14 +145,9 @@ class _Training:
         """The trained weights, low-rank updates added in."""
         for module, leaf in self.adapted:
             parametrize.remove_parametrizations(module, leaf)
-        self._release()
-        return {k: v.detach().cpu() for k, v in self.model.network.state_dict().items()}
-
-    def _release(self) -> None:
-        """Gradients and moments, thrice the weights, go now: optimizer and schedule hold each other, and nobody says
-        when what does is collected."""
-        self.optimizer.zero_grad(set_to_none=True)
+        # optimizer and schedule hold each other, and nobody says when what does is collected
         self.optimizer.state.clear()
+        return {k: v.detach().cpu() for k, v in self.model.network.state_dict().items()}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All of it as tensors and JSON facts, from which ``restore`` goes on with the same bits."""

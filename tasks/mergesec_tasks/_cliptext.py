@@ -5,7 +5,7 @@ No torch: ``bench plan`` looks at local folders with this before anything runs, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ from mergesec.errors import UsageError
 from mergesec.files import brief
 from mergesec.modelfiles import CONFIG, Stored, header, read_json, shown, stored_tensors
 from mergesec_tasks._configs import Values, check_tensors, checked, tower
-from mergesec_tasks._words import TOKENIZER, check_words
+from mergesec_tasks._words import TOKENIZER, check_words, read_tokenizer
 
 OPEN_CONFIG, OPEN_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+OPEN_CONTEXT = 77
+"""Places of a text tower whose release does not say how many."""
 END = ("<|endoftext|>", "<end_of_text>")
 OLD_END = 2
 """What configs of old releases call the end token: the tower looks for the largest number instead."""
@@ -35,6 +37,40 @@ def check_text_tower(folder: Path, who: str) -> Values:
         words = check_words(folder, values["vocab_size"], who)
         _check_end(words, values["vocab_size"], values["eos_token_id"], folder / TOKENIZER, who)
     return values
+
+
+def check_context(prompt: str, tokens: int, most: int, who: str) -> None:
+    """UsageError, naming the prompt, if a text tower of ``most`` places would read it only in part."""
+    if tokens > most:
+        raise UsageError(
+            who,
+            f"the prompt {brief(prompt)!r} has {tokens} tokens, the text tower's context has {most}; use head: probe",
+        )
+
+
+def inspect_prompts(parameters: Mapping[str, Any], where: str, prompts: Mapping[str, Sequence[str]]) -> None:
+    """UsageError, naming the grid's field and the task, for prompts that are longer than a local folder's text tower
+    takes. What lies on the hub is looked at when it has been fetched."""
+    place = Path(str(parameters["model"])).expanduser()
+    if parameters["head"] != "zero-shot" or not parameters["model"] or not (place / TOKENIZER).is_file():
+        return
+    most = _context(place, f"{where}.model")
+    words = read_tokenizer(place, f"{where}.model") if most else None
+    for task, sentences in prompts.items():
+        for sentence in sentences if words else ():
+            tokens = 2 + len(words.encode(sentence, add_special_tokens=False).ids)  # a start and an end
+            check_context(sentence, tokens, most, f"{where}.model ({task})")
+
+
+def _context(place: Path, who: str) -> int:
+    """Places of the text tower that reads by the folder's own tokenizer; 0 if none does."""
+    if (place / CONFIG).is_file():
+        return int(check_text_tower(place, who)["max_position_embeddings"])
+    model = read_json(place / OPEN_CONFIG, who).get("model_cfg") if (place / OPEN_CONFIG).is_file() else None
+    text = model.get("text_cfg") if isinstance(model, dict) else None
+    length = text.get("context_length", OPEN_CONTEXT) if isinstance(text, dict) else 0
+    own = isinstance(text, dict) and text.get("hf_tokenizer_name")
+    return length if own and type(length) is int else 0
 
 
 def _check_projections(

@@ -18,6 +18,7 @@ from mergesec.errors import UsageError
 from mergesec.files import brief
 from mergesec.modelfiles import COMPUTED, shown
 from mergesec.weights import OUTPUTS
+from mergesec_tasks._cliptext import check_context
 from mergesec_tasks._configs import settings
 
 
@@ -195,12 +196,8 @@ def fitting_numbers(
     """The numbers of prompts' tokens; UsageError, naming the prompt, for one that a text tower of ``most`` places would
     read only in part."""
     numbers = tokenizer(texts)
-    long = next((i for i, own in enumerate(numbers) if len(own) > most), None)
-    if long is not None:
-        raise UsageError(
-            who,
-            f"the prompt {brief(texts[long])!r} has {len(numbers[long])} tokens, the text tower takes {most}",
-        )
+    for text, own in zip(texts, numbers, strict=True):
+        check_context(text, len(own), most, who)
     return numbers
 
 

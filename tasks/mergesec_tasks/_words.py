@@ -1,4 +1,4 @@
-"""How a folder's texts become tokens: tokenizer.json and its like, read and compared. No torch, no tokenizers."""
+"""How a folder's texts become tokens: tokenizer.json and its like, read and compared. No torch."""
 
 from __future__ import annotations
 
@@ -33,6 +33,18 @@ def check_words(folder: Path, size: int, who: str) -> dict[str, int]:
     if (folder / SETTINGS).exists() or (folder / SETTINGS).is_symlink():
         read_json(folder / SETTINGS, who)
     return words
+
+
+def read_tokenizer(folder: Path, who: str) -> Any:
+    """The tokenizer of a folder's tokenizer.json; UsageError if the library cannot read it."""
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(folder / TOKENIZER))
+    except Exception as error:  # whatever the library calls it
+        raise UsageError(
+            who, f"{brief(str(folder / TOKENIZER))!r} cannot be read ({brief(str(error))})"
+        ) from None
 
 
 def check_beginning(folder: Path, who: str) -> None:

@@ -10,8 +10,8 @@ import torch
 from extras import needs
 
 
-def make_clip(seed: int = 3) -> Any:
-    """Three blocks of width 32 at 32 pixels, patches of 8; embeddings of width 24."""
+def make_clip(seed: int = 3, context: int = 77) -> Any:
+    """Three blocks of width 32 at 32 pixels, patches of 8; embeddings of width 24, sentences of ``context`` tokens."""
     import transformers
 
     torch.manual_seed(seed)
@@ -21,7 +21,7 @@ def make_clip(seed: int = 3) -> Any:
     }  # fmt: skip
     text = {
         "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16,
-        "vocab_size": 514, "max_position_embeddings": 77, "bos_token_id": 512, "eos_token_id": 513,
+        "vocab_size": 514, "max_position_embeddings": context, "bos_token_id": 512, "eos_token_id": 513,
     }  # fmt: skip
     return transformers.CLIPModel(
         transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
@@ -45,5 +45,15 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     needs("transformers")
     folder = tmp_path_factory.mktemp("clip")
     make_clip().save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def short_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one that reads 32 tokens of a sentence."""
+    needs("transformers")
+    folder = tmp_path_factory.mktemp("short")
+    make_clip(context=32).save_pretrained(folder)
     save_tokenizer(folder)
     return folder

@@ -109,6 +109,24 @@ def test_bench_run_end_to_end(bench: Any, images: Path, tiny_clip: Path, expert:
     assert "0 steps run" in again.out
 
 
+def test_a_prompt_beyond_the_context_is_named_before_anything_runs(bench: Any, short_clip: Path) -> None:
+    """One token a byte, a start and an end: prompts of mini/cars fit 32, those of mini/gtsrb do not."""
+    grid = bench.home / "short.yaml"
+    known = {"tasks": ["mini/cars", "mini/gtsrb"]}
+    grid.write_text(yaml.safe_dump(fields(short_clip, **known)))
+    done = bench("plan", "--grid", str(grid))
+    assert done.code == 2 and "Traceback" not in done.err
+    message = "suite.backbone.model (mini/gtsrb): the prompt 'a zoomed in photo of a \"speed limit 30\" traffic sign.' has 45"
+    assert " ".join(done.err.split()).count(message) == 1, done.err
+    assert "the text tower's context has 32; use head: probe" in " ".join(done.err.split())
+    folders = {"tasks": [{"name": "dtd", "size": 32}, {"name": "gtsrb", "size": 32}]}
+    with pytest.raises(UsageError, match=r"suite\.backbone\.model \(gtsrb\): the prompt '.*' has 33 tokens"):
+        plan(fields(short_clip, **folders))  # of a folder's classes only the sentences around them are known
+    probe = fields(short_clip, **known)
+    probe["suite"]["backbone"]["head"] = "probe"
+    assert kinds(plan(probe), "head")
+
+
 def test_other_weights_never_meet_an_old_head(tiny_clip: Path, tmp_path: Path) -> None:
     model = transformers.CLIPModel.from_pretrained(tiny_clip)
     with torch.no_grad():

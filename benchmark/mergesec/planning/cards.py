@@ -135,7 +135,7 @@ class Card:
     planned, without torch.
     Only this project's own are called: planning runs nobody else's code."""
     inspect_tasks: str = ""
-    """Likewise of a backbone, with the classes of the grid's tasks (``labels``)."""
+    """Likewise of a backbone, with the classes of the grid's tasks (``labels``); for ``zero_shot`` with their prompts."""
     zero_shot: bool = False
     """Of a backbone: it makes heads from prompts, with a text tower."""
     templates: tuple[str, ...] = ()

