@@ -55,9 +55,11 @@ def inspect_prompts(parameters: Mapping[str, Any], where: str, prompts: Mapping[
     if parameters["head"] != "zero-shot" or not parameters["model"] or not (place / TOKENIZER).is_file():
         return
     most = _context(place, f"{where}.model")
-    words = read_tokenizer(place, f"{where}.model") if most else None
+    if not most:
+        return
+    words = read_tokenizer(place, f"{where}.model")
     for task, sentences in prompts.items():
-        for sentence in sentences if words else ():
+        for sentence in sentences:
             tokens = 2 + len(words.encode(sentence, add_special_tokens=False).ids)  # a start and an end
             check_context(sentence, tokens, most, f"{where}.model ({task})")
 
