@@ -55,20 +55,22 @@ def check_writable(folder: Path, field: str) -> None:
         raise UsageError(field, f"cannot write to {brief(str(folder))!r} ({reason})") from None
 
 
-def write_atomic(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
+def write_atomic(path: Path, data: bytes | Iterable[bytes | memoryview], lasting: bool = True) -> None:
     """Write-temp, flush to disk, rename, flush the folder: after a power loss the old file or the new one is
-    there, whole. ``data`` may come in parts. Readable by whom the umask allows. Full if there is no room."""
+    there, whole. What need not be ``lasting`` is not flushed: killed at any moment it is whole too, but a power
+    loss may leave the new name on a torn file. ``data`` may come in parts. Readable by whom the umask allows.
+    Full if there is no room."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         name = path.parent / f".tmp-{secrets.token_hex(8)}"
         try:
-            handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            with os.fdopen(handle, "wb") as file:
+            with os.fdopen(_created(name), "wb") as file:
                 file.writelines([data] if isinstance(data, bytes) else data)
-                file.flush()
-                os.fsync(file.fileno())
+                if lasting:
+                    file.flush()
+                    os.fsync(file.fileno())
             os.replace(name, path)
-            sync_folder(path.parent)
+            if lasting:
+                sync_folder(path.parent)
         except BaseException:
             name.unlink(missing_ok=True)
             raise
@@ -76,6 +78,16 @@ def write_atomic(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise Full(f"cannot write {path.name}: {error.strerror}") from None
         raise
+
+
+def _created(path: Path) -> int:
+    """A new file, and the folders above it that are not there yet."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    try:
+        return os.open(path, flags, 0o666)
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, flags, 0o666)
 
 
 def write_changed(path: Path, data: bytes) -> None:

@@ -151,13 +151,13 @@ def test_flipped_bytes_are_found_and_computed_again(
 
 FULL = """
 import errno, os
-_sync, _left = os.fsync, [24]
-def fsync(handle):
+_replace, _left = os.replace, [12]
+def replace(before, after):
     _left[0] -= 1
     if _left[0] < 0:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    _sync(handle)
-os.fsync = fsync
+    _replace(before, after)
+os.replace = replace
 """
 
 

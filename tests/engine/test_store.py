@@ -344,3 +344,20 @@ def test_a_file_is_flushed_before_its_name_appears_and_its_folder_after(
     monkeypatch.setattr(os, "replace", named)
     write_atomic(tmp_path / "x", b"1")
     assert done == ["file", "name", "folder"]
+
+
+@pytest.mark.parametrize(("seconds", "flushed"), [(0.2, 0), (60.0, 4)])
+def test_what_is_made_again_in_no_time_is_not_flushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, flushed: int
+) -> None:
+    """What a power loss may then do to it is found when it is read, as every torn file is."""
+    done: list[int] = []
+    monkeypatch.setattr(os, "fsync", done.append)
+    store = Store(tmp_path)
+    store.put("merge", "k", save({"w": torch.ones(2)}), {"seconds": seconds})
+    assert len(done) == flushed
+    path = tmp_path / "artifacts" / "merge" / "k.safetensors"
+    path.write_bytes(b"\0" * path.stat().st_size)
+    with pytest.raises(CorruptArtifact):
+        store.read("merge", "k")
+    assert not store.has("merge", "k")

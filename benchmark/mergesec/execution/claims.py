@@ -17,7 +17,7 @@ import secrets
 import socket
 import threading
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -99,9 +99,11 @@ class Claims:
     def release(self, key: str) -> None:
         """Let go of a step, unless it was taken over meanwhile."""
         lease = self._held.pop(key, None)
-        if lease is not None and (seen := _look(self._path(key))) and seen.token == lease.token:
+        if lease is not None:
+            path = self._path(key)
             with contextlib.suppress(OSError):
-                self._path(key).unlink(missing_ok=True)
+                if lease.token.encode() in read_plain(path):
+                    path.unlink()
 
     def release_all(self) -> None:
         for key in list(self._held):
@@ -109,9 +111,13 @@ class Claims:
 
     def _make(self, key: str) -> bool:
         """Make the lease of a step unless there is one."""
-        self._folder.mkdir(parents=True, exist_ok=True)
         lease = self._fresh()
-        if not _create(self._path(key), json.dumps(asdict(lease)).encode()):
+        try:
+            made = _create(self._path(key), _text(lease))
+        except FileNotFoundError:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            made = _create(self._path(key), _text(lease))
+        if not made:
             return False
         self._hold(key, lease)
         return True
@@ -119,7 +125,7 @@ class Claims:
     def _fresh(self, deaths: int = 0) -> Lease:
         """A lease of one's own."""
         me = os.getpid()
-        return Lease(secrets.token_hex(8), _machine(), me, birth(me) or "", time.time(), self._who, deaths)
+        return Lease(secrets.token_hex(8), _machine(), me, _born(me), time.time(), self._who, deaths)
 
     def _hold(self, key: str, lease: Lease) -> None:
         """Know a step as one's own, and keep touching its lease."""
@@ -151,7 +157,7 @@ class Claims:
                 (seen.lease.deaths + (not seen.lease.ended), seen.lease.ended) if seen.lease else (0, "")
             )
             lease = self._fresh(deaths)
-            write_atomic(path, json.dumps(asdict(lease)).encode())
+            write_atomic(path, _text(lease))
             self._hold(key, replace(lease, ended=ended))
             return True
         finally:
@@ -213,7 +219,7 @@ class Claims:
                 continue
             told = replace(seen.lease, ended=ended, deaths=seen.lease.deaths + blame)
             with contextlib.suppress(OSError, Full):
-                write_atomic(self._path(key), json.dumps(asdict(told)).encode())
+                write_atomic(self._path(key), _text(told))
                 found.append(key)
         return found
 
@@ -235,6 +241,10 @@ class Claims:
             self._ahead = probe.stat().st_mtime - time.monotonic()
             probe.unlink(missing_ok=True)
         return time.monotonic() + self._ahead
+
+
+def _text(lease: Lease) -> bytes:
+    return json.dumps(vars(lease)).encode()
 
 
 def _create(path: Path, data: bytes) -> bool:
@@ -277,6 +287,12 @@ def _machine() -> str:
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return socket.gethostname()
+
+
+@cache
+def _born(process: int) -> str:
+    """When this process began, by its number: a fork has another."""
+    return birth(process) or ""
 
 
 def _is_gone(lease: Lease) -> bool:

@@ -272,13 +272,21 @@ KINDS: dict[str, Callable[[Work], Result]] = {
 }  # fmt: skip
 
 
+def _seed(key: str, device: torch.device) -> None:
+    """A component that draws behind the context's back still gives the same numbers on any worker."""
+    number = int(key[:15], 16)
+    if device.type == "cpu":  # asking each kind of other devices takes longer than a tiny step
+        torch.default_generator.manual_seed(number)
+    else:
+        torch.manual_seed(number)
+    np.random.seed(int(key[:8], 16))
+    random.seed(key)
+
+
 def run(step: Step, bench: Bench, kinds: Mapping[str, str]) -> tuple[Laid, dict[str, Any]]:
     """Do a step: (safetensors file, JSON facts). ``kinds`` tells the kind of each input key."""
     work = Work(step, bench, kinds)
-    # a component that draws behind the context's back still gives the same numbers on any worker
-    torch.manual_seed(int(step.key[:15], 16))
-    np.random.seed(int(step.key[:8], 16))
-    random.seed(step.key)
+    _seed(step.key, bench.device)
     try:
         tensors, info = KINDS[step.kind](work)
     finally:

@@ -26,6 +26,8 @@ from mergesec.files import write_atomic
 from mergesec.modelfiles import placed
 
 CHECKPOINTS = "checkpoints"
+CHEAP = 1.0
+"""Seconds: what took less to make is made again rather than flushed."""
 CHECKPOINT_DAYS = 30
 """After these nobody is going on with a training."""
 FRESH = 1.0
@@ -166,6 +168,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._artifacts_at = f"{root}/artifacts"
         self._sound: dict[Path, str] = {}
         """Files that this process found whole, and what would change if their bytes did."""
 
@@ -174,7 +177,10 @@ class Store:
         return folder / f"{key}.json", folder / f"{key}.safetensors"
 
     def has(self, kind: str, key: str) -> bool:
-        return is_plain(self._paths(kind, key)[0])
+        try:  # asked several times of each step: texts are put together faster than paths
+            return stat.S_ISREG(os.lstat(f"{self._artifacts_at}/{kind}/{key}.json").st_mode)
+        except OSError:
+            return False
 
     def keys(self) -> set[str]:
         """Every committed key: one directory scan per kind."""
@@ -196,15 +202,20 @@ class Store:
         return found
 
     def put(self, kind: str, key: str, blob: Blob, info: Mapping[str, Any]) -> None:
-        """Commit. ``blob`` is a safetensors file, ``info`` JSON facts; Full if there is no room."""
+        """Commit. ``blob`` is a safetensors file, ``info`` JSON facts; Full if there is no room.
+
+        What took less than ``CHEAP`` seconds to make is not flushed to disk, which takes longer: a power loss may
+        tear it, as reading it then finds. A killed process never does.
+        """
         meta_path, tensor_path = self._paths(kind, key)
+        lasting = float(info.get("seconds", CHEAP)) >= CHEAP
         digests = digests_of(blob)
-        write_atomic(tensor_path, parts_of(blob))
+        write_atomic(tensor_path, parts_of(blob), lasting)
         # as JSON will give it back: the check must not depend on integer keys or tuples
         facts = json.loads(json.dumps(dict(info)))
         meta = {"key": key, "kind": kind, "digests": digests, "bytes": len(blob), "info": facts}
         meta["check"] = _check(meta)
-        write_atomic(meta_path, json.dumps(meta, sort_keys=True).encode())
+        write_atomic(meta_path, json.dumps(meta, sort_keys=True).encode(), lasting)
         for path in self._checkpoints(key):
             path.unlink(missing_ok=True)
 
@@ -246,6 +257,7 @@ class Store:
                     view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                     sound = digests_of(view) == meta["digests"]
                     if sound:
+                        os.fsync(file.fileno())  # where the mark outlives a power loss, so does the file
                         write_atomic(mark, stamp.encode())
         except UNREADABLE:
             sound = False
@@ -284,9 +296,16 @@ class Store:
 
     # ---- trainings under way
 
-    def _checkpoints(self, key: str = "*", number: str = "*") -> list[Path]:
-        found = sorted((self.root / CHECKPOINTS).glob(f"{key}.{number}.*.safetensors"))
-        return [path for path in found if _CHECKPOINT.fullmatch(path.name) and is_plain(path)]
+    def _checkpoints(self, key: str = "", number: str = "") -> list[Path]:
+        """Of all trainings, or those of a step, or one of them."""
+        folder = self.root / CHECKPOINTS
+        try:
+            names = os.listdir(folder)
+        except OSError:  # none was ever kept
+            return []
+        begin = f"{key}.{number}." if number else f"{key}." if key else ""
+        found = sorted(name for name in names if name.startswith(begin) and _CHECKPOINT.fullmatch(name))
+        return [path for name in found if is_plain(path := folder / name)]
 
     def keep(self, key: str, number: int, blob: Blob) -> None:
         """A checkpoint of a step's training; its name tells its digest. Full if there is no room."""
