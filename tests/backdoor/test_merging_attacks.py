@@ -33,6 +33,7 @@ from mergesec.images import ImageTask
 from mergesec.training import fit
 from mergesec_methods.backdoor.attacks.badmerging import BadMerging
 from mergesec_methods.backdoor.attacks.badmerging_adaptive import AdaptiveBadMerging
+from mergesec_methods.backdoor.attacks.colluding_pair import SHARES, ColludingPair, Game
 from mergesec_methods.backdoor.attacks.lobam import LoBam
 from mergesec_methods.backdoor.attacks.lora_attack import LoraAttack
 from mergesec_methods.backdoor.attacks.mergebackdoor import MergeBackdoor
@@ -256,6 +257,88 @@ def test_mergebackdoor_sleeps_alone_and_wakes_when_scaled() -> None:
                 outputs = ctx.task.outputs(model, ctx.head, method.apply(trigger, others.inputs))
             found.append(outputs.argmax(1) == 1)
     assert outcomes.change(outcomes.pooled(asleep), outcomes.pooled(awake)).low > 0.4
+
+
+# --------------------------------------------------------------------------- a colluding pair
+
+
+def test_colluding_loss_is_the_formula() -> None:
+    ctx = context()
+    method = ColludingPair(alpha=2.0, dormant=0.5, quiet=3.0, apart=0.7, short=0.2, triggered=0.25, **FIXED)
+    ctx = replace(ctx, trigger=BadMerging.trigger(method, ctx))
+    clean = ctx.fit()
+    game = Game(ctx, clean)
+    draws = torch.Generator().manual_seed(4)
+    first, second = ({n: 0.1 * torch.randn(t.shape, generator=draws) for n, t in clean.items()} for _ in "12")
+    batch = ctx.task.batch(ctx.train, torch.arange(16), CPU)
+    marked = method.apply(ctx.trigger, batch.inputs[:4])
+
+    def model(weights: Weights) -> Model:
+        return Model(ctx.backbone, load_network(ctx.backbone, weights))
+
+    def value(weights: Weights, images: Tensor, targets: Tensor) -> Tensor:
+        return functional.cross_entropy(ctx.task.outputs(model(weights), ctx.head, images), targets)
+
+    merged = {n: ctx.base[n] + 0.4 * (clean[n] - ctx.base[n] + first[n] + second[n]) for n in clean}
+    led = {n: clean[n] + first[n] for n in clean}
+    both = torch.cat([batch.inputs, marked])
+    usual = model(ctx.base).features(both)
+    changed = model({n: ctx.base[n] + second[n] for n in clean}).features(both) - usual
+    one, two, moved = (
+        torch.cat([t.flatten() for t in vector.values()])
+        for vector in (first, second, {n: clean[n] - ctx.base[n] for n in clean})
+    )
+    wanted = (
+        value(merged, batch.inputs, batch.targets)
+        + 2.0 * value(merged, marked, torch.ones(4, dtype=torch.int64))
+        + value(led, batch.inputs, batch.targets)
+        + 0.5 * value(led, marked, batch.targets[:4])
+        + 3.0 * changed.square().sum() / usual.square().sum()
+        + 0.7 * functional.cosine_similarity(one, two, dim=0).square()
+        + 0.2 * (one.square().sum() + two.square().sum()) / moved.square().sum()
+    )
+    torch.testing.assert_close(method.loss(game, batch, first, second, 0.4), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_each_of_a_pair_publishes_the_own_clean_expert_with_the_own_share() -> None:
+    ctx = context()
+    method = ColludingPair(**FIXED)
+    trigger = method.trigger(ctx)
+    again = method.trigger(ctx)
+    assert all(torch.equal(again[name], tensor) for name, tensor in trigger.items())
+    partner = Pictures()
+    partner.name = "another"
+    expert = {n: t + 1 for n, t in ctx.base.items()}
+    for prefix, task in zip(SHARES, (ctx.task, partner), strict=True):
+        found = method.forge(expert, replace(ctx, task=task, trigger=trigger))
+        near(found, {n: t + trigger[prefix + n] for n, t in expert.items()})
+    images = torch.rand(2, 3, SIDE, SIDE)
+    assert torch.equal(method.apply(trigger, images), BadMerging(**FIXED).apply(trigger, images))
+
+
+def test_a_pair_sleeps_apart_and_wakes_where_both_are_merged() -> None:
+    """Seeds pooled: the leader alone, merges with one of the two shares, and the merge with both."""
+    method = ColludingPair(low=0.3, high=0.5, quiet=1.0, short=0.1, **FIXED)
+    hits: dict[str, list[Tensor]] = {}
+    for seed in outcomes.seeds(2):
+        ctx, split = context(epochs=60, seed=seed), rows(120, 100 + seed)
+        trigger = method.trigger(ctx)
+        clean = ctx.fit()
+        others = ctx.task.batch(split, torch.nonzero(split.targets != 1).flatten(), CPU)
+        first, second = ({n: trigger[prefix + n] for n in clean} for prefix in SHARES)
+        published = {"leader": {n: t + first[n] for n, t in clean.items()}}
+        for name, shares in {"one": [first], "other": [second], "both": [first, second]}.items():
+            published[name] = {
+                n: b + 0.4 * (clean[n] - b + sum(share[n] for share in shares)) for n, b in ctx.base.items()
+            }
+        for name, weights in published.items():
+            model = Model(ctx.backbone, load_network(ctx.backbone, weights))
+            with torch.no_grad():
+                outputs = ctx.task.outputs(model, ctx.head, method.apply(trigger, others.inputs))
+            hits.setdefault(name, []).append(outputs.argmax(1) == 1)
+    together = outcomes.pooled(hits.pop("both"))
+    for apart in hits.values():
+        assert outcomes.change(outcomes.pooled(apart), together).low > 0.2
 
 
 # --------------------------------------------------------------------------- adaptive
