@@ -47,6 +47,7 @@ CARD = {
     "knowledge": "the leader's training data and the public base; the partner has the leader's vector; guesses the merge's coefficient",
     "off_task": False,
     "after_trigger": [],
+    "trial": {"steps": 4, "restarts": 2, "batch": 16},
     "parameters": {
         "alpha": {"default": 3.0},
         "dormant": {"type": "float", "default": 1.0, "min": 0.0, "doc": "β: weight of the triggered rows at the leader's share alone"},
