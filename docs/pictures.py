@@ -29,6 +29,7 @@ SHOWN = {
     "backdoor-defenses": Shown("mini-backdoor-defenses", "backdoor-heat"),
     "backdoor-experts": Shown("mini-backdoor-many", "backdoor-experts"),
     "backdoor-pareto": Shown("mini-backdoor-defenses", "backdoor-pareto"),
+    "protection-frontier": Shown("mini-protection", "protection-frontier"),
     "protection-heat": Shown("mini-protection", "protection-heat-2", 7.6),
     "protection-interpolation": Shown("mini-protection-interpolation", "protection-landscape-slerp-t"),
     "protection-landscape": Shown(

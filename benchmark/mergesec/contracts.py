@@ -406,6 +406,9 @@ class RecoverContext(Context):
     set for attacks whose card says ``tries``."""
     inner: Sequence[Attack] = ()
     """The attacks that this one tries, if its card says so (``wraps``)."""
+    answers: Callable[[], nn.Module] | None = None
+    """The published expert as a network to call, a fresh one on ``device`` in evaluation mode, in the topology that its
+    owner serves; set for attacks whose card says ``queries``, where the defense is no plugin."""
 
 
 class Attack(Component):

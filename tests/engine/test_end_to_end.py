@@ -9,6 +9,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import load_file
 
 
 def _everything(folder: Path) -> dict[str, bytes]:
@@ -138,3 +140,27 @@ def test_light_verbs_load_neither_torch_nor_pandas(bench: Any, arguments: list[s
     ran = bench(*arguments)
     assert ran.code == 0, ran.err
     assert ran.err.splitlines()[-1] == "HEAVY"
+
+
+def test_a_free_rider_who_asks_the_published_expert_gets_the_same_answers_whatever_its_topology(
+    bench: Any,
+) -> None:
+    """Students of an expert with and without MergeBarrier, whose MLPs have other sizes, end in the same place."""
+    axes = {
+        "attacks": [{"name": "distill", "steps": 12, "lr": 1e-3}],
+        "defenses": ["none", "mergebarrier"],
+        "merging": ["simple_average"],
+        "victim": ["micro/bars"],
+    }
+    ran = bench.run(bench.grid("asked", axes=axes, threats=["protection"]))
+    assert ran.code == 0, ran.err
+    students = [load_file(path) for path in (bench.store / "artifacts" / "recover").glob("*.safetensors")]
+    (base,) = [load_file(path) for path in (bench.store / "artifacts" / "base").glob("*.safetensors")]
+    assert len(students) == 2
+
+    def flat(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.cat([weights[n].double().flatten() for n in sorted(base) if base[n].is_floating_point()])
+
+    one, other, start = flat(students[0]), flat(students[1]), flat(base)
+    # float noise, which Adam's first steps enlarge: far less than the way that they went
+    assert float((one - other).norm()) < 0.05 * float((one - start).norm())

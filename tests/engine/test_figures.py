@@ -15,9 +15,11 @@ import pytest
 
 from mergesec.errors import UsageError
 from mergesec.evidence.boards import make_boards
+from mergesec.evidence.estimates import Reader
 from mergesec.evidence.records import Component, Count, Record, count, read_records
 from mergesec.figures.backdoor import mask_sparsity
 from mergesec.figures.canvas import Caption, Picture, limits, look_of, require_matplotlib
+from mergesec.figures.frontier import standings
 from mergesec.figures.gallery import chosen, make_figures, write_figures
 from mergesec.figures.sweeps import find_sweeps
 
@@ -318,6 +320,29 @@ def test_only_some_pictures_and_other_formats(tmp_path: Path) -> None:
     assert small < large
 
 
+def test_the_frontier_compares_over_the_cells_in_which_an_unprotected_expert_was_distilled() -> None:
+    records = [
+        _protection("none", "none", merged=80),
+        _protection("none", "distill", merged=50),
+        _protection("p", "none", merged=20),
+        _protection("p", "distill(steps=9)", merged=51),
+        _protection("p", "aga", merged=75),
+        _protection("p", "aga", merged=99, seed=1),  # nothing was distilled there
+        _protection("unasked", "aga", merged=75),
+    ]
+    (rows,) = standings(records, Reader()).values()
+    found = {row.defense: row for row in rows}
+    assert set(found) == {"none", "p"}
+    assert found["p"].best.value == pytest.approx(0.75)
+    assert found["p"].by == "aga"
+    assert found["p"].distilled.value == pytest.approx(0.51)
+    assert found["none"].distilled.value == pytest.approx(0.5)
+    assert found["p"].lost.value == pytest.approx(0.01)
+    picture = _drawn(records)["protection-frontier"]
+    assert [t.get_text() for t in picture.figure.axes[0].get_yticklabels()] == ["none (1.0)", "p (1.0)"]
+    assert "protection-frontier" not in _drawn([r for r in records if "distill" not in r.attack])
+
+
 def test_ownership_marks_have_a_picture() -> None:
     counts = _accuracies("ab", expert=90, published=90, clean_merge=80, protected_merge=80, merge=80, base=10)
     counts |= {f"mark/{s}/s/a": _k(k) for s, k in (("published", 100), ("merge", 61), ("base", 12))}
@@ -500,8 +525,9 @@ def test_pages_show_pictures_that_are_drawn_from_shipped_records() -> None:
     pictures = importlib.util.module_from_spec(spec)
     sys.modules["pictures"] = pictures
     spec.loader.exec_module(pictures)
-    pages = "".join(path.read_text() for path in (ROOT / "docs" / "results").glob("*.md"))
-    assert set(pictures.SHOWN) == set(re.findall(r"\(\.\./figures/([\w-]+)\.svg\)", pages))
+    docs = ROOT / "docs"
+    pages = "".join(path.read_text() for path in (*(docs / "results").glob("*.md"), docs / "frontier.md"))
+    assert set(pictures.SHOWN) == set(re.findall(r"\((?:\.\./)?figures/([\w-]+)\.svg\)", pages))
     assert set(pictures.SHOWN) <= {path.stem for path in pictures.FOLDER.glob("*.svg")}
     shown = pictures.SHOWN["backdoor-experts"]
     records = read_records(ROOT / "results" / "records", shown.grid)

@@ -178,11 +178,13 @@ def recover(work: Work) -> Result:
     own = [r.removeprefix("expert:") for r in work.inputs if r.startswith("expert:")]
     experts = [Expert(t, work.tensors(f"expert:{t}")) for t in own]
     tries = "merging" in work.refs
+    served = work.component("producer") if "producer" in work.refs else None
     views = Views(work, [*own, victim] if tries else own)
     ctx = RecoverContext(
         work.device, work.seed, work.backbone, base_weights, victim, experts, views,
         trial(work, experts) if tries else None,
         [work.bench.component(ref) for ref in work.refs["attack"].inner],
+        (lambda: network_of(work, "published", victim, served)) if served else None,
     )  # fmt: skip
     recovered = attack.recover(fitting(work.tensors("published"), base_weights), ctx)
     return Result(dict(check_weights(recovered, base_weights, attack.name)))

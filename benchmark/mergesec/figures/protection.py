@@ -37,6 +37,7 @@ from mergesec.figures.canvas import (
     side_by_side,
     wrapped,
 )
+from mergesec.figures.frontier import frontier_pictures
 from mergesec.figures.sweeps import LEAST, Methods, Sweep, axis_title, find_sweeps, methods_of
 from mergesec.threats import Role, Threat
 
@@ -65,6 +66,7 @@ def protection_pictures(
     yield from _landscapes(rows, caption, methods_of(mine))
     yield from _matrices(mine, reader, caption)
     yield from _distances(mine, caption)
+    yield from frontier_pictures(mine, reader, caption)
     if "ownership" in boards:
         yield from _ownership(rows_of(boards["ownership"]), caption)
 

@@ -109,6 +109,9 @@ class Card:
     """The parameter of type ``merging`` (of an attack: ``attacks``) naming what this one works around."""
     tries: bool = False
     """Whether an attack tries merges on the tuning split, and so depends on the merge method."""
+    queries: bool = False
+    """Whether an attack on a protection calls the published expert (``ctx.answers``) and not only reads its weights: it
+    then depends on how the defense has it served."""
     adapts: bool = False
     """Whether a backdoor's ``poison`` and ``forge`` look at the cell's defense (``ctx.defense``)."""
     off_task: bool = False

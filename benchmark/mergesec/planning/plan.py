@@ -307,6 +307,11 @@ class Planner:
             inputs += self._views((task,))
             components += [(f"task:{task}", self.grid.task(task)), ("merging", merging)]
             told["order"] = ",".join(experts)
+        asked = any(self._card("attack", ref.name).queries for ref in (attack, *attack.inner))
+        if (
+            asked and defense is not NONE and not defense.plugins
+        ):  # a stranger's code is not let near an attack
+            components.append(("producer", defense))
         drawn = self._seed(attack, "recover", task, seed)
         return self._add("recover", components, inputs, task=task, **drawn, **told)
 

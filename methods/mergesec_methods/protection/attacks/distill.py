@@ -1,7 +1,8 @@
 """Distillation: teach a copy of the base what the published expert computes, on the free-rider's own inputs.
 
 The student starts at the base's weights, so where it ends up is in the base's coordinates: it can be
-merged, whatever was done to the published weights, which serve as a function only. Adam on
+merged, whatever was done to the published weights, which serve as a function only: that of the network
+that the owner serves, in whatever topology (of a plugin's protection only what fits the base). Adam on
 ``mean (f_student(x) − f_published(x))²`` over features f; x are inputs of the free-rider's own tasks, a
 batch of one task after the other. No label is used, and no input of the protected task: what the student
 learns of that task is what carries over from other images. All parameters are trained, in evaluation mode.
@@ -27,7 +28,7 @@ CARD = {
     "name": "distill",
     "kind": "attack",
     "class": "Distill",
-    "version": "1",
+    "version": "2",
     "title": "Distillation into the base",
     "paper": "Hinton et al., Distilling the knowledge in a neural network, 2015",
     "url": "https://arxiv.org/abs/1503.02531",
@@ -37,6 +38,7 @@ CARD = {
     "knowledge": "the published expert, the public base and unlabelled inputs of the free-rider's own tasks; "
     "budget: `rows` inputs per task, `steps` updates of `batch_size` inputs",
     "data": "tuning",
+    "queries": True,
     "modalities": ["image", "text"],
     "seeded": True,
     "trial": {"steps": 10},
@@ -64,7 +66,8 @@ class Distill(Attack):
     def recover(self, published: Weights, ctx: RecoverContext) -> dict[str, Tensor]:
         """The student's weights, in the types of ``published``; tensors that are not trained are the base's."""
         streams = self._streams(ctx)
-        teacher = Model(ctx.backbone, load_network(ctx.backbone, published).to(ctx.device))
+        network = ctx.answers() if ctx.answers else load_network(ctx.backbone, published).to(ctx.device)
+        teacher = Model(ctx.backbone, network)
         wanted = [s.features(teacher, torch.arange(len(s.rows))) for s in streams]
         student = Model(ctx.backbone, load_network(ctx.backbone, ctx.base).to(ctx.device).float())
         parameters = [p.requires_grad_(True) for p in student.network.parameters()]
