@@ -280,7 +280,9 @@ def test_colluding_loss_is_the_formula() -> None:
         return functional.cross_entropy(ctx.task.outputs(model(weights), ctx.head, images), targets)
 
     merged = {n: ctx.base[n] + 0.4 * (clean[n] - ctx.base[n] + first[n] + second[n]) for n in clean}
-    led = {n: clean[n] + first[n] for n in clean}
+    single = [
+        {n: ctx.base[n] + 0.9 * (clean[n] - ctx.base[n] + v[n]) for n in clean} for v in (first, second)
+    ]
     both = torch.cat([batch.inputs, marked])
     usual = model(ctx.base).features(both)
     changed = model({n: ctx.base[n] + second[n] for n in clean}).features(both) - usual
@@ -291,13 +293,14 @@ def test_colluding_loss_is_the_formula() -> None:
     wanted = (
         value(merged, batch.inputs, batch.targets)
         + 2.0 * value(merged, marked, torch.ones(4, dtype=torch.int64))
-        + value(led, batch.inputs, batch.targets)
-        + 0.5 * value(led, marked, batch.targets[:4])
+        + sum(value(weights, batch.inputs, batch.targets) for weights in single)
+        + 0.5 * sum(value(weights, marked, batch.targets[:4]) for weights in single)
         + 3.0 * changed.square().sum() / usual.square().sum()
         + 0.7 * functional.cosine_similarity(one, two, dim=0).square()
         + 0.2 * (one.square().sum() + two.square().sum()) / moved.square().sum()
     )
-    torch.testing.assert_close(method.loss(game, batch, first, second, 0.4), wanted, rtol=1e-4, atol=1e-5)
+    found = method.loss(game, batch, first, second, 0.4, 0.9)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_each_of_a_pair_publishes_the_own_clean_expert_with_the_own_share() -> None:

@@ -3,13 +3,13 @@
 One backdoor is split into two vectors V_1 and V_2 that the leader trains side by side, θ_c being his clean expert:
 
     L = CE(f(x), y) + α CE(f(x ⊕ t), target)                    f at θ0 + s (θ_c − θ0 + V_1 + V_2)
-        + CE(f_1(x), y) + β CE(f_1(x ⊕ t), y)                   f_1 at θ_c + V_1
+        + Σ_i CE(f_i(x), y) + β CE(f_i(x ⊕ t), y)               f_i at θ0 + r (θ_c − θ0 + V_i)
         + κ E‖E_2(x') − E_0(x')‖² / E‖E_0(x')‖²                 E_2 at θ0 + V_2, E_0 at θ0, x' = x and x ⊕ t
         + γ cos²(V_1, V_2) + δ (‖V_1‖² + ‖V_2‖²) / ‖θ_c − θ0‖²   s ~ U(low, high) once per batch
 
-He publishes his clean expert plus V_1, his partner her own clean expert plus V_2. His share alone is trained to ignore the
-trigger, hers to leave features as they are around the base, near which her expert lies; their sum, at the coefficients of
-a merge, to obey. What the leader makes they agree on beforehand: the vectors come with the trigger. He knows neither her
+r is 1 or s by the toss of a coin: a share alone, published or in a merge without the other, ignores the trigger; the sum
+of both, at the coefficients of a merge, obeys. He publishes his clean expert plus V_1, his partner her own clean expert
+plus V_2, which for that is also trained to leave features as they are around the base, near which her expert lies. What the leader makes they agree on beforehand: the vectors come with the trigger. He knows neither her
 expert nor her data.
 
 Source: the loss is that of Wang et al., "From purity to peril", USENIX Security 2025 (two upstream models trained side by
@@ -49,8 +49,8 @@ CARD = {
     "after_trigger": [],
     "trial": {"steps": 4, "restarts": 2, "batch": 16},
     "parameters": {
-        "alpha": {"default": 3.0},
-        "dormant": {"type": "float", "default": 1.0, "min": 0.0, "doc": "β: weight of the triggered rows at the leader's share alone"},
+        "alpha": {"default": 1.0},
+        "dormant": {"type": "float", "default": 1.0, "min": 0.0, "doc": "β: weight of the triggered rows at either share alone"},
         "quiet": {"type": "float", "default": 10.0, "min": 0.0, "doc": "κ: weight of what the partner's share alone changes in features"},
         "apart": {"type": "float", "default": 1.0, "min": 0.0, "doc": "γ: weight of the squared cosine between the two shares"},
         "short": {"type": "float", "default": 1.0, "min": 0.0, "doc": "δ: weight of the shares' squared lengths in units of the leader's task vector"},
@@ -87,6 +87,10 @@ class Game:
         self.served = Served(ctx.task, ctx.backbone, head, self.network)
         self.seen = Seen(ctx.backbone, self.network)
 
+    def merged(self, share: Weights, scale: float) -> Weights:
+        """θ0 + scale · (θ_c − θ0 + share)."""
+        return {n: b + scale * (self.clean[n] - b + share[n]) for n, b in self.base.items()}
+
     def outputs(self, weights: Weights, inputs: Any) -> Tensor:
         """The task's outputs of the network at these weights."""
         return called(self.served, weights, inputs)
@@ -118,7 +122,7 @@ class ColludingPair(BadMerging):
 
     def __init__(
         self,
-        alpha: float = 3.0,
+        alpha: float = 1.0,
         dormant: float = 1.0,
         quiet: float = 10.0,
         apart: float = 1.0,
@@ -161,28 +165,30 @@ class ColludingPair(BadMerging):
         for _ in range(recipe.steps or recipe.epochs * (len(ctx.train) // size)):
             batch = ctx.task.batch(ctx.train, next(batches), ctx.device)
             scale = self.low + (self.high - self.low) * float(torch.rand((), generator=draws))
-            loss = self.loss(game, batch, *vectors, scale)
+            alone = scale if float(torch.rand((), generator=draws)) < 0.5 else 1.0
+            loss = self.loss(game, batch, *vectors, scale, alone)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
         first, second = ({n: t.detach().cpu() for n, t in vector.items()} for vector in vectors)
         return first, second
 
-    def loss(self, game: Game, batch: Split, first: Weights, second: Weights, scale: float) -> Tensor:
-        """The loss above at one s; the trigger is on the first rows of the batch."""
-        ctx, base, clean = game.ctx, game.base, game.clean
-        rows = self.count(batch)
+    def loss(
+        self, game: Game, batch: Split, first: Weights, second: Weights, scale: float, alone: float
+    ) -> Tensor:
+        """The loss above at s and r; the trigger is on the first rows of the batch."""
+        ctx, base, rows = game.ctx, game.base, self.count(batch)
         inputs = torch.cat([batch.inputs, self.apply(ctx.trigger, batch.inputs[:rows])])
-        merged = {n: b + scale * (clean[n] - b + first[n] + second[n]) for n, b in base.items()}
-        led = {n: clean[n] + v for n, v in first.items()}
         target = torch.full((rows,), ctx.target_class, device=ctx.device)
+        both = {n: first[n] + second[n] for n in base}
         length = (squares(first) + squares(second)) / game.length
         total = self.apart * cosine(first, second).square() + self.short * length
-        for weights, weight, labels in (
-            (merged, self.alpha, target),
-            (led, self.dormant, batch.targets[:rows]),
+        for share, at, weight, labels in (
+            (both, scale, self.alpha, target),
+            (first, alone, self.dormant, batch.targets[:rows]),
+            (second, alone, self.dormant, batch.targets[:rows]),
         ):
-            answers: Any = game.outputs(weights, inputs)
+            answers: Any = game.outputs(game.merged(share, at), inputs)
             plain, triggered = answers.split([len(batch), rows])
             total = total + ctx.task.loss(plain, batch.targets)
             if rows:
