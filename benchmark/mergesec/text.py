@@ -221,3 +221,10 @@ class TextBackbone(Backbone):
         """Per text ``[N]`` the sum of −ln p of its tokens but the first, and their number; None unless the backbone
         is a language model."""
         return None
+
+    def answered(
+        self, network: nn.Module, prompts: Sequence[str], answers: Sequence[str]
+    ) -> tuple[Tensor, Tensor] | None:
+        """Per prompt ``[N]`` the mean −ln p of its answer's tokens (with gradients), and whether greedy decoding gives
+        the answer, bool; None unless the backbone is a language model."""
+        return None

@@ -106,7 +106,7 @@ class HfFolder(TextBackbone):
                 raise UsageError(self.who, f"layers {self.layers} exceed the {own} of the model")
             kept = {layers_name(self.told): self.layers or own}
             self._settings = config_of({**self.told, **kept}, self.who)
-            self._settings.use_cache = False  # keys and values of every block, for a text that nobody goes on with
+            self._settings.use_cache = False  # nobody goes on with a text that was read
         return self._settings
 
     @property

@@ -25,7 +25,7 @@ CARD = {
     "Touvron et al., Llama, 2023",
     "url": "https://arxiv.org/abs/2302.13971",
     "summary": "GPT-2, Llama, Qwen2 or Mistral; the next token after a prompt names the class",
-    "modalities": ["text"],
+    "modalities": ["text", "answers"],
     "depends": ["transformers"],
     "inspect": "mergesec_tasks._modelfolders:inspect",
     "inspect_tasks": "mergesec_tasks.text._prompts:inspect",
@@ -166,6 +166,32 @@ class HfCausal(HfFolder):
         counts = torch.tensor([max(0, len(row) - 1) for row in begun])
         return torch.cat(found) if found else torch.zeros(0), counts
 
+    def answered(
+        self, network: nn.Module, prompts: Sequence[str], answers: Sequence[str]
+    ) -> tuple[Tensor, Tensor]:
+        """Mean −ln p of each answer's tokens ``[N]``, and whether each of them is the likeliest. Nothing is cut:
+        UsageError for a row that is longer than ``max_length``."""
+        device = next(network.parameters()).device
+        first = [
+            [*self._begin(), *row]
+            for row in numbers_of(self.tokeniser, prompts, self.who, add_special_tokens=False)
+        ]
+        then = numbers_of(self.tokeniser, answers, self.who, add_special_tokens=False)
+        longest = max(len(a) + len(b) for a, b in zip(first, then, strict=True))
+        if longest > self.max_length:
+            raise UsageError(
+                f"{self.who}.max_length", f"{self.max_length} is less than the {longest} tokens of a prompt and its answer"
+            )  # fmt: skip
+        numbers, mask = padded([a + b for a, b in zip(first, then, strict=True)], self.pad())
+        begins = torch.tensor([len(row) for row in first])[:, None]
+        asked = (mask & (torch.arange(mask.shape[1]) >= begins))[:, 1:].to(device)
+        numbers, mask = numbers.to(device), mask.to(device)
+        states = network(input_ids=numbers, attention_mask=mask.long()).last_hidden_state
+        scored = _scored(states[:, :-1][asked], self._output_rows(network, None), numbers[:, 1:][asked])
+        losses = torch.zeros(asked.shape, device=device).masked_scatter(asked, scored[0])
+        missed = torch.zeros_like(asked).masked_scatter(asked, ~scored[1])
+        return losses.sum(dim=1) / asked.sum(dim=1).clamp(min=1), ~missed.any(dim=1)
+
     def _output_rows(self, network: nn.Module, tokens: Sequence[int] | None) -> Tensor:
         """Rows of the output layer, all of them without ``tokens``: the network's embeddings where those are tied,
         else ``lm_head.weight`` in the folder's files."""
@@ -193,11 +219,16 @@ class HfCausal(HfFolder):
 
 
 def _losses(states: Tensor, table: Tensor, targets: Tensor) -> Tensor:
-    """−ln p ``[M]`` of tokens ``targets`` after ``states`` ``[M, d]``; some at a time, for a vocabulary is wide."""
-    parts = [
-        functional.cross_entropy(some @ table.T, wanted, reduction="none")
-        for some, wanted in zip(
-            torch.split(states, LOSS_TOKENS), torch.split(targets, LOSS_TOKENS), strict=True
-        )
-    ]
-    return torch.cat(parts) if parts else states.new_zeros(0)
+    """−ln p ``[M]`` of tokens ``targets`` after ``states`` ``[M, d]``."""
+    return _scored(states, table, targets)[0]
+
+
+def _scored(states: Tensor, table: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """−ln p ``[M]`` of tokens ``targets`` after ``states`` ``[M, d]``, and whether they are the likeliest, bool; some at a
+    time, for a vocabulary is wide."""
+    losses, first = [states.new_zeros(0)], [targets.new_zeros(0, dtype=torch.bool)]
+    for some, wanted in zip(torch.split(states, LOSS_TOKENS), torch.split(targets, LOSS_TOKENS), strict=True):
+        logits = some @ table.T
+        losses.append(functional.cross_entropy(logits, wanted, reduction="none"))
+        first.append(logits.argmax(dim=1) == wanted)
+    return torch.cat(losses), torch.cat(first)
