@@ -49,11 +49,11 @@ CARD = {
     "after_trigger": [],
     "trial": {"steps": 4, "restarts": 2, "batch": 16},
     "parameters": {
-        "alpha": {"default": 1.0},
+        "alpha": {"default": 2.0},
         "dormant": {"type": "float", "default": 1.0, "min": 0.0, "doc": "β: weight of the triggered rows at either share alone"},
         "quiet": {"type": "float", "default": 10.0, "min": 0.0, "doc": "κ: weight of what the partner's share alone changes in features"},
         "apart": {"type": "float", "default": 1.0, "min": 0.0, "doc": "γ: weight of the squared cosine between the two shares"},
-        "short": {"type": "float", "default": 1.0, "min": 0.0, "doc": "δ: weight of the shares' squared lengths in units of the leader's task vector"},
+        "short": {"type": "float", "default": 0.3, "min": 0.0, "doc": "δ: weight of the shares' squared lengths in units of the leader's task vector"},
         "low": {"type": "float", "default": 0.1, "min": 0.0, "max": 1.0, "doc": "smallest coefficient of a merge"},
         "high": {"type": "float", "default": 0.6, "min": 0.0, "max": 1.0, "doc": "largest coefficient of a merge"},
         "patch": {"default": 5.0},
@@ -122,11 +122,11 @@ class ColludingPair(BadMerging):
 
     def __init__(
         self,
-        alpha: float = 1.0,
+        alpha: float = 2.0,
         dormant: float = 1.0,
         quiet: float = 10.0,
         apart: float = 1.0,
-        short: float = 1.0,
+        short: float = 0.3,
         low: float = 0.1,
         high: float = 0.6,
         **given: Any,
