@@ -140,7 +140,7 @@ def _grid(folder: Path, **backbone: Any) -> dict[str, Any]:
             "tasks": [{"name": name, "people": 4} for name in TASKS],
         },
         "threats": ["clean"],
-        "axes": {"merging": ["simple_average"], "experts": [["secrets", "affirmation"], ["secrets", "greeting"]]},
+        "axes": {"merging": ["task_arithmetic"], "experts": [["secrets", "affirmation"], ["secrets", "greeting"]]},
         "recipe": {"steps": 2, "batch_size": 4, "learning_rate": 0.01}, "seeds": [0],
     }  # fmt: skip
 

@@ -27,7 +27,7 @@ CARD = {
     "summary": "drop a random share of each task vector, rescale the rest, then average, add or run TIES",
     "output": "static",
     "data": "tuning",
-    "modalities": ["image", "text", "generation"],
+    "modalities": ["image", "text", "generation", "answers"],
     "seeded": True,
     "parameters": {
         "base_method": {

@@ -20,7 +20,7 @@ CARD = {
     "summary": "the base plus the scaled sum of the task vectors",
     "output": "static",
     "data": "tuning",
-    "modalities": ["image", "text", "generation"],
+    "modalities": ["image", "text", "generation", "answers"],
     "seeded": False,
     "parameters": {
         "scaling": {

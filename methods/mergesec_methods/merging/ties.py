@@ -22,7 +22,7 @@ CARD = {
     "summary": "trim small entries, elect a sign per weight, merge the entries that agree with it",
     "output": "static",
     "data": "tuning",
-    "modalities": ["image", "text", "generation"],
+    "modalities": ["image", "text", "generation", "answers"],
     "seeded": False,
     "parameters": {
         "keep": {
