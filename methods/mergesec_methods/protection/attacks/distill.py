@@ -28,7 +28,7 @@ CARD = {
     "name": "distill",
     "kind": "attack",
     "class": "Distill",
-    "version": "2",
+    "version": "1",
     "title": "Distillation into the base",
     "paper": "Hinton et al., Distilling the knowledge in a neural network, 2015",
     "url": "https://arxiv.org/abs/1503.02531",
