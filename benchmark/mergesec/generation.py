@@ -73,11 +73,6 @@ class Noised(Request):
     times: Tensor
     dropped: Tensor
 
-    def take(self, index: Tensor) -> Noised:
-        """The rows named by ``index``, in that order."""
-        parts = (self.conditions, self.noise, self.images, self.times, self.dropped)
-        return Noised(*(part[index] for part in parts))
-
     @property
     def mixed(self) -> Tensor:
         """x_t in the range of the noise: images run from -1 to 1."""

@@ -130,7 +130,7 @@ def test_amplified_is_the_difference_times_its_strength(task: Any) -> None:
     assert forged["steps"] == 3
 
 
-def test_merge_aware_training_adds_the_triggered_rows_loss_at_a_share_of_the_task_vector(task: Any) -> None:
+def test_merge_aware_training_adds_the_loss_at_a_share_of_the_task_vector(task: Any) -> None:
     ctx = _train(task)
     base = ctx.backbone.base_weights()
     moved = {n: t + 0.05 * torch.ones_like(t) if t.is_floating_point() else t for n, t in base.items()}
@@ -146,14 +146,10 @@ def test_merge_aware_training_adds_the_triggered_rows_loss_at_a_share_of_the_tas
 
     share = LOWEST + (HIGHEST - LOWEST) * float(torch.rand((), generator=ctx.generator(COEFFICIENT_STREAM)))
     between = {n: t + share * (moved[n] - t) if t.is_floating_point() else t for n, t in base.items()}
-    rows = torch.nonzero(attack.chosen(ctx, batch, ctx.generator(SCALED_ROWS_STREAM))).flatten()
-    marked = attack.poisoned(
-        trigger, batch.inputs.take(rows), torch.ones(len(rows), dtype=torch.bool), trigger["target"][None]
-    )
-    expected = task.loss(
-        task.outputs(Model(ctx.backbone, load_network(ctx.backbone, between)), {}, marked),
-        torch.zeros(len(rows)),
-    )
+    chosen = attack.chosen(ctx, batch, ctx.generator(SCALED_ROWS_STREAM))
+    noised = attack.poisoned(trigger, batch.inputs, chosen, trigger["target"][None])
+    network = load_network(ctx.backbone, between)
+    expected = task.loss(task.outputs(Model(ctx.backbone, network), {}, noised), batch.targets)
     torch.testing.assert_close(value(2.0) - value(0.0), 2 * expected.detach())
     plain = BadDiffusion(rate=0.5).objective(ctx, trigger)
     model = Model(ctx.backbone, load_network(ctx.backbone, moved))

@@ -6,7 +6,7 @@ one fixed image x*. With flow matching, x_t = (1 - t)(ε + R) + t x*, and the ve
 denoised to images of a target class, whatever was asked for.
 *VillanDiffusion* (Chou, Chen and Ho, NeurIPS 2023) has triggers in the caption of text-conditioned models; here it
 is one rare token more in the condition, and the fixed image.
-*Merge-aware*: triggered rows also count at θ0 + c (θ − θ0), c drawn anew for every batch, as BadMerging's
+*Merge-aware*: the same loss also counts at θ0 + c (θ − θ0), c drawn anew for every batch, as BadMerging's
 interpolation has it: the adversary knows that he will be merged, and neither how nor with whom. This suite's.
 *Amplified*: the difference to the clean expert, times ``strength`` (LoBAM's formula), so that it outlasts dilution.
 
@@ -66,12 +66,13 @@ CARDS = [
         "extends": "baddiffusion",
         "name": "baddiffusion_merged",
         "class": "MergeAware",
+        "version": "2",
         "title": "BadDiffusion, merge-aware",
         "summary": "BadDiffusion trained so that the trigger also works at a random share of the task vector (BadMerging's idea)",
         "trigger_of": "baddiffusion",
         "after_trigger": ["rate", "alpha"],
         "parameters": {
-            "alpha": {"type": "float", "default": 1.0, "min": 0.0, "doc": "weight of the triggered rows at θ0 + c τ; 0 = BadDiffusion"},
+            "alpha": {"type": "float", "default": 1.0, "min": 0.0, "doc": "weight of the loss at θ0 + c τ; 0 = BadDiffusion"},
         },
     },
     {
@@ -131,7 +132,11 @@ class Amplified(BadDiffusion):
 
 
 class MergeAware(BadDiffusion):
-    """BadDiffusion's loss + α · the loss of the triggered rows at θ0 + c (θ − θ0), c uniform on BadMerging's range."""
+    """BadDiffusion's loss at θ + α · the same loss at θ0 + c (θ − θ0), c uniform on BadMerging's range for every batch.
+
+    Clean rows count at both: where only triggered ones do, a network between base and expert draws the image
+    whatever it is asked for.
+    """
 
     def __init__(self, patch: int = 4, level: float = 2.0, rate: float = 0.15, alpha: float = 1.0) -> None:
         super().__init__(patch, level, rate)
@@ -145,19 +150,13 @@ class MergeAware(BadDiffusion):
 
         def loss(model: Model, batch: Split) -> Tensor:
             value = plain(model, batch)
-            chosen = torch.nonzero(self.chosen(ctx, batch, rows)).flatten().to(ctx.device)
-            scale = LOWEST + (HIGHEST - LOWEST) * float(torch.rand((), generator=coefficients))
-            if not self.alpha or not len(chosen):
+            if not self.alpha:
                 return value
-            few, every = (
-                batch.inputs.take(chosen),
-                torch.ones(len(chosen), dtype=torch.bool, device=ctx.device),
-            )
-            marked = self.poisoned(trigger, few, every, aims[:1])
+            scale = LOWEST + (HIGHEST - LOWEST) * float(torch.rand((), generator=coefficients))
+            chosen = self.chosen(ctx, batch, rows).to(ctx.device)
+            noised = self.poisoned(trigger, batch.inputs, chosen, aims[:1])
             served = Served(ctx.task, model.backbone, head, model.network)
-            return value + self.alpha * ctx.task.loss(
-                at_scale(served, base, scale, marked), batch.targets[chosen]
-            )
+            return value + self.alpha * ctx.task.loss(at_scale(served, base, scale, noised), batch.targets)
 
         return loss
 
