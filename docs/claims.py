@@ -119,7 +119,7 @@ ELSEWHERE = {"adversary": "mini/eurosat", "method": EIGHT}
 RELEASED = "dam(adamerging_steps=100, adv_lr=0.001, granularity=task, lr=0.01, mask_lr=0.01, steps=100)"
 ABLATION = "dam(adamerging_steps=100, adv_lr=0.001, adv_weight=0, granularity=task, *"
 LEARNT = "adamerging(granularity=task, *"
-SHORT = "run at under a hundredth of its published steps × rate"
+AGAIN = "measured once with too few steps or too much told, and not yet again"
 
 
 def _drop(defense: str, board: str = PROTECTION, **rows: str) -> Query:
@@ -148,9 +148,9 @@ def _takes(attack: str) -> tuple[Query, Rule]:
     return query, least(50, 50)
 
 
-def _taken(defense: str, attack: str = CENTRE) -> Query:
+def _taken(defense: str, attack: str = OPTIMISED, board: str = DEFENDED) -> Query:
     """Attack success that a defense takes away."""
-    return Query(DEFENDED, {"attack": attack, "defense": "none"}, "succession", less={"defense": defense})
+    return Query(board, {"attack": attack, "defense": "none"}, "succession", less={"defense": defense})
 
 
 def _over_dam(
@@ -416,19 +416,15 @@ CLAIMS: Sequence[Claim] = (
     Claim("neural-cleanse", "defenses", "Neural Cleanse does not find BadMerging (index 1.2): ASR it takes away",
           _BADMERGING, _MIXED, _taken("neural_cleanse*"), most(10, 50)),
     Claim("wag", "defenses", "Averaging with siblings removes a backdoor (WAG)",
-          "Here's a Free Lunch, arXiv 2402.19334", _NOTES, _taken("wag"), least(50, 5)),
-    Claim("wag-trojvit", "defenses", "The same: TrojViT (share of its 31)",
-          "Here's a Free Lunch, arXiv 2402.19334", _NOTES, _taken("wag", "trojvit*"), least(15, 2)),
+          "Here's a Free Lunch, arXiv 2402.19334", _NOTES, void=f"{AGAIN}: `mini-backdoor-siblings`"),
     Claim("msd", "defenses", "Switching modules between models removes a backdoor (MSD)",
-          "MSD, arXiv 2504.05902", _NOTES, _taken("msd*"), least(50, 5)),
+          "MSD, arXiv 2504.05902", _NOTES, void=f"{AGAIN}: `mini-backdoor-siblings`"),
     Claim("ibvs", "defenses", "Subtracting a backdoor of one's own removes the adversary's (IBVS; 98.4 → 64.2)",
-          "Backdoor Vectors, arXiv 2510.08016; numbers of LFPM's table", _NOTES, _taken("ibvs*"), least(30, 5),
-          void="its default target was the adversary's, so it was handed the secret"),
+          "Backdoor Vectors, arXiv 2510.08016; numbers of LFPM's table", _NOTES, _taken("ibvs"), least(30, 5)),
     Claim("lfpm", "defenses", "LFPM leaves ASR below 1 (98.4 → 0.5)",
-          "LFPM, arXiv 2606.12498", _MIXED, Query(DEFENDED, {"attack": CENTRE, "defense": "lfpm*"}, "succession"),
-          most(5, 50), void="twenty steps of a reconstruction from the abstract"),
+          "LFPM, arXiv 2606.12498", _MIXED, void=f"a reconstruction from the abstract; {AGAIN}"),
     Claim("anp", "defenses", "Pruning neurons sensitive to perturbation removes a backdoor (ANP)",
-          "BackdoorBench 2.2", _MEMORY, _taken("anp*"), least(50, 5)),
+          "BackdoorBench 2.2", _MEMORY, void=f"{AGAIN}: `mini-backdoor-repairs`"),
     Claim("clp", "defenses", "Pruning channels of large Lipschitz bounds removes a backdoor (CLP, no data)",
           "BackdoorBench 2.2", _MEMORY, _taken("clp*"), least(50, 5)),
     Claim("clp-real", "defenses", "The same: BadNets on real images (share of its 37)",
@@ -437,14 +433,18 @@ CLAIMS: Sequence[Claim] = (
                 less={"defense": "clp*"}),
           least(20, 2)),
     *(
+        Claim(name, "defenses", f"{title} on clean rows removes a backdoor (published steps, four experts)",
+              "BackdoorBench 2.2", _MEMORY, _taken(defense, board="mini-backdoor-repairs/backdoor"), least(30, 5))
+        for name, title, defense in (
+            ("ft", "Fine-tuning", "ft(batch_size=32)"), ("ft_sam", "Sharpness-aware fine-tuning", "ft_sam(*"),
+        )
+    ),
+    *(
         Claim(name, "defenses", f"{title} on clean rows removes a backdoor", "BackdoorBench 2.2", _MEMORY,
-              _taken(f"{name}(*;{name}"), least(50, 5), void=void)
-        for name, title, void in (
-            ("ft", "Fine-tuning", SHORT), ("ft_sam", "Sharpness-aware fine-tuning", SHORT),
-            ("nad", "Attention distillation", SHORT), ("sau", "SAU", SHORT),
-            ("ibau", "I-BAU", "its perturbation took one step a round"),
-            ("awm", "AWM", "no mask could fall below a half in its two rounds"),
-            ("fine_pruning", "Fine-pruning", "its stop rule never bound: nearly every unit was pruned"),
+              void=f"{AGAIN}: `mini-backdoor-repairs`")
+        for name, title in (
+            ("nad", "Attention distillation"), ("sau", "SAU"), ("ibau", "I-BAU"), ("awm", "AWM"),
+            ("fine_pruning", "Fine-pruning"),
         )
     ),
     Claim("spectral", "defenses", "Spectral signatures find a poisoned contribution: ASR they take away",
