@@ -87,7 +87,9 @@ def _targets(
     if expectation == "predictive" and sample.residual(model):
         for row, one in enumerate(sample.batches(1)):
             residual = sample.outputs(model, one).reshape(-1)
-            signs = torch.randint(2, (1, len(residual)), generator=torch.Generator().manual_seed(row)) * 2.0 - 1
+            signs = (
+                torch.randint(2, (1, len(residual)), generator=torch.Generator().manual_seed(row)) * 2.0 - 1
+            )
             yield residual, signs.to(residual)
         return
     kept = important(_probabilities(model, sample), coverage) if expectation == "predictive" else None
