@@ -9,6 +9,7 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,33 +70,40 @@ def _outcomes(number: int, samples: int) -> list[dict[int, Count]]:
     return [{seed: count(rng.random(samples) < 0.6) for seed in range(5)} for _ in range(number)]
 
 
-def test_draws_against_a_product_of_matrices() -> None:
-    """Peer: how often samples are drawn, as floats, times outcomes and mask: the same numbers, bit for bit."""
-    samples, rows = 3000, _outcomes(8, 3000)
-    bootstrap = Bootstrap()
-    bootstrap.rate("t", _outcomes(1, samples)[0])
-    rng = np.random.default_rng(
-        int.from_bytes(hashlib.sha256(f"samples|t|{samples}".encode()).digest()[:8], "big")
-    )
+def _plainly(task: str, row: dict[int, Count]) -> Any:
+    """The draws of a rate: how often samples are drawn, as floats, times outcomes and mask, one rate at a time."""
+    sums = [_drawn(task, c.total) @ np.stack(c.arrays(), 1).astype(np.float32) for c in row.values()]
+    return np.stack([s[:, 0] / s[:, 1] for s in sums]).mean(0, dtype=np.float64)
+
+
+@cache
+def _drawn(task: str, samples: int) -> Any:
+    seed = hashlib.sha256(f"samples|{task}|{samples}".encode()).digest()[:8]
+    rng = np.random.default_rng(int.from_bytes(seed, "big"))
     places = rng.integers(0, samples, (DRAWS, samples)) + samples * np.arange(DRAWS)[:, None]
-    weights = (
-        np.bincount(places.ravel(), minlength=DRAWS * samples).reshape(DRAWS, samples).astype(np.float32)
-    )
+    often = np.bincount(places.ravel(), minlength=DRAWS * samples)
+    return often.reshape(DRAWS, samples).astype(np.float32)
+
+
+def test_draws_of_many_outcomes_against_one_rate_after_another() -> None:
+    """Peer: a product of matrices for each outcome: the same numbers, bit for bit. Counting them together is what
+    large boards live by."""
+    rows = _outcomes(30, 800)
+    bootstrap = Bootstrap()
+    bootstrap.rate("t", _outcomes(1, 800)[0])
 
     def ours() -> list[Any]:
         bootstrap._rates.clear()
+        bootstrap._shares.clear()
+        bootstrap.tell(("t", count) for row in rows for count in row.values())
         return [bootstrap.rate("t", row).samples for row in rows]
 
     def peer() -> list[Any]:
-        found = []
-        for row in rows:
-            sums = [weights @ np.stack(c.arrays(), 1).astype(np.float32) for c in row.values()]
-            found.append(np.stack([s[:, 0] / s[:, 1] for s in sums]).mean(0, dtype=np.float64))
-        return found
+        return [_plainly("t", row) for row in rows]
 
     assert all((a == b).all() for a, b in zip(ours(), peer(), strict=True))
     found = ratio(ours, peer, times=3)
-    assert found < 0.5, found
+    assert found < 0.6, found
 
 
 def test_records_hold_what_they_tell_alike_once() -> None:

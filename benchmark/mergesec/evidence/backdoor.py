@@ -151,13 +151,18 @@ def _settings(records: Sequence[Record], reader: Reader) -> list[Setting]:
 
 def backdoor_rates(records: Sequence[Record], reader: Reader) -> Rates:
     """The rates of one row of the board of every cell, but for what needs other rows."""
-    part = {name: reader.rate(records, m, role, which) for name, m, role, which in _RATES}
     control = control_of(records)
-    part["succession_control"] = reader.rate(records, "asr", control, "target")
-    clean, harmed = (reader.rate(records, "ra", role, "others") for role in (Role.CLEAN_MERGE, Role.MERGE))
+    names = (*(name for name, *_ in _RATES), "succession_control", "transfer_control", "clean", "harmed")
+    also = [
+        ("asr", control, "target"), ("asr", control, "others"),
+        ("ra", Role.CLEAN_MERGE, "others"), ("ra", Role.MERGE, "others"),
+    ]  # fmt: skip
+    found = reader.rates(records, [*((m, role, which) for _, m, role, which in _RATES), *also])
+    part = dict(zip(names, found, strict=True))
+    clean, harmed, transferred = (part.pop(name) for name in ("clean", "harmed", "transfer_control"))
     return part | {
         "backdoor": part["succession"] - part["succession_control"],
-        "backdoor_transfer": part["transfer"] - reader.rate(records, "asr", control, "others"),
+        "backdoor_transfer": part["transfer"] - transferred,
         "transfer_harm": clean - harmed,
         "target_recall": reader.recall(records, Role.MERGE),
         "target_recall_clean_merge": reader.recall(records, Role.CLEAN_MERGE),

@@ -45,6 +45,7 @@ OUTCOMES = frozenset(
 )  # fmt: skip
 """What a record tells of its cell. Every other field is an axis: two cells that differ in one are never mixed."""
 AXES = tuple(name for name in Record.model_fields if name not in OUTCOMES)
+_ALL_AXES = attrgetter(*AXES)
 Place = tuple[Any, ...]
 """A cell's axes, some of them left out."""
 
@@ -78,7 +79,7 @@ def cell_of(record: Record, *without: str) -> Cell:
 
 def _fixed(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
-        return tuple(map(_fixed, value))
+        return tuple(value) if all(type(v) is str for v in value) else tuple(map(_fixed, value))
     return json.dumps(value, sort_keys=True) if isinstance(value, dict) else value
 
 
@@ -88,7 +89,7 @@ def canonical(records: Iterable[Record]) -> list[Record]:
     seen: dict[Cell, str] = {}
     for record in (records := list(records)):
         _claim(seen, cell_of(record), record)
-    return sorted(records, key=lambda r: [_natural(getattr(r, name)) for name in AXES])
+    return sorted(records, key=lambda r: [_natural(str(value)) for value in _ALL_AXES(r)])
 
 
 def _claim(seen: dict[Any, str], place: Any, record: Record) -> None:
@@ -99,13 +100,18 @@ def _claim(seen: dict[Any, str], place: Any, record: Record) -> None:
     seen[place] = record.cell
 
 
-def _natural(value: Any) -> list[tuple[int, float, str]]:
-    """A value as it sorts: ``none`` and what is empty first, the numbers in a text as numbers."""
-    parts = re.split(r"(\d+(?:\.\d+)?)", "" if value == "none" else str(value))
-    return [(1, float(p), "") if i % 2 else (0, 0.0, p) for i, p in enumerate(parts)]
+@lru_cache(maxsize=4096)
+def _natural(text: str) -> tuple[tuple[int, float, str], ...]:
+    """A value's text as it sorts: ``none`` and what is empty first, the numbers in it as numbers."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", "" if text == "none" else text)
+    return tuple((1, float(p), "") if i % 2 else (0, 0.0, p) for i, p in enumerate(parts))
 
 
 # --------------------------------------------------------------------------- estimates
+
+
+Gathered = dict[tuple[str, int], dict[str, dict[int, Count]]]
+"""Outcomes by subject and number of the cell, task and seed."""
 
 
 @dataclass
@@ -119,29 +125,53 @@ class Reader:
 
     def rate(self, records: Iterable[Record], metric: str, role: str, which: Which) -> Estimate:
         """Mean rate; seeds paired, never pooled with samples."""
-        return self._mean(
-            records, lambda r: {t: r.counts.get(f"{metric}/{role}/{t}") for t in _tasks(r, which)}
+        return self.rates(records, [(metric, role, which)])[0]
+
+    def rates(self, records: Iterable[Record], wanted: Sequence[tuple[str, str, Which]]) -> list[Estimate]:
+        """Mean rates, each by metric, role and which tasks. Their outcomes are counted together, which takes a third
+        of what one rate after another takes."""
+        records = list(records)
+        tasks = {which: [_tasks(r, which) for r in records] for which in {which for *_, which in wanted}}
+        found = []
+        for metric, role, which in wanted:
+            name = f"{metric}/{role}/"
+            counted = [
+                {t: r.counts.get(name + t) for t in own} for r, own in zip(records, tasks[which], strict=True)
+            ]
+            found.append(self._gathered(records, counted))
+        self.bootstrap.tell(
+            (task, count)
+            for cells in found
+            for counted_of in cells.values()
+            for task, counts in counted_of.items()
+            for count in counts.values()
         )
+        return [self._mean(cells) for cells in found]
 
     def task(self, records: Iterable[Record], role: str, task: str) -> Estimate:
         """Accuracy of ``role`` on one task."""
-        return self._mean(records, lambda r: {task: r.counts.get(f"acc/{role}/{task}")})
+        records = list(records)
+        return self._mean(
+            self._gathered(records, [{task: r.counts.get(f"acc/{role}/{task}")} for r in records])
+        )
 
     def recall(self, records: Iterable[Record], role: str) -> Estimate:
         """Accuracy of ``role`` on the samples of the target class, where a backdoor aims: those that ASR leaves
         out."""
-        return self._mean(records, lambda r: {_aim(r): _inside_target(r, role)})
-
-    def _mean(
-        self, records: Iterable[Record], counted: Callable[[Record], Mapping[str, Count | None]]
-    ) -> Estimate:
-        cells: dict[tuple[str, int], dict[str, dict[int, Count]]] = {}
         records = list(records)
-        for record, cell in zip(records, self._cells(records), strict=True):
-            for task, found in counted(record).items():
-                if found is not None:
+        return self._mean(self._gathered(records, [{_aim(r): _inside_target(r, role)} for r in records]))
+
+    def _gathered(self, records: list[Record], counted: Sequence[Mapping[str, Count | None]]) -> Gathered:
+        """What was counted in each record, where anything was, by subject and cell, task and seed."""
+        cells: Gathered = {}
+        for record, cell, found in zip(records, self._cells(records), counted, strict=True):
+            for task, one in found.items():
+                if one is not None:
                     tasks = cells.setdefault((record.subject, cell), {})
-                    tasks.setdefault(task, {})[record.seed] = found
+                    tasks.setdefault(task, {})[record.seed] = one
+        return cells
+
+    def _mean(self, cells: Gathered) -> Estimate:
         subjects: dict[str, list[Estimate]] = {}
         for (subject, _), tasks in cells.items():
             rates = [self.bootstrap.rate(task, counts) for task, counts in tasks.items()]

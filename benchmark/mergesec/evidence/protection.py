@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -52,7 +52,8 @@ def protection_boards(records: Sequence[Record], reader: Reader) -> list[Board]:
     records = [r for r in records if r.threat == Threat.PROTECTION]
     if not records:
         return []
-    boards = [_summary(records, reader), _detail(records, reader)]
+    detail, tried = _detail(records, reader)
+    boards = [_summary(records, tried, reader), detail]
     return [b for b in (*boards, _distances(records), ownership_board(records, reader)) if b is not None]
 
 
@@ -71,8 +72,18 @@ def _opening(setting: tuple[Any, ...], several: bool) -> Row:
     return row
 
 
-def _detail(records: Sequence[Record], reader: Reader) -> Board:
+class _Tried(NamedTuple):
+    """What an attack came to over all finished cells of a row of the detailed board."""
+
+    cells: int
+    recovery: Estimate
+    merged: Estimate
+
+
+def _detail(records: Sequence[Record], reader: Reader) -> tuple[Board, dict[tuple[Any, ...], _Tried]]:
+    """Every row, and of each what the board of defenses looks at, so that it is not counted twice."""
     rows: list[Row] = []
+    tried: dict[tuple[Any, ...], _Tried] = {}
     several = any(r.protected > 1 for r in records)
     measures: tuple[str, ...] = ()
     for setting, group in grouped(records, _setting).items():
@@ -83,27 +94,38 @@ def _detail(records: Sequence[Record], reader: Reader) -> Board:
             put(row, name, estimate)
         row["max_abs_dlogit"] = _greatest(done, "max_abs_dlogit")
         rows.append(row)
+        tried[setting] = _Tried(len(done), part["recovery"], part["MMP_attacked"])
         measures = tuple(part)
     frame = pd.DataFrame(rows)
-    return Board("protection_cells", "Protection: every defense × attack × method", frame, measures)
+    return Board("protection_cells", "Protection: every defense × attack × method", frame, measures), tried
 
 
 def protection_rates(records: Sequence[Record], reader: Reader) -> dict[str, Estimate]:
     """The rates of one row of the board of every cell."""
-    part = {name: reader.rate(records, "acc", role, which) for name, role, which in _RATES}
-    return part | {"recovery": _recovery(records, reader)}
+    found = reader.rates(records, [("acc", role, which) for _, role, which in _RATES])
+    part = dict(zip((name for name, *_ in _RATES), found, strict=True))
+    return part | {"recovery": _recovery(records, part["MMP-"], part["MMP+"], part["MMP_attacked"])}
 
 
-def _recovery(records: Sequence[Record], reader: Reader) -> Estimate:
+def _recovery(
+    records: Sequence[Record], before: Estimate, protected: Estimate, attacked: Estimate
+) -> Estimate:
     """What share of the merge's loss an attack brings back. Attack none is the protection as it stands: it
     recovers nothing by definition."""
     if not records or records[0].attack == "none" or records[0].defense == "none":
         return nothing()
-    before, protected, attacked = (
-        reader.rate(records, "acc", role, "subject")
-        for role in (Role.CLEAN_MERGE, Role.PROTECTED_MERGE, Role.MERGE)
-    )
     return ratio(attacked - protected, before - protected, LEAST_LOSS)
+
+
+_MERGES = (Role.CLEAN_MERGE, Role.PROTECTED_MERGE, Role.MERGE)
+
+
+def _trial(records: Sequence[Record], known: _Tried, reader: Reader) -> _Tried:
+    """What an attack came to over some of the cells of its row; over all of them it is known."""
+    if len(records) == known.cells:
+        return known
+    rates = reader.rates(records, [("acc", role, "subject") for role in _MERGES])
+    return _Tried(len(records), _recovery(records, *rates), rates[2])
 
 
 def _greatest(records: Sequence[Record], name: str) -> float:
@@ -125,7 +147,7 @@ class _Contestant:
     compared."""
 
 
-def _summary(records: Sequence[Record], reader: Reader) -> Board:
+def _summary(records: Sequence[Record], known: Mapping[tuple[Any, ...], _Tried], reader: Reader) -> Board:
     contestants = _contestants(records)
     contest: list[list[Estimate]] = []
     for one in contestants:
@@ -139,18 +161,18 @@ def _summary(records: Sequence[Record], reader: Reader) -> Board:
         put(row, "MMP-", reader.rate(plain, "acc", Role.CLEAN_MERGE, "subject"))
         put(row, "MMP+", reader.rate(plain, "acc", Role.PROTECTED_MERGE, "subject"))
         names = [f"{attack} + {method}" for attack, method, *_ in one.trials]
-        recovered = {key: _recovery(group, reader) for key, group in one.trials.items()}
+        defense = row["defense"]
+        trials = {key: _trial(group, known[defense, *key], reader) for key, group in one.trials.items()}
+        recovered = {key: trial.recovery for key, trial in trials.items()}
         standard, _ = largest([e for key, e in recovered.items() if key[0] == STANDARD])
         put(row, f"recovery_{STANDARD}", standard)
         most, at = largest(list(recovered.values()))
         row["recovered_by"] = names[at] if at >= 0 else ""
         put(row, "worst_recovery", most)
-        worst, at = largest(
-            [reader.rate(group, "acc", Role.MERGE, "subject") for group in one.trials.values()]
-        )
+        worst, at = largest([trial.merged for trial in trials.values()])
         row["worst_by"] = names[at] if at >= 0 else ""
         put(row, "worst_merged", worst)
-        contest.append([] if row["defense"] == "none" else list(recovered.values()))
+        contest.append([] if defense == "none" else list(recovered.values()))
     rows = [one.row for one in contestants]
     put_tiers(rows, tiers_of_largest(contest))
     frame = ordered(pd.DataFrame(rows), "worst_recovery", ascending=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -78,8 +78,8 @@ def _linear(parts: Sequence[tuple[float, Estimate]], limits: tuple[float, float]
             effects[seeds] = effects.get(seeds, 0.0) + weight * effect
     return Estimate(
         float(sum(w * e.value for w, e in parts)),
-        np.sum([w * e.draws for w, e in parts], axis=0),
-        np.sum([w * e.samples for w, e in parts], axis=0),
+        np.add.reduce([w * e.draws for w, e in parts]),
+        np.add.reduce([w * e.samples for w, e in parts]),
         effects, limits,
     )  # fmt: skip
 
@@ -88,8 +88,11 @@ def mean(estimates: Sequence[Estimate]) -> Estimate:
     """Mean of estimates, draw by draw; of nothing: nothing."""
     if not estimates:
         return nothing()
-    limits = tuple(float(np.mean([e.limits[end] for e in estimates])) for end in (0, 1))
-    return _linear([(1 / len(estimates), e) for e in estimates], (limits[0], limits[1]))
+    if len(estimates) == 1:
+        return estimates[0] if estimates[0].ends is None else replace(estimates[0], ends=None)
+    n = len(estimates)
+    low, high = (sum(e.limits[end] for e in estimates) / n for end in (0, 1))
+    return _linear([(1 / n, e) for e in estimates], (low, high))
 
 
 def combined(of: Callable[..., Any], *parts: Estimate) -> Estimate:
@@ -142,21 +145,17 @@ def _seed_weights(seeds: Seeds) -> Draws:
     return weights
 
 
-Words = NDArray[np.uint64]
 _AT_ONCE = 32
-"""Draws that are made, and words of bits that are counted, in one go: what they need stays small."""
-_VALUES = 2.0 ** np.arange(8, dtype=np.float32)
-"""Of planes of bits."""
-_KEPT = 4096
+"""Draws that are made in one go: what they need stays small."""
+_TOLD = 256
+"""Outcomes that are counted in one go."""
+_KEPT = 1024
 """Rates that are remembered: the controls that many rows share, not every row that ever was."""
-
-
-def _words(packed: bytes | NDArray[np.uint8]) -> Words:
-    """Packed bits along the last axis as whole words, filled up with zeros."""
-    rows = np.frombuffer(packed, np.uint8) if isinstance(packed, bytes) else packed
-    filled = np.zeros((*rows.shape[:-1], -(-rows.shape[-1] // 8) * 8), np.uint8)
-    filled[..., : rows.shape[-1]] = rows
-    return filled.view(np.uint64)
+_SHARES_KEPT = 4096
+"""Outcomes whose draws are remembered: more than a row of a board has."""
+_ROOM = 1 << 26
+"""Bytes of draws as floats that are kept."""
+Shares = NDArray[np.float32]
 
 
 def _often_drawn(task: str, total: int) -> NDArray[np.uint8]:
@@ -170,36 +169,73 @@ def _often_drawn(task: str, total: int) -> NDArray[np.uint8]:
     return often
 
 
+def _outcome(task: str, count: Count) -> tuple[object, ...]:
+    """What a count's draws are remembered by."""
+    return task, count.total, count.hits, count.mask
+
+
 class Bootstrap:
     """Rates with draws; test samples of a task are drawn once, so that every row is resampled alike.
 
-    How often a sample is drawn is kept as bits: plane i holds the bit of value 2^i of all samples. What of a draw
-    falls on outcomes, which are bits themselves, is then counted 64 samples at a time, exactly.
+    Outcomes times how often each sample is drawn is a product of matrices. Its numbers are whole, and exact as
+    floats; many outcomes at once take a third of what they take one by one (``tell``).
     """
 
     def __init__(self) -> None:
-        self._planes: dict[tuple[str, int], Words] = {}
-        self._masks: dict[tuple[str, int, str], NDArray[np.float32]] = {}
+        self._often: dict[tuple[str, int], NDArray[np.uint8]] = {}
+        self._floats: OrderedDict[tuple[str, int], NDArray[np.float32]] = OrderedDict()
+        self._masks: dict[tuple[str, int, str], Shares] = {}
+        self._shares: OrderedDict[tuple[object, ...], Shares] = OrderedDict()
         self._rates: OrderedDict[tuple[object, ...], Estimate] = OrderedDict()
 
-    def _sample_planes(self, task: str, total: int) -> Words:
-        """``[words, planes, DRAWS]``"""
+    def _draws(self, task: str, total: int) -> NDArray[np.float32]:
+        """``_often_drawn`` as floats, which are made anew where there is no room for those of all tasks."""
         key = (task, total)
-        if key not in self._planes:
-            often = _often_drawn(task, total)
-            bits = [np.packbits((often >> i) & 1, axis=1) for i in range(int(often.max()).bit_length())]
-            self._planes[key] = np.ascontiguousarray(_words(np.stack(bits)).transpose(2, 0, 1))
-        return self._planes[key]
+        if key not in self._often:
+            self._often[key] = _often_drawn(task, total)
+        if key not in self._floats:
+            self._floats[key] = self._often[key].astype(np.float32)
+            while len(self._floats) > 1 and sum(f.nbytes for f in self._floats.values()) > _ROOM:
+                self._floats.popitem(last=False)
+        self._floats.move_to_end(key)
+        return self._floats[key]
 
-    def _drawn_of(self, task: str, total: int, packed: bytes) -> NDArray[np.float32]:
-        """How many of each draw's samples are among those whose bits are set, ``[DRAWS]``."""
-        planes, bits = self._sample_planes(task, total), _words(packed)[:, None, None]
-        found = np.zeros(DRAWS, np.float32)  # whole numbers, exact as such
-        for start in range(0, len(planes), _AT_ONCE):
-            part = slice(start, start + _AT_ONCE)
-            ones = np.add.reduce(np.bitwise_count(planes[part] & bits[part]), axis=0, dtype=np.uint16)
-            found += _VALUES[: len(ones)] @ ones.astype(np.float32)
+    def _drawn_of(self, task: str, total: int, packed: Sequence[bytes]) -> Shares:
+        """How many of each draw's samples are among those whose bits are set, ``[len(packed), DRAWS]``."""
+        bits = np.frombuffer(b"".join(packed), np.uint8).reshape(len(packed), -1)
+        found: Shares = (
+            np.unpackbits(bits, axis=1, count=total).astype(np.float32) @ self._draws(task, total).T
+        )
         return found
+
+    def tell(self, wanted: Iterable[tuple[str, Count]]) -> None:
+        """Count many outcomes, each with its task, before their rates are asked for."""
+        fresh: dict[tuple[str, int], dict[tuple[object, ...], Count]] = {}
+        for task, count in wanted:
+            key = _outcome(task, count)
+            if key in self._shares:
+                self._shares.move_to_end(key)
+            elif count.n:
+                fresh.setdefault((task, count.total), {})[key] = count
+        for (task, total), counts in fresh.items():
+            waiting = list(counts.items())
+            for start in range(0, len(waiting), _TOLD):
+                part = waiting[start : start + _TOLD]
+                hits = self._drawn_of(task, total, [count.packed()[0] for _, count in part])
+                for (key, count), row in zip(part, hits, strict=True):
+                    self._shares[key] = row / self._of(task, count)
+        while len(self._shares) > _SHARES_KEPT:
+            self._shares.popitem(last=False)
+
+    def _of(self, task: str, count: Count) -> Shares | np.float32:
+        """Of how many samples of each draw the hits are."""
+        if count.mask is None:
+            return np.float32(count.total)
+        key = (task, count.total, count.mask)
+        if key not in self._masks:
+            drawn = self._drawn_of(task, count.total, [count.packed()[1]])[0]
+            self._masks[key] = np.maximum(drawn, np.float32(1))
+        return self._masks[key]
 
     def rate(self, task: str, counts: Mapping[int, Count]) -> Estimate:
         """Mean over seeds of k/n on one task; ``counts`` maps seed to count."""
@@ -216,7 +252,7 @@ class Bootstrap:
 
     def _draw(self, task: str, counts: Mapping[int, Count]) -> Estimate:
         seeds = tuple(sorted(counts))
-        drawn = [self._shares(task, counts[seed]) for seed in seeds]
+        drawn = [self._share(task, counts[seed]) for seed in seeds]
         rates = np.array([counts[seed].k / counts[seed].n for seed in seeds])
         samples: Draws = np.stack(drawn).mean(0, dtype=np.float64)
         effect = rates - rates.mean()
@@ -224,15 +260,12 @@ class Bootstrap:
             float(rates.mean()), samples + _seed_weights(seeds) @ effect, samples, {seeds: effect}, (0.0, 1.0)
         )
 
-    def _shares(self, task: str, count: Count) -> NDArray[np.float32]:
+    def _share(self, task: str, count: Count) -> Shares:
         """Of each draw the share of hits."""
-        hits = self._drawn_of(task, count.total, count.packed()[0])
-        if count.mask is None:
-            return hits / np.float32(count.total)
-        key = (task, count.total, count.mask)
-        if key not in self._masks:
-            self._masks[key] = np.maximum(self._drawn_of(task, count.total, count.packed()[1]), 1)
-        return hits / self._masks[key]
+        key = _outcome(task, count)
+        if key not in self._shares:
+            self.tell([(task, count)])
+        return self._shares[key]
 
 
 # --------------------------------------------------------------------------- the largest of several
