@@ -65,7 +65,16 @@ def _through_numpy(tensor: torch.Tensor) -> None:
     tensor.numpy()[0] = 5
 
 
-@pytest.mark.parametrize("how", [_in_place, _through_data, _through_numpy])
+def _laid_elsewhere(tensor: torch.Tensor) -> None:
+    tensor.data = torch.full((3,), 5.0)
+
+
+def _swapped(tensor: torch.Tensor) -> None:
+    view = tensor.numpy()
+    view += [1.0, -1.0, 0.0]  # the entries' sum stays
+
+
+@pytest.mark.parametrize("how", [_in_place, _through_data, _through_numpy, _laid_elsewhere, _swapped])
 @pytest.mark.parametrize("raises", [False, True])
 def test_an_input_written_to_is_an_error_and_is_read_afresh(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raises: bool, how: Callable[[torch.Tensor], None]

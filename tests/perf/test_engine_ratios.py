@@ -21,10 +21,13 @@ from safetensors.torch import save
 
 from mergesec.evidence.records import Count, Record, _Pool, count
 from mergesec.evidence.statistics import DRAWS, Bootstrap
+from mergesec.execution.steps import merge, run
 from mergesec.execution.store import Store
-from mergesec.execution.work import Bench
+from mergesec.execution.work import Bench, Work
 from mergesec.planning.catalog import load_catalog
 from mergesec.planning.gridspec import load_grid
+from mergesec.planning.plan import Step, step_key
+from mergesec.planning.refs import make_ref
 
 OLD = time.time() - 100
 """A time at which a file was not changed just now."""
@@ -34,9 +37,9 @@ def ratio(ours: Callable[[], Any], peer: Callable[[], Any], times: int = 5) -> f
     """Best processor time over best, in turns, so that both see the same machine."""
     best = [float("inf"), float("inf")]
     for _ in range(times):
-        for index, run in enumerate((ours, peer)):
+        for index, way in enumerate((ours, peer)):
             start = time.process_time()
-            run()
+            way()
             best[index] = min(best[index], time.process_time() - start)
     return best[0] / best[1]
 
@@ -173,6 +176,64 @@ def test_a_worker_reads_its_last_artifact_as_fast_as_its_first(tmp_path: Path) -
 
     spent = [some(200 * i) for i in range(6)]
     assert spent[-1] < 3 * spent[0] + 0.02, spent
+
+
+def _tiny_merges(store: Store, number: int) -> tuple[list[Step], dict[str, str]]:
+    """Merges of two experts of ten tensors of 16 entries, each with a coefficient of its own; kinds of their inputs."""
+    catalog = load_catalog()
+    inputs = (("base", "0" * 40), ("expert:a", "1" * 40), ("expert:b", "2" * 40))
+    kinds = {key: "base" if role == "base" else "expert" for role, key in inputs}
+    for seed, (key, kind) in enumerate(kinds.items()):
+        torch.manual_seed(seed)
+        store.put(kind, key, save({f"w{i}": torch.randn(4, 4) for i in range(10)}), {})
+    backbone = make_ref(catalog.get("backbone", "mini/vit"), {}, "backbone", catalog)
+    entry, found = catalog.get("merging", "task_arithmetic"), []
+    for i in range(number):
+        merging = make_ref(entry, {"scaling": (i + 1) / number}, "merging", catalog)
+        parts = (("backbone", backbone), ("merging", merging))
+        key = step_key("merge", [("merging", merging.text)], inputs, "{}")
+        found.append(Step(key, "merge", parts, inputs, "{}"))
+    return found, kinds
+
+
+def test_a_tiny_step_costs_little_beyond_its_work_and_the_last_as_little_as_the_first(tmp_path: Path) -> None:
+    """Peer: the merge alone. Around it: seeds, checks of inputs, digests, two files."""
+    store = Store(tmp_path)
+    steps, kinds = _tiny_merges(store, 400)
+    bench = Bench(store, load_catalog(), torch.device("cpu"))
+
+    def done(some: list[Step]) -> float:
+        began = time.process_time()
+        for step in some:
+            blob, facts = run(step, bench, kinds)
+            store.put("merge", step.key, blob, {**facts, "seconds": 0.001})
+        return time.process_time() - began
+
+    def merged(some: list[Step]) -> float:
+        works = [Work(step, bench, kinds) for step in some]
+        began = time.process_time()
+        for work in works:
+            merge(work)
+        return time.process_time() - began
+
+    done(steps[:20])
+    spent = [done(steps[i : i + 95]) for i in range(20, 400, 95)]
+    work = min(merged(steps[i : i + 95]) for i in range(20, 400, 95))
+    assert min(spent) < 3 * work, (spent, work)
+    assert spent[-1] < 2 * spent[0] + 0.02, spent
+    assert len(store.keys()) == 403
+
+
+def test_inputs_are_looked_at_again_in_less_time_than_hashing_them_takes(tmp_path: Path) -> None:
+    """Peer: SHA-256 of the same bytes."""
+    bench = Bench(Store(tmp_path), load_catalog(), torch.device("cpu"))
+    weights = torch.randn(4_000_000)
+    key = bench.give({"w": weights})
+    assert bench.touched(key) == ""
+    found = ratio(lambda: bench.touched(key), lambda: hashlib.sha256(weights.numpy().data).digest())
+    assert found < 1.0, found
+    weights.numpy()[-1] += 1
+    assert bench.touched(key) == "w"
 
 
 def test_a_preset_is_composed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
