@@ -94,6 +94,8 @@ class Setting:
     """Rates over the cells that are compared in this contest; empty if the setting lacks some of them."""
     shared: list[Record] = field(default_factory=list)
     """The records of those cells."""
+    adversaries_rows: list[Row] = field(default_factory=list)
+    """One for each adversary, where there are several."""
 
     @property
     def contest(self) -> Contest:
@@ -119,7 +121,7 @@ def backdoor_boards(records: Sequence[Record], reader: Reader) -> list[Board]:
         return []
     settings = _settings(records, reader)
     boards = [
-        _cells_board(settings, reader), _adversaries(settings, reader), _pareto(settings),
+        _cells_board(settings, reader), _adversaries(settings), _pareto(settings),
         _defenses(settings, reader), _attacks(settings, reader),
     ]  # fmt: skip
     return [b for b in boards if b is not None]
@@ -128,6 +130,7 @@ def backdoor_boards(records: Sequence[Record], reader: Reader) -> list[Board]:
 def _settings(records: Sequence[Record], reader: Reader) -> list[Setting]:
     several = {r.adversaries for r in records if r.attack != "none"} - {1}
     elsewhere = any(r.target_task for r in records)
+    contested = len({r.subject for r in records if r.attack != "none" and r.status == "done"}) > 1
     settings = []
     key = grouped(
         records,
@@ -142,6 +145,8 @@ def _settings(records: Sequence[Record], reader: Reader) -> list[Setting]:
         done = settled(row, group)
         found = Setting(attack, method, defense, experts, adversaries, target_task, row, done)
         found.part = backdoor_rates(done, reader)
+        if contested and attack != "none":  # now, while what was counted for the row is at hand
+            found.adversaries_rows = _by_adversary(found, reader)
         settings.append(found)
     for setting, plain in _beside_undefended(settings):
         setting.part |= _price(plain.done if plain else [], setting.done, reader)
@@ -287,22 +292,26 @@ _BY_ADVERSARY = (
 )  # fmt: skip
 
 
-def _adversaries(settings: Sequence[Setting], reader: Reader) -> Board | None:
+def _by_adversary(setting: Setting, reader: Reader) -> list[Row]:
+    """A setting's row of the board of every cell, adversary by adversary."""
+    rows: list[Row] = []
+    for (adversary,), mine in grouped(setting.done, lambda r: (r.subject,)).items():
+        row: Row = {**{k: v for k, v in setting.row.items() if k in _SETTING}, "adversary": adversary}
+        row["cells_done"] = row["cells_expected"] = len(mine)
+        row["seeds"] = fewest_seeds(mine)
+        rates = backdoor_rates(mine, reader)
+        for name in _BY_ADVERSARY:
+            put(row, name, rates[name])
+        rows.append(row)
+    return rows
+
+
+def _adversaries(settings: Sequence[Setting]) -> Board | None:
     """The rows of the board of every cell, one for each adversary: whether a finding is one of all of them. None
     where there is but one."""
-    attacked = [s for s in settings if s.attack != "none"]
-    if len({r.subject for s in attacked for r in s.done}) < 2:
+    rows = [row for setting in settings for row in setting.adversaries_rows]
+    if not rows:
         return None
-    rows: list[Row] = []
-    for setting in attacked:
-        for (adversary,), mine in grouped(setting.done, lambda r: (r.subject,)).items():
-            row: Row = {**{k: v for k, v in setting.row.items() if k in _SETTING}, "adversary": adversary}
-            row["cells_done"] = row["cells_expected"] = len(mine)
-            row["seeds"] = fewest_seeds(mine)
-            rates = backdoor_rates(mine, reader)
-            for name in _BY_ADVERSARY:
-                put(row, name, rates[name])
-            rows.append(row)
     note = "As on the board of every cell, adversary by adversary: finished cells only."
     return Board(
         "backdoor_adversaries", "Backdoor: adversary by adversary", pd.DataFrame(rows), _BY_ADVERSARY, note

@@ -60,7 +60,7 @@ class Cell(NamedTuple):
 def place_of(record: Record, *without: str) -> Place:
     """All axes of a record but the seed and those named; of experts that were drawn, their number."""
     values = _axes_but(without, tuple(record.drawn))(record)
-    place = tuple(v if type(v) is str or type(v) is int else _fixed(v) for v in values)
+    place = tuple([v if type(v) is str or type(v) is int else _fixed(v) for v in values])
     counted = "experts" in record.drawn and "experts" not in without
     return (*place, len(record.experts)) if counted else place
 
