@@ -79,7 +79,7 @@ def cell_of(record: Record, *without: str) -> Cell:
 
 def _fixed(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
-        return tuple(value) if all(type(v) is str for v in value) else tuple(map(_fixed, value))
+        return tuple(value) if set(map(type, value)) == {str} else tuple(map(_fixed, value))
     return json.dumps(value, sort_keys=True) if isinstance(value, dict) else value
 
 

@@ -268,7 +268,7 @@ SUSPECTS = (
 def ownership_board(records: Sequence[Record], reader: Reader) -> Board | None:
     """Per mark × attack × method: share of queries or bits that answer, and share of cells that verify, on
     each suspect. ``clean_merge``, ``expert`` and ``base`` were never marked: what verifies there is a false alarm."""
-    records = [r for r in records if any(name.startswith("mark/") for name in r.counts)]
+    records = [r for r in records if "\nmark/" in "\n".join(["", *r.counts])]
     if not records:
         return None
     rows: list[Row] = []

@@ -21,7 +21,7 @@ def secrets_board(records: Sequence[Record]) -> Board | None:
     """Shares of secrets by model and by whom it is merged with, means over seeds; None where none were planted."""
     gathered: dict[tuple[str, ...], dict[str, Mapping[str, float]]] = {}
     for record in records:
-        if record.status != "done":
+        if record.status != "done" or f"\n{OWNER}/" not in "\n".join(["", *record.values]):
             continue
         for made, role, tasks in models_of(record):
             for task in tasks:

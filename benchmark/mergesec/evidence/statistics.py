@@ -239,12 +239,12 @@ class Bootstrap:
 
     def rate(self, task: str, counts: Mapping[int, Count]) -> Estimate:
         """Mean over seeds of k/n on one task; ``counts`` maps seed to count."""
-        if not counts or any(c.n == 0 for c in counts.values()):
-            return nothing()
-        key = (task, *((seed, counts[seed].hits, counts[seed].mask) for seed in sorted(counts)))
+        key = (task, *[(seed, c.hits, c.mask) for seed, c in sorted(counts.items())])
         if key in self._rates:  # many rows share their controls
             self._rates.move_to_end(key)
             return self._rates[key]
+        if not counts or any(c.n == 0 for c in counts.values()):
+            return nothing()
         found = self._rates[key] = self._draw(task, counts)
         if len(self._rates) > _KEPT:
             self._rates.popitem(last=False)
