@@ -71,8 +71,11 @@ def _context(place: Path, who: str) -> int:
     model = read_json(place / OPEN_CONFIG, who).get("model_cfg") if (place / OPEN_CONFIG).is_file() else None
     text = model.get("text_cfg") if isinstance(model, dict) else None
     length = text.get("context_length", OPEN_CONTEXT) if isinstance(text, dict) else 0
-    own = isinstance(text, dict) and text.get("hf_tokenizer_name")
-    return length if own and type(length) is int else 0
+    if not isinstance(text, dict) or not text.get("hf_tokenizer_name") or type(length) is not int:
+        return 0
+    if type(text.get("vocab_size")) is int:
+        check_open_words(place, text["vocab_size"], who)  # by another CLIP's tokenizer lengths say nothing
+    return length
 
 
 def _check_projections(

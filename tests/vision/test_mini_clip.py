@@ -150,7 +150,9 @@ def test_a_shadow_head_from_text_begins_with_the_targets_name(clip: Clip) -> Non
 def test_a_prompt_beyond_the_context_is_named(clip: Clip) -> None:
     long = "a photo of a " + "very " * 30 + "long train."
     for backbone in (clip, open_clip_of(shipped("open-clip"))):
-        with pytest.raises(UsageError, match=r"the prompt 'a photo of a very .* has 39 tokens, .* takes 32"):
+        with pytest.raises(
+            UsageError, match=r"the prompt 'a photo of a very .* has 39 tokens, .*context has 32"
+        ):
             backbone.zero_shot([["a beach."], ["a photo of it.", long]], CPU)
 
 
