@@ -24,7 +24,7 @@ from mergesec.planning.catalog import load_catalog
 from mergesec.training import fit
 from mergesec_tasks.vision.clip import Clip
 from mergesec_tasks.vision.folder import FolderTask, decode
-from mergesec_tasks.vision.hf_vit import HfVit, resized
+from mergesec_tasks.vision.hf_vit import HfVit
 
 transformers = needs("transformers")
 CPU = torch.device("cpu")
