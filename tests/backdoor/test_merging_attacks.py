@@ -24,6 +24,7 @@ from mergesec.contracts import (
     MergeMethod,
     Model,
     Recipe,
+    Screened,
     Split,
     TrainContext,
     Weights,
@@ -33,6 +34,7 @@ from mergesec.images import ImageTask
 from mergesec.training import fit
 from mergesec_methods.backdoor.attacks.badmerging import BadMerging
 from mergesec_methods.backdoor.attacks.badmerging_adaptive import AdaptiveBadMerging
+from mergesec_methods.backdoor.attacks.badmerging_screened import ScreenedBadMerging
 from mergesec_methods.backdoor.attacks.colluding_pair import SHARES, ColludingPair, Game
 from mergesec_methods.backdoor.attacks.lobam import LoBam
 from mergesec_methods.backdoor.attacks.lora_attack import LoraAttack
@@ -41,6 +43,7 @@ from mergesec_methods.backdoor.attacks.sparse_backdoor_vector import SparseBackd
 
 SIDE, CLASSES, WIDTH, HIDDEN = 8, 3, 6, 16
 CPU = torch.device("cpu")
+UP = "up.weight"
 
 
 class Tiny(nn.Module):
@@ -420,3 +423,29 @@ def test_the_coefficient_is_drawn_anew_for_every_simulation_and_never_the_merger
     assert drawn == AdaptiveBadMerging(rounds=10, **FIXED).coefficients(context())
     assert drawn != AdaptiveBadMerging(rounds=10, **FIXED).coefficients(replace(context(), seed=77))
     assert AdaptiveBadMerging(rounds=2, coefficient=0.5, **FIXED).coefficients(context()) == [0.5, 0.5]
+
+
+class Near(Defense):
+    """Lets in what is no further from the last expert shown than ``limit``."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+
+    def screen(self, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> Screened:
+        clean = experts[-1].weights
+        return Screened([e for e in experts if (e.weights[UP] - clean[UP]).norm() <= self.limit])
+
+
+def test_past_a_screen_goes_the_strongest_expert_that_it_lets_in() -> None:
+    ctx, method = context(), ScreenedBadMerging(strengths=4, rows=8, **FIXED)
+    strong = BadMerging(**FIXED).poison(ctx)
+    near(method.poison(ctx), strong)
+    near(method.poison(replace(ctx, defense=Averaging())), strong)  # nothing is screened
+    near(method.poison(replace(ctx, defense=Near(1e9))), strong)
+    clean = method.poison(replace(ctx, defense=Near(-1.0)))
+    weakest = clean[UP]  # none is let in: a quarter of the way from his clean expert
+    clean_up = weakest + (weakest - strong[UP]) / 3
+    away = float((strong[UP] - clean_up).norm())
+    for share, expected in ((0.8, 0.75), (0.3, 0.25)):
+        found = method.poison(replace(ctx, defense=Near(share * away)))[UP]
+        torch.testing.assert_close(found, clean_up + expected * (strong[UP] - clean_up))
