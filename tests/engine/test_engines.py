@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import stat
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from mergesec.errors import UsageError
+from mergesec.execution import session as sessions
+from mergesec.execution.engines.engine import Assignment
 from mergesec.execution.engines.local import LocalExecutor, make_slots, parse_visible, visible_gpus
 from mergesec.execution.engines.worker import Slot, Workplace, ending
+from mergesec.execution.scheduler import Outcome
 from mergesec.execution.session import open_session
+from mergesec.execution.store import CorruptArtifact, Store
 
 UUIDS = ["GPU-0a0a-11", "GPU-0b0b-22", "GPU-0b0c-33", "MIG-aaaa", "MIG-bbbb"]
 PRESENT = ["0", "1", "2", *UUIDS]
@@ -185,3 +190,38 @@ def test_a_death_by_signal_is_named() -> None:
     assert ending(-11) == "exit code -11, SIGSEGV"
     assert ending(-9) == "exit code -9, SIGKILL; perhaps out of memory"
     assert ending(-250) == "exit code -250, a signal"
+
+
+def test_what_a_round_verified_is_not_read_again_for_the_next(
+    tmp_path: Path, micro: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what a round made is; a result that proves corrupt is made again."""
+    raw = {
+        "name": "g", "suite": {"backbone": "micro/vit", "tasks": ["micro/bars", "micro/blobs"]},
+        "axes": {"merging": ["simple_average"]}, "threats": ["clean"],
+    }  # fmt: skip
+    (tmp_path / "g.yaml").write_text(json.dumps(raw))
+    opened = open_session(str(tmp_path / "g.yaml"), (), (str(micro),), store=tmp_path / "store")
+    evaluations = {key for cell in opened.plan.cells for _, key in cell.roles}
+    there, read, spoilt = set(list(evaluations)[1:]), list[str](), set[str]()
+
+    class All:
+        def run(self, work: Assignment) -> Outcome:
+            there.update(work.wanted)
+            return Outcome(done=len(work.wanted))
+
+    def reading(store: Store, kind: str, key: str) -> None:
+        read.append(key)
+        if key in spoilt:
+            spoilt.discard(key)
+            there.discard(key)
+            raise CorruptArtifact(key)
+
+    monkeypatch.setattr(sessions, "completed", lambda store, steps: there.__contains__)
+    monkeypatch.setattr(sessions, "read_evaluation", reading)
+    monkeypatch.setattr(Store, "meta", lambda self, kind, key: {})
+    made = evaluations - there
+    spoilt |= made
+    sessions._run(opened, All(), None, None, None)  # type: ignore[arg-type]
+    assert there >= evaluations
+    assert Counter(read) == Counter(evaluations) + Counter(made)  # those made are spoilt once, and read again

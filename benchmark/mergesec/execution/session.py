@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -220,13 +220,15 @@ def _run(
     plan, store = session.plan, session.store
     goals = [{key for _, key in cell.roles} for cell in plan.cells]
     outcome = Outcome()
+    fresh: Collection[str] = plan.steps
     for _ in range(REPAIRS):
-        _drop_corrupt(session)
+        _drop_corrupt(session, fresh)
         if contained:
             _drop_uncontained(session)
         wanted = wanted_steps(session)
         if not wanted or outcome.failed:
             break
+        fresh = wanted  # the rest was verified in the round before
         work = Assignment(session.grid.spec.name, plan.steps, wanted, goals, store, place, reporter)
         outcome = engine.run(work)
         if outcome.interrupted:
@@ -285,14 +287,14 @@ def publish(
     return boards, write_boards(results / "leaderboards" / name, boards, f"Grid {name}", notes)
 
 
-def _drop_corrupt(session: Session) -> None:
-    """Verify what records are read from before trusting the store: evaluations whole (they are small), of the
-    steps behind them the facts."""
+def _drop_corrupt(session: Session, among: Collection[str]) -> None:
+    """Verify what records are read from before trusting the store, as far as it is ``among`` these steps:
+    evaluations whole (they are small), of the steps behind them the facts."""
     plan, store = session.plan, session.store
     has = completed(store, plan.steps)
     evaluations = {k for c in plan.cells for _, k in c.roles}
     for key in evaluations | read_facts(plan):
-        if has(key):
+        if key in among and has(key):
             with contextlib.suppress(CorruptArtifact):  # removed by the store; it is wanted again now
                 kind = plan.steps[key].kind
                 read_evaluation(store, kind, key) if key in evaluations else store.meta(kind, key)
