@@ -26,6 +26,7 @@ from mergesec.contracts import (
 from mergesec.images import ImageTask
 from mergesec_methods.protection.defenses._marks import decide
 from mergesec_methods.protection.defenses.fingerprint import Fingerprint, decode, diluted, encode
+from mergesec_methods.protection.defenses.fingerprint_mat import MergeAdversarialFingerprint
 from mergesec_methods.protection.defenses.watermark import Watermark, added, bit_error, carriers, chosen
 
 CPU = torch.device("cpu")
@@ -333,6 +334,35 @@ def test_fingerprint_survives_merging_and_strangers_do_not_bear_it(text: bool) -
     strangers = [ask(stranger).detected for stranger in (base, expert, *others, summed(base, 0.3, *others))]
     assert sum(strangers) <= 1  # ten tests at the level of 1e-3 fire twice once in 20,000 times
     assert all(torch.equal(before[n], t) for n, t in expert.items())
+
+
+def diluted_hits(defense: Fingerprint, seed: int) -> Tensor:
+    """Which targets a merge with fifteen others still answers, bool ``[k]``."""
+    backbone, base, view = world(False)
+    expert = nearby(base, 5 + 100 * seed)
+    ctx = ProtectContext(CPU, seed, backbone, base, view)
+    ctx = replace(ctx, secret=defense.secret(expert, ctx))
+    protected = defense.protect(expert, ctx).weights
+    others = [nearby(base, 1000 * seed + 50 + i) for i in range(15)]
+    merged = summed(base, 1 / 16, protected, *others)
+    return defense.verify(load_network(backbone, merged), ctx).hits
+
+
+def test_merge_adversarial_training_hardens_a_mark_that_knew_of_no_merging() -> None:
+    """Beside the same mark trained for as many steps in all; and with no step it is that mark."""
+    plain = Fingerprint(steps=80, rate=3e-3, alpha_parameters=1.0)
+    hardened = MergeAdversarialFingerprint(steps=40, rate=3e-3, hardening=40)
+    before, after = (
+        outcomes.pooled(diluted_hits(defense, seed) for seed in outcomes.seeds(4))
+        for defense in (plain, hardened)
+    )
+    assert outcomes.change(before, after).low > 0
+    few = {"steps": 2, "input_steps": 2, "inputs": 8}
+    same = [
+        diluted_hits(Fingerprint(alpha_parameters=1.0, **few), 3),
+        diluted_hits(MergeAdversarialFingerprint(hardening=0, **few), 3),
+    ]
+    assert torch.equal(*same)
 
 
 def test_fingerprint_keeps_the_experts_answers() -> None:
