@@ -37,7 +37,7 @@ def main(
     report: Annotated[Path | None, typer.Option(help="check: also write what was found, as JSON")] = None,
     results: Annotated[Path | None, typer.Option("--results", help="accept: where records and boards go")] = None,
     data_root: DataRoot = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0,1")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0,1 or mps; cuda*2: two workers a GPU")] = "auto",
     jobs: Annotated[int | None, typer.Option(help="workers (per GPU, or on the CPU; default one per core)")] = None,
     contained: Annotated[bool, typer.Option("--contained/--not-contained", help="the entry's code sees neither store, data nor network (docs/trust.md)")] = True,
 ) -> None:  # fmt: skip
