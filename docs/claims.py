@@ -424,9 +424,11 @@ CLAIMS: Sequence[Claim] = (
     Claim("neural-cleanse", "defenses", "Neural Cleanse does not find BadMerging (index 1.2): ASR it takes away",
           _BADMERGING, _MIXED, _taken("neural_cleanse*"), most(10, 50)),
     Claim("wag", "defenses", "Averaging with siblings removes a backdoor (WAG)",
-          "Here's a Free Lunch, arXiv 2402.19334", _NOTES, void=f"{AGAIN}: `mini-backdoor-siblings`"),
+          "Here's a Free Lunch, arXiv 2402.19334", _NOTES,
+          _taken("wag", "badmerging(*", "mini-backdoor-siblings/backdoor"), least(30, 5)),
     Claim("msd", "defenses", "Switching modules between models removes a backdoor (MSD)",
-          "MSD, arXiv 2504.05902", _NOTES, void=f"{AGAIN}: `mini-backdoor-siblings`"),
+          "MSD, arXiv 2504.05902", _NOTES,
+          _taken("msd", "badmerging(*", "mini-backdoor-siblings/backdoor"), least(30, 5)),
     Claim("ibvs", "defenses", "Subtracting a backdoor of one's own removes the adversary's (IBVS; 98.4 → 64.2)",
           "Backdoor Vectors, arXiv 2510.08016; numbers of LFPM's table", _NOTES, _taken("ibvs"), least(30, 5)),
     Claim("lfpm", "defenses", "LFPM leaves ASR below 1 (98.4 → 0.5)",
@@ -444,14 +446,15 @@ CLAIMS: Sequence[Claim] = (
         Claim(name, "defenses", f"{title} on clean rows removes a backdoor (published steps, four experts)",
               "BackdoorBench 2.2", _MEMORY, _taken(defense, board="mini-backdoor-repairs/backdoor"), least(30, 5))
         for name, title, defense in (
-            ("ft", "Fine-tuning", "ft(batch_size=32)"), ("ft_sam", "Sharpness-aware fine-tuning", "ft_sam(*"),
+            ("ft", "Fine-tuning", "ft(batch_size=32)"), ("ft_sam", "Sharpness-aware fine-tuning", "ft_sam(batch_size=32)"),
+            ("nad", "Attention distillation", "nad(batch_size=32)"),
         )
     ),
     *(
         Claim(name, "defenses", f"{title} on clean rows removes a backdoor", "BackdoorBench 2.2", _MEMORY,
               void=f"{AGAIN}: `mini-backdoor-repairs`")
         for name, title in (
-            ("nad", "Attention distillation"), ("sau", "SAU"), ("ibau", "I-BAU"), ("awm", "AWM"),
+            ("sau", "SAU"), ("ibau", "I-BAU"), ("awm", "AWM"),
             ("fine_pruning", "Fine-pruning"),
         )
     ),
