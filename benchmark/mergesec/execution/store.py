@@ -382,8 +382,7 @@ class Store:
                 for name in names:
                     stem, _, suffix = name.rpartition(".")
                     lost = suffix in ("safetensors", "checked") and f"{stem}.json" not in names
-                    path = kind / name
-                    if (lost or name.startswith(".tmp-")) and is_plain(path) and _is_own(path):
+                    if (lost or name.startswith(".tmp-")) and is_plain(path := kind / name) and _is_own(path):
                         yield path
 
     def artifacts(self) -> Iterator[tuple[str, str, int]]:
@@ -413,8 +412,9 @@ class Store:
         old = [path for path in self._left_behind() if _age(path) > 3600]
         beside = (self.root / CHECKPOINTS).glob(".tmp-*")
         old += [path for path in beside if _KEY.fullmatch(path.name) and _age(path) > 3600]
-        done = self.keys()
-        for path in self._checkpoints():
+        checkpoints = self._checkpoints()
+        done = self.keys() if checkpoints else set()
+        for path in checkpoints:
             if path.name.partition(".")[0] in done or _age(path) > CHECKPOINT_DAYS * 86400:
                 old.append(path)
         return sum(map(_unlink, old))
