@@ -9,8 +9,7 @@ the place of the merger's, the strongest first, each beside his clean expert, an
 (the weakest, if none is). The other contributors being unknown to him, a screen that compares contributions sees his
 two only. Without a screen this is BadMerging.
 
-The construction is this suite's; weakening until a detector is silent is the plainest adaptive attack there is
-(Carlini et al., "On evaluating adversarial robustness", 2019, section 3.5, asks for one wherever a detector is claimed).
+The construction is this suite's; weakening until a detector is silent is the plainest adaptive attack there is.
 """
 
 from __future__ import annotations
