@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mergesec.api.grids import _reporter
 from mergesec.errors import UsageError
 from mergesec.execution import session as sessions
 from mergesec.execution.engines.engine import Assignment
@@ -210,6 +211,9 @@ def test_what_a_round_verified_is_not_read_again_for_the_next(
             there.update(work.wanted)
             return Outcome(done=len(work.wanted))
 
+        def close(self) -> None:
+            return None
+
     def reading(store: Store, kind: str, key: str) -> None:
         read.append(key)
         if key in spoilt:
@@ -222,6 +226,7 @@ def test_what_a_round_verified_is_not_read_again_for_the_next(
     monkeypatch.setattr(Store, "meta", lambda self, kind, key: {})
     made = evaluations - there
     spoilt |= made
-    sessions._run(opened, All(), None, None, None)  # type: ignore[arg-type]
+    place = Workplace(str(tmp_path / "store"), (str(micro),), None, 1)
+    sessions._run(opened, All(), place, _reporter(False), None)
     assert there >= evaluations
     assert Counter(read) == Counter(evaluations) + Counter(made)  # those made are spoilt once, and read again
