@@ -189,7 +189,10 @@ def _chosen(marker: Marker) -> pd.DataFrame:
     frame = _board(marker.board)
     for column, pattern in marker.rows.items():
         fits = re.compile("|".join(re.escape(part).replace(r"\*", ".*") for part in pattern.split(";")))
-        frame = frame[[fits.fullmatch(_plain(value)) is not None for value in frame[_known(marker, column)]]]
+        known = frame[_known(marker, column)]
+        frame = frame[
+            known.map(lambda value, fits=fits: fits.fullmatch(_plain(value)) is not None).astype(bool)
+        ]
     if frame.empty:
         raise UsageError(str(marker), "no row fits")
     return frame
