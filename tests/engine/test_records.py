@@ -47,7 +47,7 @@ WRONG = [
     (f"{COUNT}.k", 1_000_000, "is not what its bits say"), (f"{COUNT}.k", -1, "greater than or equal to 0"),
     (f"{COUNT}.n", 1, "is not what its bits say"), (f"{COUNT}.total", 7, "bytes of bits"),
     (f"{COUNT}.hits", "!!", "base64"), (f"{COUNT}.hits", "AAAA", "bytes of bits"),
-    ("counts", {}, "steps and counts disagree"), (COUNT.replace("/micro/bars", "/x"), 1, "counts"),
+    ("counts", {}, "steps and counts disagree"), ("counts.nameless", {"k": 0, "n": 0, "total": 0, "hits": "", "mask": ""}, "name no role"), (COUNT.replace("/micro/bars", "/x"), 1, "counts"),
     ("steps", {}, "steps and counts disagree"), ("cost.base.made_peak_mb", None, "lacks seconds or peak_mb"),
     ("cost.base.seconds", -1.0, "is not seconds"), ("grid", "other", "holds cell"), ("extra", 1, "extra"),
 ]  # fmt: skip

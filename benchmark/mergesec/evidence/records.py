@@ -143,7 +143,7 @@ def is_claimed(record: Record) -> bool:
 
 def disagreement(record: Record) -> str:
     """What in a record contradicts the rest of it, empty if nothing does: its cell's name, numbers that are not
-    finite, cost by halves, evaluations of a done cell without counts."""
+    finite, cost by halves, counts of no role, evaluations of a done cell without counts."""
     shown = readable_name(
         record.threat, record.merging, record.attack, record.defense, record.subject, record.seed
     )
@@ -156,6 +156,8 @@ def disagreement(record: Record) -> str:
             return f"the cost of {side} is not seconds, MiB or rows"
         if {"seconds", "peak_mb"} - cost.keys() or ("made_seconds" in cost) != ("made_peak_mb" in cost):
             return f"the cost of {side} lacks seconds or peak_mb"
+    if nameless := next((key for key in record.counts if "/" not in key), None):
+        return f"counts of {nameless[:60]!r} name no role (expected WHAT/ROLE or WHAT/ROLE/TASK)"
     if record.status == "done":
         counted = {key.split("/")[1] for key in record.counts}
         evaluated = {role for role in map(_counted_role, record.steps) if role}
