@@ -163,21 +163,22 @@ def test_an_artifact_is_hashed_once_and_again_when_it_changed(tmp_path: Path) ->
 
 
 def test_a_worker_reads_its_last_artifact_as_fast_as_its_first(tmp_path: Path) -> None:
-    """Peer: the first 200 of 1200 tiny artifacts. The cache's size is kept up, not added up at each miss."""
+    """Peer: the first 200 of 1200 tiny artifacts; of each 200, the best of three workers. The cache's size is kept
+    up, not added up at each miss."""
     store = Store(tmp_path)
     blob = save({f"w{i}": torch.zeros(4) for i in range(40)})
     store.put("merge", "0" * 40, blob, {})
-    bench = Bench(store, load_catalog(), torch.device("cpu"))
-    meta = store.meta("merge", "0" * 40)
+    meta, catalog = store.meta("merge", "0" * 40), load_catalog()
     store.read = lambda kind, key: (blob, meta)  # type: ignore[method-assign]
 
-    def some(start: int) -> float:
+    def some(bench: Bench, start: int) -> float:
         began = time.process_time()
         for i in range(start, start + 200):
             bench.read("merge", f"{i:040x}")
         return time.process_time() - began
 
-    spent = [some(200 * i) for i in range(6)]
+    workers = [Bench(store, catalog, torch.device("cpu")) for _ in range(3)]
+    spent = [min(some(worker, 200 * i) for worker in workers) for i in range(6)]
     assert spent[-1] < 3 * spent[0] + 0.02, spent
 
 
