@@ -79,7 +79,7 @@ def _outcomes(number: int, samples: int) -> list[dict[int, Count]]:
 def _plainly(task: str, row: dict[int, Count]) -> Any:
     """The draws of a rate: how often samples are drawn, as floats, times outcomes and mask, one rate at a time."""
     sums = [_drawn(task, c.total) @ np.stack(c.arrays(), 1).astype(np.float32) for c in row.values()]
-    return np.stack([s[:, 0] / s[:, 1] for s in sums]).mean(0, dtype=np.float64)
+    return np.stack([np.divide(s[:, 0], s[:, 1], dtype=np.float64) for s in sums]).mean(0)
 
 
 @cache
@@ -92,24 +92,24 @@ def _drawn(task: str, samples: int) -> Any:
 
 
 def test_draws_of_many_outcomes_against_one_rate_after_another() -> None:
-    """Peer: a product of matrices for each outcome: the same numbers, bit for bit. Counting them together is what
-    large boards live by."""
+    """Peer: a product of matrices for each outcome: the same numbers but for the rounding of a sum. Counting them
+    together is what large boards live by."""
     rows = _outcomes(30, 800)
     bootstrap = Bootstrap()
     bootstrap.rate("t", _outcomes(1, 800)[0])
 
     def ours() -> list[Any]:
         bootstrap._rates.clear()
-        bootstrap._shares.clear()
-        bootstrap.tell(("t", count) for row in rows for count in row.values())
+        bootstrap.tell(("t", row) for row in rows)
         return [bootstrap.rate("t", row).samples for row in rows]
 
     def peer() -> list[Any]:
         return [_plainly("t", row) for row in rows]
 
-    assert all((a == b).all() for a, b in zip(ours(), peer(), strict=True))
+    for a, b in zip(ours(), peer(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-14, atol=0)
     found = ratio(ours, peer, times=3)
-    assert found < 0.6, found
+    assert found < 0.2, found
 
 
 def test_records_hold_what_they_tell_alike_once() -> None:

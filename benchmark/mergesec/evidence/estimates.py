@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from operator import attrgetter, is_
@@ -16,7 +16,7 @@ import pandas as pd
 
 from mergesec.errors import UsageError
 from mergesec.evidence.records import Count, Record, count, is_claimed
-from mergesec.evidence.statistics import FEWEST_SEEDS, Bootstrap, Estimate, mean, nothing
+from mergesec.evidence.statistics import FEWEST_SEEDS, TOGETHER, Bootstrap, Estimate, mean, nothing
 from mergesec.threats import accomplices
 
 Row = dict[str, Any]
@@ -128,9 +128,25 @@ class Reader:
         return self.rates(records, [(metric, role, which)])[0]
 
     def rates(self, records: Iterable[Record], wanted: Sequence[tuple[str, str, Which]]) -> list[Estimate]:
-        """Mean rates, each by metric, role and which tasks. Their outcomes are counted together, which takes a third
-        of what one rate after another takes."""
-        records = list(records)
+        """Mean rates, each by metric, role and which tasks."""
+        return next(self.rates_of([records], wanted))
+
+    def rates_of(
+        self, groups: Iterable[Iterable[Record]], wanted: Sequence[tuple[str, str, Which]]
+    ) -> Iterator[list[Estimate]]:
+        """``rates`` of each group. The outcomes of several are counted together: a dozen at a time take three times
+        as long as hundreds do."""
+        waiting: list[list[Gathered]] = []
+        ahead: list[tuple[str, Mapping[int, Count]]] = []
+        for group in groups:
+            waiting.append(found := self._wanted(list(group), wanted))
+            ahead += [rate for gathered in found for counted in gathered.values() for rate in counted.items()]
+            if len(ahead) >= TOGETHER:
+                yield from self._means(waiting, ahead)
+                waiting, ahead = [], []
+        yield from self._means(waiting, ahead)
+
+    def _wanted(self, records: list[Record], wanted: Sequence[tuple[str, str, Which]]) -> list[Gathered]:
         tasks = {which: [_tasks(r, which) for r in records] for which in {which for *_, which in wanted}}
         found = []
         for metric, role, which in wanted:
@@ -139,14 +155,14 @@ class Reader:
                 {t: r.counts.get(name + t) for t in own} for r, own in zip(records, tasks[which], strict=True)
             ]
             found.append(self._gathered(records, counted))
-        self.bootstrap.tell(
-            (task, count)
-            for cells in found
-            for counted_of in cells.values()
-            for task, counts in counted_of.items()
-            for count in counts.values()
-        )
-        return [self._mean(cells) for cells in found]
+        return found
+
+    def _means(
+        self, groups: Iterable[Sequence[Gathered]], ahead: Iterable[tuple[str, Mapping[int, Count]]]
+    ) -> Iterator[list[Estimate]]:
+        self.bootstrap.tell(ahead)
+        for group in groups:
+            yield [self._mean(cells) for cells in group]
 
     def task(self, records: Iterable[Record], role: str, task: str) -> Estimate:
         """Accuracy of ``role`` on one task."""

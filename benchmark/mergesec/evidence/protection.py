@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -86,10 +86,11 @@ def _detail(records: Sequence[Record], reader: Reader) -> tuple[Board, dict[tupl
     tried: dict[tuple[Any, ...], _Tried] = {}
     several = any(r.protected > 1 for r in records)
     measures: tuple[str, ...] = ()
-    for setting, group in grouped(records, _setting).items():
-        row = _opening(setting, several)
-        done = settled(row, group)
-        part = protection_rates(done, reader)
+    groups = grouped(records, _setting)
+    opened = {setting: _opening(setting, several) for setting in groups}
+    finished = {setting: settled(opened[setting], group) for setting, group in groups.items()}
+    for (setting, done), part in zip(finished.items(), _rates_of(finished.values(), reader), strict=True):
+        row = opened[setting]
         for name, estimate in part.items():
             put(row, name, estimate)
         row["max_abs_dlogit"] = _greatest(done, "max_abs_dlogit")
@@ -102,9 +103,14 @@ def _detail(records: Sequence[Record], reader: Reader) -> tuple[Board, dict[tupl
 
 def protection_rates(records: Sequence[Record], reader: Reader) -> dict[str, Estimate]:
     """The rates of one row of the board of every cell."""
-    found = reader.rates(records, [("acc", role, which) for _, role, which in _RATES])
-    part = dict(zip((name for name, *_ in _RATES), found, strict=True))
-    return part | {"recovery": _recovery(records, part["MMP-"], part["MMP+"], part["MMP_attacked"])}
+    return next(_rates_of([records], reader))
+
+
+def _rates_of(rows: Collection[Sequence[Record]], reader: Reader) -> Iterator[dict[str, Estimate]]:
+    wanted = [("acc", role, which) for _, role, which in _RATES]
+    for records, found in zip(rows, reader.rates_of(rows, wanted), strict=True):
+        part = dict(zip((name for name, *_ in _RATES), found, strict=True))
+        yield part | {"recovery": _recovery(records, part["MMP-"], part["MMP+"], part["MMP_attacked"])}
 
 
 def _recovery(

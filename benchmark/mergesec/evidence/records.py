@@ -7,9 +7,11 @@ that boards, paired intervals and other definitions can be made from records alo
 from __future__ import annotations
 
 import base64
+import binascii
 import json
 import math
 import re
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -46,15 +48,13 @@ class Count(BaseModel):
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
         """``k`` and ``n`` are what the bits say, and no hit lies outside the mask."""
-        hits, mask = (int.from_bytes(bits) for bits in self.packed())
-        if (self.k, self.n) != (hits.bit_count(), mask.bit_count()) or hits & mask != hits:
+        if (self.k, self.n) != _told(self.total, self.hits, self.mask):
             raise ValueError(f"{self.k} of {self.n} is not what its bits say")
         return self
 
     def packed(self) -> tuple[bytes, bytes]:
         """(hits, mask), eight samples a byte, the first one in the highest bit; what is over is 0."""
-        hits = _decoded(self.hits, self.total)
-        return hits, _all_set(self.total) if self.mask is None else _decoded(self.mask, self.total)
+        return _packed(self.total, self.hits, self.mask)
 
     def arrays(self) -> tuple[Bits, Bits]:
         """(hits, mask), each bool ``[total]``."""
@@ -186,9 +186,21 @@ def _pack(bits: Bits) -> str:
     return base64.b64encode(np.packbits(bits).tobytes()).decode()
 
 
+def _packed(total: int, hits: str, mask: str | None) -> tuple[bytes, bytes]:
+    return _decoded(hits, total), _all_set(total) if mask is None else _decoded(mask, total)
+
+
+@lru_cache(maxsize=1 << 14)
+def _told(total: int, hits: str, mask: str | None) -> tuple[int, int] | None:
+    """How many hits and samples these bits are; None if a hit lies outside the mask. Remembered, as a grid's records
+    share their controls."""
+    inside, among = (int.from_bytes(bits) for bits in _packed(total, hits, mask))
+    return (inside.bit_count(), among.bit_count()) if inside & among == inside else None
+
+
 def _decoded(text: str, total: int) -> bytes:
     """The bytes of ``total`` bits; ValueError if the text holds another number of them."""
-    packed = base64.b64decode(text, validate=True)
+    packed = binascii.a2b_base64(text, strict_mode=True)
     over = 8 * len(packed) - total
     if not 0 <= over < 8 or (over and packed[-1] & ((1 << over) - 1)):
         raise ValueError(f"{len(packed)} bytes of bits for {total} samples")
@@ -244,12 +256,22 @@ class _Pool:
 
     def shared(self, record: Record) -> Record:
         """The record, its parts exchanged for those of earlier ones that equal them."""
-        for name, told in record.counts.items():
-            record.counts[name] = self._count(told)
-        for name, numbers in record.cost.items():
-            record.cost[name] = self._once(("cost", *numbers.items()), numbers)
-        for name, told in record.provenance.items():
-            record.provenance[name] = self._once(json.dumps(told, sort_keys=True), told)
+        parts = record.__dict__
+        parts["counts"] = {sys.intern(name): self._count(told) for name, told in record.counts.items()}
+        parts["steps"] = {sys.intern(name): sys.intern(key) for name, key in record.steps.items()}
+        parts["cost"] = {
+            sys.intern(name): self._once(("cost", *numbers.items()), numbers)
+            for name, numbers in record.cost.items()
+        }
+        parts["provenance"] = {
+            sys.intern(name): self._once(("provenance", json.dumps(told, sort_keys=True)), told)
+            for name, told in record.provenance.items()
+        }
+        for name in _REPEATED:
+            parts[name] = sys.intern(parts[name])
+        parts["experts"] = self._once(("experts", *record.experts), record.experts)
+        names = frozenset(record.model_fields_set)
+        object.__setattr__(record, "__pydantic_fields_set__", self._once(names, set(names)))
         return record
 
     def _count(self, told: Count) -> Count:
@@ -265,6 +287,9 @@ class _Pool:
         return self._held.setdefault(key, value)
 
 
+_REPEATED = (
+    "grid", "suite", "backbone", "protocol", "merging", "attack", "defense", "subject", "target_task",
+)  # fmt: skip
 _COUNTED = ("k", "n", "total", "hits", "mask")
 _COUNTED_SET = set(_COUNTED)
 

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -148,14 +148,16 @@ def _seed_weights(seeds: Seeds) -> Draws:
 _AT_ONCE = 32
 """Draws that are made in one go: what they need stays small."""
 _TOLD = 256
-"""Outcomes that are counted in one go."""
-_KEPT = 1024
-"""Rates that are remembered: the controls that many rows share, not every row that ever was."""
-_SHARES_KEPT = 4096
-"""Outcomes whose draws are remembered: more than a row of a board has."""
+"""Sums of outcomes that are drawn in one go."""
+_KEPT = 2048
+"""Rates that are remembered: more than a row of a board has, not every row that ever was."""
+TOGETHER = _KEPT // 2
+"""Rates that are worth waiting for: of rows that are told together, none is forgotten before it is read."""
 _ROOM = 1 << 26
 """Bytes of draws as floats that are kept."""
-Shares = NDArray[np.float32]
+Drawn = NDArray[np.float32]
+Rates = Iterable[tuple[str, Mapping[int, Count]]]
+"""What rates are of: a task, and of each seed a count."""
 
 
 def _often_drawn(task: str, total: int) -> NDArray[np.uint8]:
@@ -169,103 +171,114 @@ def _often_drawn(task: str, total: int) -> NDArray[np.uint8]:
     return often
 
 
-def _outcome(task: str, count: Count) -> tuple[object, ...]:
-    """What a count's draws are remembered by."""
-    return task, count.total, count.hits, count.mask
-
-
 class Bootstrap:
     """Rates with draws; test samples of a task are drawn once, so that every row is resampled alike.
 
-    Outcomes times how often each sample is drawn is a product of matrices. Its numbers are whole, and exact as
-    floats; many outcomes at once take a third of what they take one by one (``tell``).
+    Outcomes, summed over the seeds, times how often each sample is drawn is a product of matrices. Its numbers are
+    whole, and exact as floats; many at once take a third of what they take one by one (``tell``).
     """
 
     def __init__(self) -> None:
         self._often: dict[tuple[str, int], NDArray[np.uint8]] = {}
-        self._floats: OrderedDict[tuple[str, int], NDArray[np.float32]] = OrderedDict()
-        self._masks: dict[tuple[str, int, str], Shares] = {}
-        self._shares: OrderedDict[tuple[object, ...], Shares] = OrderedDict()
+        self._floats: OrderedDict[tuple[str, int], Drawn] = OrderedDict()
+        self._masks: dict[tuple[str, int, str], Drawn] = {}
         self._rates: OrderedDict[tuple[object, ...], Estimate] = OrderedDict()
 
-    def _draws(self, task: str, total: int) -> NDArray[np.float32]:
-        """``_often_drawn`` as floats, which are made anew where there is no room for those of all tasks."""
+    def _draws(self, task: str, total: int) -> Drawn:
+        """``_often_drawn`` as floats ``[total, DRAWS]``, made anew where there is no room for those of all tasks."""
         key = (task, total)
         if key not in self._often:
             self._often[key] = _often_drawn(task, total)
         if key not in self._floats:
-            self._floats[key] = self._often[key].astype(np.float32)
+            self._floats[key] = self._often[key].T.astype(np.float32, order="C")
             while len(self._floats) > 1 and sum(f.nbytes for f in self._floats.values()) > _ROOM:
                 self._floats.popitem(last=False)
         self._floats.move_to_end(key)
         return self._floats[key]
 
-    def _drawn_of(self, task: str, total: int, packed: Sequence[bytes]) -> Shares:
-        """How many of each draw's samples are among those whose bits are set, ``[len(packed), DRAWS]``."""
-        bits = np.frombuffer(b"".join(packed), np.uint8).reshape(len(packed), -1)
-        found: Shares = (
-            np.unpackbits(bits, axis=1, count=total).astype(np.float32) @ self._draws(task, total).T
-        )
+    def _drawn_of(self, task: str, total: int, outcomes: Sequence[Sequence[bytes]]) -> Drawn:
+        """How many of each draw's samples are among those whose bits are set, summed over each one's outcomes,
+        ``[len(outcomes), DRAWS]``."""
+        packed = np.frombuffer(b"".join(p for of_one in outcomes for p in of_one), np.uint8)
+        starts = np.cumsum([0, *map(len, outcomes[:-1])])
+        bits = np.unpackbits(packed.reshape(sum(map(len, outcomes)), -1), axis=1, count=total)
+        found: Drawn = np.add.reduceat(bits, starts, axis=0, dtype=np.float32) @ self._draws(task, total)
         return found
 
-    def tell(self, wanted: Iterable[tuple[str, Count]]) -> None:
-        """Count many outcomes, each with its task, before their rates are asked for."""
-        fresh: dict[tuple[str, int], dict[tuple[object, ...], Count]] = {}
-        for task, count in wanted:
-            key = _outcome(task, count)
-            if key in self._shares:
-                self._shares.move_to_end(key)
-            elif count.n:
-                fresh.setdefault((task, count.total), {})[key] = count
-        for (task, total), counts in fresh.items():
-            waiting = list(counts.items())
-            for start in range(0, len(waiting), _TOLD):
-                part = waiting[start : start + _TOLD]
-                hits = self._drawn_of(task, total, [count.packed()[0] for _, count in part])
-                for (key, count), row in zip(part, hits, strict=True):
-                    self._shares[key] = row / self._of(task, count)
-        while len(self._shares) > _SHARES_KEPT:
-            self._shares.popitem(last=False)
+    def tell(self, wanted: Rates) -> None:
+        """Draw many rates before they are asked for."""
+        fresh: dict[tuple[object, ...], tuple[str, Mapping[int, Count]]] = {}
+        for task, counts in wanted:
+            key = _key(task, counts)
+            if key in self._rates:  # many rows share their controls
+                self._rates.move_to_end(key)
+            elif counts and all(c.n for c in counts.values()):
+                fresh[key] = task, counts
+        samples = {key: np.zeros(DRAWS) for key in fresh}
+        for (task, total), parts in _parts(fresh).items():
+            for start in range(0, len(parts), _TOLD):
+                some = parts[start : start + _TOLD]
+                drawn = self._drawn_of(task, total, [part.outcomes for part in some])
+                for part, row in zip(some, drawn, strict=True):
+                    samples[part.key] += np.divide(row, self._of(task, part.first), dtype=np.float64)
+        for key, (_, counts) in fresh.items():
+            self._rates[key] = _estimate(counts, samples[key] / len(counts))
+        while len(self._rates) > max(_KEPT, len(fresh)):
+            self._rates.popitem(last=False)
 
-    def _of(self, task: str, count: Count) -> Shares | np.float32:
+    def _of(self, task: str, count: Count) -> Drawn | np.float32:
         """Of how many samples of each draw the hits are."""
         if count.mask is None:
             return np.float32(count.total)
         key = (task, count.total, count.mask)
         if key not in self._masks:
-            drawn = self._drawn_of(task, count.total, [count.packed()[1]])[0]
+            drawn = self._drawn_of(task, count.total, [[count.packed()[1]]])[0]
             self._masks[key] = np.maximum(drawn, np.float32(1))
         return self._masks[key]
 
     def rate(self, task: str, counts: Mapping[int, Count]) -> Estimate:
         """Mean over seeds of k/n on one task; ``counts`` maps seed to count."""
-        key = (task, *[(seed, c.hits, c.mask) for seed, c in sorted(counts.items())])
-        if key in self._rates:  # many rows share their controls
-            self._rates.move_to_end(key)
-            return self._rates[key]
-        if not counts or any(c.n == 0 for c in counts.values()):
-            return nothing()
-        found = self._rates[key] = self._draw(task, counts)
-        if len(self._rates) > _KEPT:
-            self._rates.popitem(last=False)
-        return found
+        key = _key(task, counts)
+        if key not in self._rates:
+            self.tell([(task, counts)])
+        return self._rates.get(key) or nothing()
 
-    def _draw(self, task: str, counts: Mapping[int, Count]) -> Estimate:
-        seeds = tuple(sorted(counts))
-        drawn = [self._share(task, counts[seed]) for seed in seeds]
-        rates = np.array([counts[seed].k / counts[seed].n for seed in seeds])
-        samples: Draws = np.stack(drawn).mean(0, dtype=np.float64)
-        effect = rates - rates.mean()
-        return Estimate(
-            float(rates.mean()), samples + _seed_weights(seeds) @ effect, samples, {seeds: effect}, (0.0, 1.0)
-        )
 
-    def _share(self, task: str, count: Count) -> Shares:
-        """Of each draw the share of hits."""
-        key = _outcome(task, count)
-        if key not in self._shares:
-            self.tell([(task, count)])
-        return self._shares[key]
+def _key(task: str, counts: Mapping[int, Count]) -> tuple[object, ...]:
+    """What a rate is remembered by."""
+    return task, *[(seed, c.total, c.hits, c.mask) for seed, c in sorted(counts.items())]
+
+
+class _Part(NamedTuple):
+    """Of a rate the outcomes that are counted in the same samples."""
+
+    key: tuple[object, ...]
+    first: Count
+    outcomes: list[bytes]
+
+
+def _parts(
+    rates: Mapping[tuple[object, ...], tuple[str, Mapping[int, Count]]],
+) -> dict[tuple[str, int], list[_Part]]:
+    """The parts of rates, by task and number of samples."""
+    found: dict[tuple[str, int], list[_Part]] = {}
+    for key, (task, counts) in rates.items():
+        alike: dict[tuple[int, str | None], _Part] = {}
+        for _, count in sorted(counts.items()):
+            part = alike.setdefault((count.total, count.mask), _Part(key, count, []))
+            part.outcomes.append(count.packed()[0])
+        for (total, _), part in alike.items():
+            found.setdefault((task, total), []).append(part)
+    return found
+
+
+def _estimate(counts: Mapping[int, Count], samples: Draws) -> Estimate:
+    seeds = tuple(sorted(counts))
+    rates = np.array([counts[seed].k / counts[seed].n for seed in seeds])
+    effect = rates - rates.mean()
+    return Estimate(
+        float(rates.mean()), samples + _seed_weights(seeds) @ effect, samples, {seeds: effect}, (0.0, 1.0)
+    )
 
 
 # --------------------------------------------------------------------------- the largest of several
