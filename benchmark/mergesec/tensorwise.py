@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import islice
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from mergesec.contracts import ContractError, Expert, MergeContext, Merged, MergeMethod, Weights
-from mergesec.weights import check_same_layout, mergeable, outlines, owners
+from mergesec.weights import Outline, check_same_layout, mergeable, outlines, owners
 
 BLOCK = 1 << 18
 """Entries a rule sees at a time on a CPU: 1 MiB of float32, so that a few rows fit in the cache."""
@@ -50,7 +50,7 @@ def wake(base: Weights, experts: Sequence[Expert]) -> None:
     """Load the compiled loops (extra ``fast``) if this merge is worth it. They change no bit of a result."""
     if _found or next(iter(base.values())).device.type != "cpu":
         return
-    if len(experts) * sum(tensor.numel() for tensor in base.values()) < WORTH:
+    if len(experts) * sum(math.prod(like.shape) for like in outlines(base).values()) < WORTH:
         return
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):  # torch's roundings are known there
         _found.append(None)
@@ -221,6 +221,29 @@ def together(tensors: Iterable[Source]) -> Iterator[Span]:
             waiting, size = [], 0
     if waiting:
         yield _side_by_side(waiting)
+
+
+def runs(names: Sequence[str], inputs: Sequence[Weights]) -> list[Tensor] | None:
+    """Of each of ``inputs`` these tensors as one, where all of them are read from files in which they lie one behind
+    the other (``LazyWeights.run``); else None."""
+    found = []
+    for weights in inputs if len(names) > 1 else ():
+        run = getattr(weights, "run", None)
+        row = None if run is None else run(names)
+        if row is None:
+            return None
+        found.append(row)
+    return found or None
+
+
+def joined(names: Collection[str], base: Weights, experts: Sequence[Weights]) -> Iterator[Span]:
+    """``together`` of these tensors, read at once where they lie one behind the other in every file."""
+    for some in batches(base, names):
+        rows = runs(some, [base, *experts])
+        if rows is None:
+            yield from together((name, base[name], [weights[name] for weights in experts]) for name in some)
+        else:
+            yield Span(some[0], 0, rows[0], rows[1:], some)
 
 
 def _side_by_side(sources: Sequence[Source]) -> Span:
@@ -398,6 +421,10 @@ class TensorwiseMerge(MergeMethod):
         self, names: Sequence[str], base: Weights, experts: Sequence[Expert], facts: Any, reach: float | None
     ) -> dict[str, Tensor]:
         """Merged tensors in the base's type; with ``reach`` None the rule's raw values, float32."""
+        if self.pointwise and type(self).whole is TensorwiseMerge.whole:
+            rows = runs(names, [base, *(e.weights for e in experts)])
+            if rows is not None:
+                return self._merged_run(names, outlines(base), rows, facts, reach)
         merged: dict[str, Tensor] = {}
         waiting: dict[str, tuple[Tensor, list[Tensor]]] = {}
         for name in names:
@@ -414,6 +441,20 @@ class TensorwiseMerge(MergeMethod):
         if waiting:
             merged.update(self._combined(waiting, facts, reach))
         return merged
+
+    def _merged_run(
+        self, names: Sequence[str], known: Mapping[str, Outline], rows: Sequence[Tensor], facts: Any,
+        reach: float | None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """``_merged`` for tensors that lie one behind the other in every file, as if they were one."""
+        own, *others = rows
+        span = Span(names[0], 0, own, others, list(names))
+        out = torch.empty(len(own), dtype=torch.float32)
+        self._into(out, span.piece(Workspace(own.device)), facts, reach)
+        done = out if reach is None else out.to(own.dtype)
+        shapes = [tuple(known[name].shape) for name in names]
+        parts = torch.split(done, [math.prod(shape) for shape in shapes])
+        return {name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
 
     def _combined(
         self, waiting: Mapping[str, tuple[Tensor, list[Tensor]]], facts: Any, reach: float | None
@@ -498,13 +539,14 @@ class TensorwiseMerge(MergeMethod):
         return Merged(at(best), info={**self.facts(), **tuned})
 
 
-def batches(base: Weights) -> Iterator[list[str]]:
-    """The names in order, some at a time: few entries where weights are read lazily, to hold little."""
-    limit = BLOCK if getattr(base, "lazy", False) else BATCH
+def batches(base: Weights, among: Collection[str] | None = None) -> Iterator[list[str]]:
+    """The names (``among`` these) in order, some at a time: few entries where weights are read lazily, to hold
+    little."""
+    limit, known = BLOCK if getattr(base, "lazy", False) else BATCH, outlines(base)
     names: list[str] = []
     size = 0
-    for name, tensor in outlines(base).items():
-        entries = math.prod(tensor.shape)
+    for name in known if among is None else among:
+        entries = math.prod(known[name].shape)
         if names and size + entries > limit:
             yield names
             names, size = [], 0

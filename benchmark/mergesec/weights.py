@@ -120,6 +120,8 @@ def fit_names(base: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int
     A body may stand alone in one of them and under a prefix (``vit.``, ``bert.``, ``model.``) in the other, which
     then has parts beside it; else only ``OUTPUTS`` may differ, and ``COMPUTED`` anywhere. None if they do not fit.
     """
+    if base == other:
+        return Fit({name: name for name in base}, [], [])
     ours, theirs = {_modern(n): n for n in base}, {_modern(n): n for n in other}
     if len(ours) < len(base) or len(theirs) < len(other):
         return None

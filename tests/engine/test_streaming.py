@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from mergesec.cli.main import main
 from mergesec.contracts import ContractError, Expert
 from mergesec.errors import UsageError
 from mergesec.planning.catalog import Entry, load_catalog
+from mergesec.streaming.mapped import LazyWeights
 from mergesec.streaming.merging import context, merge_files, unfit
 from mergesec.streaming.reading import open_weights
 from mergesec.tensorwise import TensorwiseMerge
@@ -100,6 +101,60 @@ def test_files_give_what_memory_gives(entry: Entry, dtype: torch.dtype, files: A
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor), name
     assert not torch.equal(found["layers.1.mlp.weight"], load_file(base)["layers.1.mlp.weight"])
+
+
+def leaves(seed: int, dtypes: Sequence[torch.dtype]) -> Tensors:
+    """Three hundred small tensors, nothing else; their types in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        f"layers.{i}.weight": torch.randn(1 + i % 5, 3, generator=generator).to(dtypes[i % len(dtypes)])
+        for i in range(300)
+    }
+
+
+PLAIN = [e for e in streaming() if e.load().pointwise and e.load().whole is TensorwiseMerge.whole]
+FLOAT, HALF = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize("types", [[[FLOAT], [FLOAT]], [[HALF], [FLOAT]], [[FLOAT, HALF], [FLOAT]]])
+@pytest.mark.parametrize("entry", PLAIN, ids=lambda e: e.card.name)
+def test_small_tensors_that_lie_together_are_read_together(
+    entry: Entry, types: list[list[torch.dtype]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as in memory, whether they lie in the same order in every file (of one type) or not."""
+    names = ["base", "a", "b"]
+    base, *experts = [leaves(0, types[0]), *(leaves(i, types[-1]) for i in (1, 2))]
+    for name, weights in zip(names, [base, *experts], strict=True):
+        save_file(weights, tmp_path / f"{name}.safetensors")
+    first, *others = [open_weights(tmp_path / f"{name}.safetensors", name) for name in names]
+    seen: list[str] = []
+    first.watch = seen.append
+    looks: list[int] = []
+    alone = LazyWeights._small
+    monkeypatch.setattr(LazyWeights, "_small", lambda self, extent: looks.append(1) or alone(self, extent))
+    merge_files(create(entry), first, dict(zip("ab", others, strict=True)), tmp_path / "out.safetensors")
+    assert set(seen) == set(base)
+    assert (len(looks) < 10) == (len(types[0]) == 1)
+    inside = create(entry).merge(
+        base, [Expert(n, w) for n, w in zip("ab", experts, strict=True)], context(entry.card.name, 0)
+    )
+    found = load_file(tmp_path / "out.safetensors")
+    assert all(torch.equal(found[name], inside.shared[name]) for name in base)
+    assert all(found[name].dtype == tensor.dtype for name, tensor in base.items())
+
+
+def test_a_run_is_small_tensors_of_one_type_without_gaps(tmp_path: Path) -> None:
+    held = {f"w{i}": torch.randn(2, 3) for i in range(4)}
+    save_file({**held, "z": torch.randn(1 << 15), "half": torch.ones(3).half()}, tmp_path / "w.safetensors")
+    weights = open_weights(tmp_path / "w.safetensors", "weights")
+    found = weights.run(["w0", "w1", "w2"])
+    assert found is not None
+    assert torch.equal(found, torch.cat([held[f"w{i}"].flatten() for i in range(3)]))
+    for names in (["w0", "w2"], ["w1", "w0"], ["w3", "z"], ["z"], ["w3", "half"]):
+        assert weights.run(names) is None
+    save_file(held, tmp_path / "w.safetensors")
+    with pytest.raises(ContractError, match="changed while"):
+        weights.run(["w0", "w1"])
 
 
 def test_shards_in_and_out(files: Any, tmp_path: Path) -> None:

@@ -10,9 +10,8 @@ import gc
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,13 +40,13 @@ class Extent:
     start: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    size: int = field(init=False, repr=False, compare=False)
+    """Bytes."""
 
-    @cached_property
-    def size(self) -> int:
-        """Bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", math.prod(self.shape) * self.dtype.itemsize)
 
-    @cached_property
+    @property
     def small(self) -> bool:
         """Whether it is read together with what lies behind it."""
         return 0 < self.size <= SMALL
@@ -94,11 +93,11 @@ class Extent:
 class Changed(Extent):
     """A tensor of a file as somebody's factors change it, made anew at every look; float32."""
 
-    change: Callable[[Tensor], Tensor]
+    change: Callable[[Tensor], Tensor] = field(kw_only=True)
 
     @classmethod
     def of(cls, extent: Extent, change: Callable[[Tensor], Tensor]) -> Changed:
-        return cls(extent.file, extent.stamp, extent.start, extent.dtype, extent.shape, change)
+        return cls(extent.file, extent.stamp, extent.start, extent.dtype, extent.shape, change=change)
 
     def read(self) -> Tensor:
         """The changed tensor."""
@@ -144,6 +143,25 @@ class LazyWeights(Mapping[str, Tensor]):
         if not begin <= extent.start <= begin + len(stretch) - extent.size:
             begin, stretch = self._near[extent.file] = extent.start, extent.stretch()
         return extent.view(stretch, extent.start - begin).clone()
+
+    def run(self, names: Sequence[str]) -> Tensor | None:
+        """Small tensors of one type that lie one behind the other in a file, as one flat tensor that is read at
+        once; None if they are something else."""
+        first = self.extents[names[0]]
+        end = first.start
+        for name in names:
+            extent = self.extents[name]
+            if extent.start != end or extent.dtype is not first.dtype or extent.file is not first.file:
+                return None
+            if type(extent) is not Extent or not extent.small:
+                return None
+            end += extent.size
+        if self.watch is not None:
+            for name in names:
+                self.watch(name)
+        with first.opened() as handle:
+            held = bytearray(os.pread(handle.fileno(), end - first.start, first.start))
+        return torch.frombuffer(held, dtype=first.dtype)
 
     def __contains__(self, name: object) -> bool:
         return name in self.extents

@@ -190,9 +190,9 @@ def _no_room(error: BaseException) -> BaseException:
 
 def finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite, a block at a time; a sum tells, unless it overflows."""
-    flat = tensor.reshape(-1)
-    if len(flat) <= BLOCK and math.isfinite(flat.sum().item()):
+    if tensor.numel() <= BLOCK and math.isfinite(tensor.sum().item()):
         return True
+    flat = tensor.reshape(-1)
     for start in range(0, len(flat), BLOCK):
         part = flat[start : start + BLOCK].float()
         if not math.isfinite(float(part.sum())) and not bool(torch.isfinite(part).all()):

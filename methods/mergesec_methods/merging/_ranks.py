@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mergesec.contracts import Expert, Weights
-from mergesec.tensorwise import Loops, Piece, Span, Workspace, addresses, kernels, spans, sweep, together
+from mergesec.tensorwise import Loops, Piece, Span, Workspace, addresses, joined, kernels, spans, sweep
 from mergesec.weights import mergeable, outlines, owners
 
 SAMPLE = 1 << 18
@@ -44,9 +44,9 @@ def all_pieces(base: Weights, experts: Sequence[Expert], side_by_side: bool = Fa
     names = [n for n, tensor in outlines(base).items() if mergeable(tensor) and n not in tied]
 
     def chunks() -> Iterator[Span]:
-        tensors = ((name, base[name], [e.weights[name] for e in experts]) for name in names)
         if side_by_side:
-            return together(tensors)
+            return joined(names, base, [e.weights for e in experts])
+        tensors = ((name, base[name], [e.weights[name] for e in experts]) for name in names)
         return (span for tensor in tensors for span in spans(*tensor))
 
     return chunks
