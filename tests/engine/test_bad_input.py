@@ -171,3 +171,33 @@ def test_an_unknown_verb(invoke: Invoke) -> None:
     assert code == 2
     assert "Traceback" not in err
     assert "run" in err
+
+
+LONG = "a" * 5000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (["plan", "mini", f"x={LONG}"], "x:"),
+        (["plan", f"{LONG}.yaml"], "--grid:"),
+        (["plan", "mini", "--plugin", f"{LONG}.py"], "--plugin:"),
+        (["plan", "mini", f"--plugin={LONG}.py"], "--plugin:"),
+        (["plan", "mini", "--data-root", LONG], "--data-root:"),
+        (["board", "--grid", LONG], "grid:"),
+        (["board", "mini", "--results", LONG], "--results:"),
+        (["status", LONG], "GRID:"),
+        (["compare", LONG, LONG], "argument:"),
+        (["combine", LONG, LONG, "--out", LONG], "argument:"),
+        (["figures", LONG], "grid:"),
+        (["site", "--results", LONG, "--out", "site"], "--results:"),
+        (["merge", "ties", "--base", LONG, "--expert", f"a={LONG}", "--out", "o.safetensors"], "--base:"),
+        (["scan", LONG, "--base", LONG], "argument:"),
+        (["submit", "check", LONG], "FOLDER:"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_a_name_that_no_file_can_have(invoke: Invoke, arguments: list[str], field: str) -> None:
+    code, err = invoke(*arguments)
+    _one_line(code, err, field)
+    assert len(err) < 1500

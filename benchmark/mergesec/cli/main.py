@@ -72,17 +72,31 @@ def _end(error: BaseException) -> NoReturn:
     if isinstance(error, SystemExit):
         raise error
     from mergesec.errors import UsageError
-    from mergesec.files import Full, plain
+    from mergesec.files import Full, brief, plain
 
     if isinstance(error, BrokenPipeError):
         sys.exit(0)
     unwritable = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+    nowhere = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)  # names that no place can have
     if isinstance(error, UsageError | Full):
         told = str(error)
     elif isinstance(error, OSError) and error.errno in unwritable:
         told = f"{error.filename or 'disk'}: {error.strerror}"
+    elif isinstance(error, OSError) and error.errno in nowhere and error.filename is not None:
+        told = f"{_given(str(error.filename))}: {brief(str(error.filename))!r}: {error.strerror}"
     else:
         raise error
     for line in told.splitlines():
         print(f"error: {plain(line)}", file=sys.stderr)
     sys.exit(2)
+
+
+def _given(path: str) -> str:
+    """The option or argument that a path was given by, as far as the words tell."""
+    words = sys.argv[2:]
+    options = [word.partition("=") if word.startswith("--") else (before, "", word)
+               for before, word in zip(["", *words], words, strict=False)]  # fmt: skip
+    given = [(name if name.startswith("--") else "argument", value) for name, _, value in options if value]
+    begins = [name for name, value in given if path.startswith(value)]
+    holds = [name for name, value in given if value in path.split("/")]
+    return [*begins, *holds, "path"][0]

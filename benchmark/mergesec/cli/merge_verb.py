@@ -15,7 +15,7 @@ from mergesec.cli import show
 from mergesec.cli.complete import merge_names
 from mergesec.cli.options import Plugins
 from mergesec.errors import UsageError, nearest
-from mergesec.files import brief, plain
+from mergesec.files import brief, is_there, plain
 from mergesec.streaming.beside import check_copies, copy_beside
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def _values(pairs: list[str] | tuple[str, ...]) -> dict[str, Any]:
 
 def _told_apart(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Paths of experts, and parameters: what looks like one is a parameter unless a file or folder is called so."""
-    pairs = [word for word in words if re.match(r"[A-Za-z_]\w*(=|$)", word) and not Path(word).exists()]
+    pairs = [word for word in words if re.match(r"[A-Za-z_]\w*(=|$)", word) and not is_there(Path(word))]
     return [word for word in words if word not in pairs], pairs
 
 
@@ -176,7 +176,7 @@ def _experts(given: Sequence[str]) -> dict[str, Path]:
     paths: dict[str, Path] = {}
     for text in given:
         name, equals, path = text.partition("=")
-        if not equals or Path(text).exists():
+        if not equals or is_there(Path(text)):
             name, path = _stem(Path(text)), text
         if not (name and path):
             raise UsageError("--expert", f"{brief(text)!r} is neither NAME=PATH nor a path")

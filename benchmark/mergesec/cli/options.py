@@ -11,7 +11,7 @@ import typer
 
 from mergesec.cli.complete import grid_names, run_names
 from mergesec.errors import UsageError
-from mergesec.files import default_results
+from mergesec.files import default_results, is_file
 
 _SAME = "the same as GRID"
 
@@ -92,11 +92,11 @@ def results_folder(given: str | None, grid: str = "") -> Path:
 def run_name(grid: str) -> str:
     """Under which name the records of a grid lie: a file's ``name``, else what was given."""
     path = Path(grid)
-    if path.suffix != ".yaml" or not path.is_file():
+    if path.suffix != ".yaml" or not is_file(path):
         return grid
     named = re.search(r"^name: *([^\s#]+)", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
     return named[1].strip("\"'") if named else path.stem
 
 
 def _is_override(word: str) -> bool:
-    return ("=" in word or word.startswith("~")) and not Path(word).is_file()
+    return ("=" in word or word.startswith("~")) and not is_file(Path(word))

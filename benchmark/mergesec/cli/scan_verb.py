@@ -12,7 +12,7 @@ import typer
 
 from mergesec.cli.options import DataRoot, Plugins
 from mergesec.errors import UsageError
-from mergesec.files import plain
+from mergesec.files import is_there, plain
 
 if TYPE_CHECKING:
     from mergesec.api.scans import Scan
@@ -87,7 +87,7 @@ def _task(name: str | None, data: Path | None) -> str | dict[str, Any] | None:
     """The task's name, or one that reads the rows given."""
     if data is None:
         return name
-    if not data.exists():
+    if not is_there(data):
         raise UsageError("--data", f"no file or folder {str(data)!r}")
     return {"name": name or ("image-folder" if data.is_dir() else "text-table"), "path": str(data)}
 

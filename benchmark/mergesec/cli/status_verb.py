@@ -22,6 +22,7 @@ from mergesec.cli.options import (
     run_name,
 )
 from mergesec.errors import UsageError, nearest
+from mergesec.files import brief
 from mergesec.planning.presets import preset_names
 
 if TYPE_CHECKING:
@@ -72,7 +73,9 @@ def _is_run(asked: Asked, folder: Path) -> bool:
     runs = [path.parent.name for path in folder.glob("*/grid.json")]
     if grid not in runs:
         known = nearest(grid, {*preset_names(), *runs})
-        raise UsageError("GRID", f"no preset {grid!r}, and no run of that name in {folder.parent}{known}")
+        raise UsageError(
+            "GRID", f"no preset {brief(grid)!r}, and no run of that name in {folder.parent}{known}"
+        )
     return True
 
 

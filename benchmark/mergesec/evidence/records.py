@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mergesec.errors import UsageError
+from mergesec.files import brief
 from mergesec.threats import TRIGGERED, Company, Role, Secrets, Threat
 
 SCHEMA: Literal[1] = 1
@@ -228,7 +229,7 @@ def count(hits: Bits, mask: Bits | None = None) -> Count:
 def grid_folder(folder: Path, grid: str) -> Path:
     """Where a grid's records lie; UsageError unless ``grid`` is a plain name."""
     if not re.fullmatch(GRID_NAME, grid):
-        raise UsageError("grid", f"{grid!r} is not a grid's name: letters, digits, '.', '_' and '-'")
+        raise UsageError("grid", f"{brief(grid)!r} is not a grid's name: letters, digits, '.', '_' and '-'")
     return folder / grid
 
 

@@ -15,6 +15,7 @@ from types import CodeType
 from typing import Any
 
 from mergesec.errors import UsageError, nearest
+from mergesec.files import is_file
 from mergesec.planning.cardfiles import digest_of, file_digest, read_cards
 from mergesec.planning.cards import KINDS, Card
 
@@ -221,7 +222,7 @@ def _name_and_version(dist: Distribution) -> tuple[str, str]:
 
 def add_plugin(catalog: Catalog, path: Path) -> list[Entry]:
     """Register the cards of one file; UsageError if it is missing or carries none."""
-    if not path.is_file():
+    if not is_file(path):
         raise UsageError("--plugin", f"no file {str(path)!r}")
     cards = read_cards(path)
     if not cards:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from mergesec.errors import UsageError, nearest
-from mergesec.files import remembered
+from mergesec.files import brief, is_file, remembered
 from mergesec.planning.engines import EngineSpec, as_fields
 from mergesec.planning.presets import preset_names, presets_folder
 from mergesec.planning.yamlguard import check_yaml
@@ -157,13 +157,13 @@ def _hydra_message(error: Exception, folder: Path) -> str:
 def _locate(source: str) -> tuple[Path, str]:
     path = Path(source)
     if path.suffix in (".yaml", ".yml") or "/" in source:
-        if not path.is_file():
-            raise UsageError("--grid", f"no file {source!r}")
+        if not is_file(path):
+            raise UsageError("--grid", f"no file {brief(source)!r}")
         if path.suffix != ".yaml":
-            raise UsageError("--grid", f"{source!r} must end in .yaml")
+            raise UsageError("--grid", f"{brief(source)!r} must end in .yaml")
         return path.resolve().parent, path.stem
     if source not in preset_names():
-        raise UsageError("--grid", f"no preset {source!r}{nearest(source, preset_names())}")
+        raise UsageError("--grid", f"no preset {brief(source)!r}{nearest(source, preset_names())}")
     return presets_folder(), source
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergesec.files import is_there
 from mergesec.planning.cards import Parameter
 from mergesec.planning.catalog import Catalog
 from mergesec.planning.gridspec import GridSpec, Named
@@ -90,5 +91,5 @@ class _Places:
         if ours or not value or value.startswith("~") or Path(value).is_absolute():
             return value
         place = self.home / value
-        named = hub and re.fullmatch(f"{HUB_NAME}|{PACKAGED}", value) and not place.exists()
+        named = hub and re.fullmatch(f"{HUB_NAME}|{PACKAGED}", value) and not is_there(place)
         return value if named else str(place)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mergesec.errors import UsageError
-from mergesec.files import fingerprint
+from mergesec.files import fingerprint, is_there
 from mergesec.planning.cards import Card
 from mergesec.planning.catalog import Catalog, Entry
 from mergesec.planning.gridspec import Named
@@ -166,7 +166,7 @@ def _series(distribution: str) -> str:
 
 def _path_content(where: str, value: str) -> str:
     """What a path parameter contributes to identity: the content, never the place."""
-    if not Path(value).exists():
+    if not is_there(Path(value)):
         raise UsageError(where, f"no file or folder {value!r}")
     return fingerprint(Path(value))
 
@@ -178,7 +178,7 @@ def packaged(where: str, value: str) -> str:
     package, _, folder = value.partition(":")
     spec = importlib.util.find_spec(package)
     for home in (spec.submodule_search_locations if spec is not None else None) or ():
-        if (Path(home) / folder).exists():
+        if is_there(Path(home) / folder):
             return str(Path(home) / folder)
     lacks = "is not installed" if spec is None else f"has no {folder!r}"
     raise UsageError(where, f"{value!r}: the package {package!r} {lacks}")
@@ -186,7 +186,7 @@ def packaged(where: str, value: str) -> str:
 
 def model_content(where: str, value: str) -> str:
     """A local file or folder counts by content; a name on the hub by its commit, which it must give."""
-    if value and Path(value).expanduser().exists():
+    if value and is_there(Path(value).expanduser()):
         return fingerprint(Path(value).expanduser())
     if not re.fullmatch(HUB_NAME, value):
         raise UsageError(

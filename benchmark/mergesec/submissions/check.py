@@ -10,6 +10,7 @@ from mergesec.errors import UsageError
 from mergesec.evidence.records import Record
 from mergesec.execution.scheduler import Reporter
 from mergesec.execution.session import Desk, Session, open_desk, placed_grid, planned
+from mergesec.files import brief
 from mergesec.planning.catalog import load_catalog
 from mergesec.planning.gridspec import load_grid
 from mergesec.planning.presets import preset_names
@@ -98,7 +99,7 @@ def _grid(entry: Entry, session: Session, report: Report) -> None:
         from mergesec.errors import nearest
 
         raise UsageError(
-            f"{FILE}: against", f"no preset {against!r} for a {kind}{nearest(against, preset_names())}"
+            f"{FILE}: against", f"no preset {brief(against)!r} for a {kind}{nearest(against, preset_names())}"
         )
     preset = resolve(load_grid(against, _places(session)), session.catalog)
     report.told("nothing of a preset is removed", claims.removed(session.grid, preset, kind))
