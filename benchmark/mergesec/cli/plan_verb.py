@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mergesec.cli import show
 from mergesec.cli.options import DataRoot, GridOption, Plugins, Words, asked_for
 from mergesec.errors import UsageError
+from mergesec.files import uncollected
+
+if TYPE_CHECKING:
+    from mergesec.execution.session import Session
 
 
 def main(
@@ -22,10 +26,16 @@ def main(
     asked = asked_for(words, grid)
     if jobs < 1:
         raise UsageError("--jobs", f"must be at least 1, got {jobs}")
-    from mergesec.execution.scheduler import History
-    from mergesec.execution.session import open_session, wanted_steps
+    from mergesec.execution.session import open_session
 
-    session = open_session(*asked, plugin or (), data_root)
+    with uncollected():
+        _print_plan(open_session(*asked, plugin or (), data_root), jobs)
+
+
+def _print_plan(session: Session, jobs: int) -> None:
+    from mergesec.execution.scheduler import History
+    from mergesec.execution.session import wanted_steps
+
     plan = session.plan
     wanted = wanted_steps(session)
     history = History(session.store.root)

@@ -110,7 +110,10 @@ def _subjects(grid: Grid, threat: str, seed: int) -> list[tuple[str, int]]:
 
 
 def _matches(pattern: Mapping[str, Any], cell: Cell) -> bool:
+    """Whether a rule is about a cell, whatever its seed."""
     for key, wanted in pattern.items():
+        if key == "seed":
+            continue
         value = getattr(cell, key)
         options = wanted if isinstance(wanted, (list, tuple)) else [wanted]
         if isinstance(value, Ref):
@@ -240,14 +243,47 @@ def cells(grid: Grid) -> Iterator[Cell]:
             if reason:
                 grid.left_out[reason] += len(merges) * len(variants)
                 continue
+            known: dict[tuple[Any, ...], _Rules] = {}
             for (merge, seed), variant in itertools.product(merges, variants):
                 cell = Cell(threat, merging, attack, defense, *merge, seed, **variant._asdict())
-                reason = _no_cell(grid, cell)
+                place = (merge, variant)
+                if place not in known:
+                    known[place] = _Rules.of(grid, cell)
+                reason = known[place].left_out(seed)
                 if reason:
                     grid.left_out[reason] += 1
-                elif spec.include and not any(_matches(p, cell) for p in spec.include):
-                    grid.left_out["not in include"] += 1
-                elif any(_matches(p, cell) for p in spec.exclude):
-                    grid.left_out["excluded"] += 1
                 else:
                     yield cell
+
+
+class _Rules(NamedTuple):
+    """What decides over the cells that differ in nothing but the seed."""
+
+    reason: str
+    """Why there are none; empty if there may be some."""
+    include: list[Any]
+    """Of each rule that takes them in, for which seeds; None for all."""
+    exclude: list[Any]
+
+    @classmethod
+    def of(cls, grid: Grid, cell: Cell) -> _Rules:
+        if reason := _no_cell(grid, cell):
+            return cls(reason, [], [])
+        everything: list[dict[str, Any]] = [{}]
+        include, exclude = (
+            [rule.get("seed") for rule in rules if _matches(rule, cell)]
+            for rules in (grid.spec.include or everything, grid.spec.exclude)
+        )
+        return cls("", include, exclude)
+
+    def left_out(self, seed: int) -> str:
+        """Why the cell of this seed is left out; empty if it is not."""
+        if self.reason:
+            return self.reason
+        if not any(_is_among(seed, seeds) for seeds in self.include):
+            return "not in include"
+        return "excluded" if any(_is_among(seed, seeds) for seeds in self.exclude) else ""
+
+
+def _is_among(seed: int, seeds: Any) -> bool:
+    return seeds is None or seed in (seeds if isinstance(seeds, (list, tuple)) else [seeds])

@@ -7,7 +7,6 @@ coordinates. Where and how it runs never enters.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 from collections import Counter
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, wraps
 from typing import Any, NamedTuple, TypeVar, cast
 
+from mergesec.files import uncollected
 from mergesec.planning.cards import Card
 from mergesec.planning.cells import Cell, cells
 from mergesec.planning.refs import NONE, Ref, trigger_ref
@@ -543,16 +543,11 @@ def _whose(task: str, secrets: str) -> tuple[str, ...]:
     return (task,) if secrets == "own" else ("shared",)
 
 
+@uncollected()
 def make_plan(grid: Grid, fingerprint: Callable[[str], str]) -> Plan:
     """Plan every cell of the grid. Steps come out in dependency order."""
     planner = Planner(grid, fingerprint)
-    collecting = gc.isenabled()
-    gc.disable()  # millions of small tuples, no cycles: collecting them takes a third of the time
-    try:
-        planned = [planner.cell(cell) for cell in cells(grid)]
-    finally:
-        if collecting:
-            gc.enable()
+    planned = [planner.cell(cell) for cell in cells(grid)]
     return Plan(grid, planner.steps, planned, Counter(grid.left_out))
 
 
@@ -603,6 +598,7 @@ def read_facts(plan: Plan) -> set[str]:
     return {*data_steps(plan).values(), *(key for cell in plan.cells for key in behind(plan, cell))}
 
 
+@uncollected()
 def needed_steps(plan: Plan, has: Callable[[str], bool]) -> dict[str, Step]:
     """The steps to run: those whose result is missing and wanted, directly or through another. Wanted are the
     evaluations, and what else the records tell of."""

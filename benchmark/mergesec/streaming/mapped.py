@@ -6,7 +6,6 @@ What a file holds is asked of safetensors itself, so that both read the same or 
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import mmap
 import os
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from mergesec.contracts import ContractError
 from mergesec.errors import UsageError
-from mergesec.files import brief
+from mergesec.files import brief, uncollected
 from mergesec.weights import DTYPES
 
 NEAR = 1 << 20
@@ -182,18 +181,6 @@ class LazyWeights(Mapping[str, Tensor]):
     def size(self) -> int:
         """Bytes of all tensors."""
         return sum(extent.size for extent in self.extents.values())
-
-
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """Without searches for cycles: among hundreds of thousands of names they take half of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @uncollected()

@@ -12,8 +12,8 @@ import torch
 
 from mergesec.contracts import Backbone, ContractError, Expert, MergeContext, TaskView
 from mergesec.errors import UsageError
-from mergesec.files import brief, check_writable
-from mergesec.streaming.mapped import LazyWeights, uncollected
+from mergesec.files import brief, check_writable, uncollected
+from mergesec.streaming.mapped import LazyWeights
 from mergesec.streaming.meaning import other_function
 from mergesec.streaming.reading import INDEX, SINGLE
 from mergesec.streaming.writing import SHARD, Writer, finite
