@@ -27,7 +27,7 @@ CARD = {
     "from the stated objective",
     "output": "static",
     "data": "tuning",
-    "modalities": ["image", "text"],
+    "modalities": ["image", "text", "generation"],
     "seeded": False,
     "parameters": {
         "num_examples": {
