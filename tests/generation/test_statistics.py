@@ -13,8 +13,7 @@ from mergesec.contracts import DataContext, Expert, MergeContext, Model, Split, 
 from mergesec.generation import EARLY, GenerationTask, Noised, Request, Rows
 from mergesec.planning.catalog import load_catalog
 from mergesec_methods.merging._fishers import diagonal_fisher
-from mergesec_methods.merging._samples import Sample, StatisticsMerge
-from mergesec_methods.merging.lot import Lot
+from mergesec_methods.merging._samples import Sample
 from mergesec_methods.merging.regmean import RegMean
 
 CPU = torch.device("cpu")
@@ -77,11 +76,7 @@ def test_random_signs_give_the_fisher_information_of_a_residual(corners: Generat
     assert bool(((found - exact).abs() < 5 * noise).all())
 
 
-@torch.no_grad()
-@pytest.mark.parametrize(
-    "method", [RegMean(num_examples=64, alpha=0.95), Lot(num_examples=64, scaling=1.0, grid=[])]
-)
-def test_a_merge_of_one_generator_is_that_generator(corners: GenerationTask, method: StatisticsMerge) -> None:
+def test_regmean_of_one_generator_is_that_generator(corners: GenerationTask) -> None:
     catalog = load_catalog([MICRO_GENERATION])
     backbone = catalog.get("backbone", "micro/painter").create({})
     base = backbone.base_weights()
@@ -93,12 +88,10 @@ def test_a_merge_of_one_generator_is_that_generator(corners: GenerationTask, met
     tuning = corners.load(DataContext(CPU, 0))["tuning"]
     view = TaskView(corners, {}, tuning)
     ctx = MergeContext(CPU, 0, backbone, {CORNERS: view}, lambda merged: 0.0)
-    merged = method.merge(base, [Expert(CORNERS, weights)], ctx)
-    assert not merged.info.get("linear_layers_averaged") and not merged.info.get("averaged")
-    sample = Sample(ctx, CORNERS, 64)
-    (batch,) = sample.batches()
-    ours, theirs, plain = (
-        sample.outputs(Model(backbone, load_network(backbone, own)), batch)
-        for own in (merged.shared, weights, base)
-    )
-    assert float((ours - theirs).norm() / (plain - theirs).norm()) < 1e-3
+    merge = RegMean(num_examples=64, alpha=0.95)
+    merged = merge.merge(base, [Expert(CORNERS, weights)], ctx)
+    assert merged.info["linear_layers"] > 0
+    assert not merged.info["linear_layers_averaged"]
+    for name, tensor in weights.items():
+        torch.testing.assert_close(merged.shared[name], tensor, atol=1e-4, rtol=1e-4)
+    assert load_network(backbone, merged.shared) is not None

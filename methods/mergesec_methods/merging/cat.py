@@ -27,7 +27,7 @@ CARD = {
     "from the stated objective",
     "output": "static",
     "data": "tuning",
-    "modalities": ["image", "text", "generation"],
+    "modalities": ["image", "text"],
     "seeded": False,
     "parameters": {
         "num_examples": {

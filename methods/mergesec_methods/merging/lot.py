@@ -32,7 +32,7 @@ CARD = {
     "summary": "task vectors of linear layers and norm scales by least squares of the drift of features",
     "output": "static",
     "data": "tuning",
-    "modalities": ["image", "text", "generation"],
+    "modalities": ["image", "text"],
     "seeded": False,
     "parameters": {
         "num_examples": {
