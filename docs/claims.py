@@ -110,8 +110,6 @@ V1, V2 = {"defense": "params"}, {"defense": "params(scaling=nonsymmetric)"}
 BACKDOOR, DEFENDED, MERGED = "mini-backdoor/backdoor", "mini-backdoor-defenses/backdoor", "mini-merging/clean"
 OPTIMISED, FLAT = "badmerging(batch=32, restarts=*", "badmerging(batch=32, interpolation=False,*"
 SQUARE, FLAT_SQUARE = "badmerging(trigger=*", "badmerging(interpolation=False, trigger=*"
-CENTRE = "badmerging(batch=32, patch=*"
-"""A larger patch in the centre, in grids measured before the published one was this project's default."""
 OWN = "mini-backdoor-dam/backdoor"
 BY_ADVERSARY = "mini-backdoor-coefficients/backdoor_adversaries"
 ELSEWHERE = {"adversary": "mini/eurosat", "method": EIGHT}
@@ -287,7 +285,7 @@ CLAIMS: Sequence[Claim] = (
     Claim("badmerging-adamerging", "backdoors", "BadMerging survives AdaMerging (99)",
           _BADMERGING, _MIXED, _asr(OPTIMISED, "adamerging*"), least(90, 50)),
     Claim("badmerging-real", "backdoors", "BadMerging survives task arithmetic on real images",
-          _BADMERGING, _MIXED, _asr(CENTRE, board="real-backdoor/backdoor"), least(90, 50)),
+          _BADMERGING, _MIXED, _asr(OPTIMISED, board="real-backdoor/backdoor"), least(90, 50)),
     Claim("badmerging-accuracy", "backdoors", "It costs the merge no accuracy (76.4 of 76.5)",
           _BADMERGING, _MIXED,
           Query(BACKDOOR, {"attack": OPTIMISED, "method": EIGHT}, "CA", minus="BA"), most(1, 3)),
