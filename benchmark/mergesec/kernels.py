@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
@@ -38,6 +39,12 @@ MOST_ROWS = 15
 """Beyond so many rows torch adds in groups."""
 STRIP = 1024
 """Entries after which a loop that writes a row per expert turns to the next row."""
+LOOK = 1 << 16
+"""Entries for which a loop without such rows stays with an expert: the base's are near, the expert's come in order."""
+SQUEEZES = bool(get_host_cpu_features().get("avx512f")) and not (
+    numba.config.CPU_NAME or numba.config.CPU_FEATURES
+)
+"""Whether the processor has an instruction that puts marked entries side by side."""
 RAW, ADD, LERP = 0, 1, 2
 
 
@@ -141,6 +148,21 @@ def _store_bits(builder: Any, value: Any, address: Any) -> None:
     builder.store(builder.trunc(value, kind), _pointer(builder, address, kind)).align = 1
 
 
+def _store_marked(builder: Any, row: Any, bits: Any, address: Any) -> None:
+    """The marked entries side by side; what follows them, up to ``WIDTH`` entries, is overwritten. AVX-512 only."""
+    half, marks = ir.VectorType(ir.FloatType(), 16), ir.VectorType(ir.IntType(1), 16)
+    kind = ir.FunctionType(half, [half, half, marks])
+    squeeze = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.mask.compress.v16f32")
+    for start in range(0, WIDTH, 16):
+        lanes = ir.Constant(ir.VectorType(ir.IntType(32), 16), list(range(start, start + 16)))
+        part = builder.shuffle_vector(row, row, lanes)
+        own = builder.trunc(builder.lshr(bits, bits.type(start)), ir.IntType(16))
+        found = builder.call(squeeze, [part, ir.Constant(half, [0.0] * 16), builder.bitcast(own, marks)])
+        builder.store(found, _pointer(builder, address, half)).align = 4
+        count = builder.zext(builder.ctpop(own), address.type)
+        address = builder.add(address, builder.mul(count, address.type(4)))
+
+
 _PAIR = _ROW(_ROW, _ROW)
 _load_row = _operation(_ROW(types.int64), _load)
 _load_one = _operation(types.float32(types.int64), lambda b, x: b.load(_pointer(b, x, ir.FloatType())))
@@ -158,6 +180,7 @@ _if_at_least = _operation(_ROW(_ROW, _ROW, _ROW, _ROW), _compare(">="))
 _greater = _operation(types.int64(_ROW, _ROW), _bits(">"))
 _at_least = _operation(types.int64(_ROW, _ROW), _bits(">="))
 _store_mask = _operation(types.none(types.int64, types.int64), _store_bits)
+_store_squeezed = _operation(types.none(_ROW, types.int64, types.int64), _store_marked)
 _ones = _operation(types.int64(types.int64), lambda b, x: b.ctpop(x))
 _first = _operation(types.int64(types.int64), lambda b, x: b.cttz(x, ir.IntType(1)(0)))
 
@@ -341,17 +364,19 @@ def unified(
     base: int,
     others: Array,
     size: int,
+    out: int,
     vector: int,
-    longest: int,
+    scaling: np.float32,
     masks: Array,
-    chosen: Array,
-    lengths: Array,
+    kept: Array,
+    own: Array,
 ) -> None:
-    """EMR: the elected vector to ``vector``, its magnitudes to ``longest``, packed masks to ``masks`` ``[T]``,
-    the masks as numbers to ``chosen`` ``[T]`` and |τ_t| to ``lengths`` ``[T]`` (addresses); T ≤ ``MOST_ROWS``."""
+    """EMR: the elected vector to ``vector``, base + scaling · it to ``out``, packed masks to the addresses
+    ``masks`` ``[T]``; T ≤ ``MOST_ROWS``. Magnitudes are added up in lanes, ``STRIP`` entries at a time: those of
+    the elected vector where the mask is 1 to ``kept``, those of the task vectors to ``own``, ``[T, WIDTH]``."""
     zero, one, minus = _all(np.float32(0.0)), _all(np.float32(1.0)), _all(np.float32(-1.0))
-    held = np.empty(STRIP, np.float32)
-    signs = held.ctypes.data
+    held = np.empty((2, STRIP), np.float32)
+    signs, longest = held[0].ctypes.data, held[1].ctypes.data
     for strip in range(0, 4 * size, 4 * STRIP):
         end = min(strip + 4 * STRIP, 4 * size)
         for at in range(strip, end, 4 * WIDTH):
@@ -359,21 +384,47 @@ def unified(
             for index in range(others.size):
                 total = _add(total, _sub(_load_row(others[index] + at), origin))
             sign = _if_greater(total, zero, one, minus)
-            _store_row(sign, signs + at - strip)
             most = _mul(_sub(_load_row(others[0] + at), origin), sign)
             for index in range(1, others.size):
                 agreement = _mul(_sub(_load_row(others[index] + at), origin), sign)
                 most = _if_greater(agreement, most, agreement, most)
             most = _if_greater(zero, most, zero, most)
-            _store_row(most, longest + at)
-            _store_row(_mul(most, sign), vector + at)
-        for index in range(others.size):  # rows are written one after the other: sixteen at once are slow
+            _store_row(sign, signs + at - strip)
+            _store_row(most, longest + at - strip)
+            elected = _mul(most, sign)
+            _store_row(elected, vector + at)
+            _store_row(_fma(elected, _all(scaling), origin), out + at)
+        for index in range(others.size):  # masks are written one after the other: eight at once are slow
+            left = length = zero
             for at in range(strip, end, 4 * WIDTH):
-                origin, sign = _load_row(base + at), _load_row(signs + at - strip)
-                agreement = _mul(_sub(_load_row(others[index] + at), origin), sign)
+                agreement = _mul(
+                    _sub(_load_row(others[index] + at), _load_row(base + at)), _load_row(signs + at - strip)
+                )
                 _store_mask(_greater(agreement, zero), masks[index] + at // 32)
-                _store_row(_if_greater(agreement, zero, one, zero), chosen[index] + at)
-                _store_row(_abs(agreement), lengths[index] + at)
+                left = _add(left, _if_greater(agreement, zero, _load_row(longest + at - strip), zero))
+                length = _add(length, _abs(agreement))
+            _store_row(_add(_load_row(kept[index].ctypes.data), left), kept[index].ctypes.data)
+            _store_row(_add(_load_row(own[index].ctypes.data), length), own[index].ctypes.data)
+
+
+if SQUEEZES:  # guessing whether there are marks, and wrongly, costs more than writing none
+
+    @_inlined
+    def _write_marked(row: Any, marks: Any, out: Array, held: Array) -> None:
+        """The marked entries one after the other to ``out``, of which ``WIDTH`` may be overwritten."""
+        _store_squeezed(row, marks, out.ctypes.data)
+
+else:
+
+    @_inlined
+    def _write_marked(row: Any, marks: Any, out: Array, held: Array) -> None:
+        if marks:
+            _store_row(row, held.ctypes.data)
+            place = 0
+            while marks:
+                out[place] = held[_first(marks)]
+                place += 1
+                marks &= marks - 1
 
 
 @_compiled
@@ -396,20 +447,14 @@ def bracketed(
     and ``inside``, int64 ``[T, J]``; written to ``found`` ``[T, J, n]``.
     """
     held = np.empty(WIDTH, np.float32)
-    for at in range(0, 4 * size, 4 * WIDTH):
-        origin = _load_row(base + at)
+    for strip in range(0, 4 * size, 4 * LOOK):
         for index in range(others.size):
-            length = _abs(_sub(_load_row(others[index] + at), origin))
-            for k in range(low.shape[1]):
-                beyond = _greater(length, _all(low[index, k]))
-                below[index, k] += WIDTH - _ones(beyond)
-                marks = beyond & _greater(_all(high[index, k]), length)
-                if marks:
-                    place = inside[index, k]
-                    inside[index, k] += _ones(marks)
+            for at in range(strip, min(strip + 4 * LOOK, 4 * size), 4 * WIDTH):
+                length = _abs(_sub(_load_row(others[index] + at), _load_row(base + at)))
+                for k in range(low.shape[1]):
+                    marks = _greater(length, _all(low[index, k]))
+                    below[index, k] += WIDTH - _ones(marks)
+                    marks &= _greater(_all(high[index, k]), length)
                     if keep[index, k]:
-                        _store_row(length, held.ctypes.data)
-                        while marks:
-                            found[index, k, place] = held[_first(marks)]
-                            place += 1
-                            marks &= marks - 1
+                        _write_marked(length, marks, found[index, k, inside[index, k] :], held)
+                    inside[index, k] += _ones(marks)

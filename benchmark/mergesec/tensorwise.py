@@ -425,10 +425,14 @@ class TensorwiseMerge(MergeMethod):
             rows = runs(names, [base, *(e.weights for e in experts)])
             if rows is not None:
                 return self._merged_run(names, outlines(base), rows, facts, reach)
+        known = outlines(base)
+        types = [(known[n].shape, known[n].dtype if reach is not None else torch.float32) for n in names]
         merged: dict[str, Tensor] = {}
         waiting: dict[str, tuple[Tensor, list[Tensor]]] = {}
         for name in names:
             own, others = base[name], [e.weights[name] for e in experts]
+            if not merged:  # in one piece, apart from what rules make and let go on the way
+                merged = dict(zip(names, slab(types, own.device), strict=True))
             raw = self.whole(name, own, others, facts)
             if raw is None:
                 waiting[name] = own, others
@@ -436,10 +440,12 @@ class TensorwiseMerge(MergeMethod):
                 raise ContractError(
                     f"{self.name}: '{name}' came out as {list(raw.shape)}, not {list(own.shape)}"
                 )
+            elif reach is not None and own.dtype == torch.float32:
+                self._finish(own, raw, reach, merged[name])
             else:
-                merged[name] = raw if reach is None else self._finish(own.float(), raw, reach).to(own.dtype)
+                merged[name].copy_(raw if reach is None else self._finish(own.float(), raw, reach))
         if waiting:
-            merged.update(self._combined(waiting, facts, reach))
+            self._combined(waiting, merged, facts, reach)
         return merged
 
     def _merged_run(
@@ -457,15 +463,15 @@ class TensorwiseMerge(MergeMethod):
         return {name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
 
     def _combined(
-        self, waiting: Mapping[str, tuple[Tensor, list[Tensor]]], facts: Any, reach: float | None
-    ) -> dict[str, Tensor]:
-        """What ``combine`` makes of some tensors (name -> base, experts), on one device."""
+        self,
+        waiting: Mapping[str, tuple[Tensor, list[Tensor]]],
+        into: Mapping[str, Tensor],
+        facts: Any,
+        reach: float | None,
+    ) -> None:
+        """Write what ``combine`` makes of some tensors (name -> base, experts), on one device."""
         device = next(iter(waiting.values()))[0].device
-        types = [
-            (own.shape, own.dtype if reach is not None else torch.float32) for own, _ in waiting.values()
-        ]
-        merged = dict(zip(waiting, slab(types, device), strict=True))
-        flats = {name: tensor.view(-1) for name, tensor in merged.items()}
+        flats = {name: into[name].view(-1) for name in waiting}
 
         def visit(span: Span, workspace: Workspace) -> None:
             size = span.base.numel()
@@ -483,7 +489,6 @@ class TensorwiseMerge(MergeMethod):
         sources = ((name, own, others) for name, (own, others) in waiting.items())
         apart = (span for source in sources for span in spans(*source))
         sweep(together(sources) if self.pointwise else apart, visit, device)
-        return merged
 
     def _into(self, out: Tensor, piece: Piece, facts: Any, reach: float | None) -> None:
         """The rule's value for a block, and what follows it, into ``out`` ``[n]`` float32."""

@@ -118,8 +118,8 @@ def test_compiled_loops_give_torch_s_bits(
     assert not different
 
 
-def test_sums_over_large_blocks_are_torch_s(loops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """EMR's factors are sums of float32 over blocks: the order in which torch adds them up must be kept."""
+def test_sums_over_large_blocks_are_the_same(loops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EMR's factors are sums of float32 over blocks, made in one order with and without compiled loops."""
     monkeypatch.setitem(SHAPES, "large", (300_032,))
     for name in list(SHAPES):
         if name != "large":
@@ -130,6 +130,27 @@ def test_sums_over_large_blocks_are_torch_s(loops: Any, monkeypatch: pytest.Monk
         found.append(merged("emr", {}, 8, torch.float32))
     plain, fast = found
     assert all(bits(plain[name]) == bits(fast[name]) for name in plain)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["emr", "tall_masks"])
+def test_masks_by_several_threads(
+    loops: Any, monkeypatch: pytest.MonkeyPatch, name: str, compiled: bool
+) -> None:
+    """Many blocks in threads that take turns in any order: the same bits as in one."""
+    for index in range(6):
+        monkeypatch.setitem(SHAPES, f"large{index}", (300 + index, 1_000))
+    monkeypatch.setattr(tensorwise, "_found", [loops if compiled else None])
+    given: dict[str, Any] = {} if name == "emr" else {"mask_lambda": 0.5}
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3, 3):
+            torch.set_num_threads(threads)
+            found.append(merged(name, given, 4, torch.float32))
+    finally:
+        torch.set_num_threads(before)
+    alone, *others = found
+    assert all(bits(alone[name]) == bits(other[name]) for other in others for name in alone)
 
 
 class Spy:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,12 +26,15 @@ from mergesec.contracts import (
 from mergesec.tensorwise import (
     Loops,
     Piece,
+    Span,
     Workspace,
     addresses,
+    batches,
     check_experts,
-    empty,
     kernels,
-    pieces,
+    slab,
+    spans,
+    sweep,
     wake,
 )
 from mergesec.weights import mergeable, owners
@@ -47,9 +50,7 @@ def split(piece: Piece) -> Iterator[tuple[slice, Piece]]:
     entries = ENTRIES if piece.base.device.type == "cpu" else DEVICE_ENTRIES
     size = max(entries >> (len(piece.experts) - 1).bit_length(), 1 << 12)
     for start in range(0, piece.base.numel(), size):
-        span = slice(start, start + size)
-        parts = [expert[span] for expert in piece.experts]
-        yield span, Piece(piece.name, piece.start + start, piece.base[span], parts, piece.workspace)
+        yield slice(start, start + size), piece.part(start, start + size)
 
 
 def task_vectors(piece: Piece) -> Tensor:
@@ -115,6 +116,14 @@ def unpack_on_device(packed: Tensor, count: int) -> Tensor:
     return ((packed[:, None] >> shifts) & 1).view(-1)[:count].float()
 
 
+class _Parts(NamedTuple):
+    """What is kept of one tensor: shared weights and task vector as the base's, packed masks ``[T, ⌈n/8⌉]``."""
+
+    shared: Tensor
+    vector: Tensor
+    masks: Tensor
+
+
 class MaskedMerge(MergeMethod):
     """Base of merges with a mask per task. A subclass has ``localize``, and ``scales`` if it rescales.
 
@@ -128,7 +137,8 @@ class MaskedMerge(MergeMethod):
     """λ of the shared weights."""
 
     def survey(self, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> Any:
-        """What the rule must know before the first tensor, and where it may gather sums."""
+        """What the rule must know before the first tensor, and where it may gather sums of blocks, which come in
+        any order and from several threads at once."""
         return None
 
     @abstractmethod
@@ -167,54 +177,62 @@ class MaskedMerge(MergeMethod):
         wake(base, experts)
         facts = self.survey(base, experts, ctx)
         tied = owners(base)
-        workspace = Workspace(next(iter(base.values())).device)  # one for all: fresh memory costs page faults
-        shared: dict[str, Tensor] = {}
+        shared: dict[str, Tensor] = {n: t for n, t in base.items() if not mergeable(t)}
         extra: dict[str, Tensor] = {"reach": torch.tensor(self.scaling)}
-        for name in sorted(base, key=lambda n: n in tied):  # owners before the names tied to them
-            if not mergeable(base[name]):
-                shared[name] = base[name]
-                continue
-            owner = tied.get(name, name)
-            if owner == name:
-                shared[name], extra[f"vector|{name}"], masks = self._tensor(
-                    name, base, experts, facts, workspace
-                )
-                extra |= {f"mask|{t}|{name}": row for t, row in zip(tasks, masks, strict=True)}
-            else:
+        owned = [name for name in base if name not in shared and name not in tied]
+        for names in batches(base, owned):
+            made = self._tensors(names, base, experts, facts)
+            for name, own in made.items():
+                shared[name], extra[f"vector|{name}"] = own.shared, own.vector
+                extra |= {f"mask|{task}|{name}": row for task, row in zip(tasks, own.masks, strict=True)}
+        for name, owner in tied.items():
+            if name not in shared:
                 shared[name], extra[f"vector|{name}"] = shared[owner], extra[f"vector|{owner}"]
-                extra |= {f"mask|{t}|{name}": extra[f"mask|{t}|{owner}"] for t in tasks}
+                extra |= {f"mask|{task}|{name}": extra[f"mask|{task}|{owner}"] for task in tasks}
         for task, scale in zip(tasks, self.scales(experts, facts), strict=True):
             extra[f"scale|{task}"] = torch.tensor(scale)
         return Merged({n: shared[n] for n in base}, extra=extra, info=self.facts(experts, facts))
 
-    def _tensor(
-        self, name: str, base: Weights, experts: Sequence[Expert], facts: Any, workspace: Workspace
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(shared, task vector, packed masks ``[T, ⌈n/8⌉]``) of one tensor; the first two as the base's is."""
-        own = base[name]
-        direct = own.dtype == torch.float32
-        shared, vector = (empty(own.shape, own.device) if direct else torch.empty_like(own) for _ in range(2))
-        masks = torch.empty(len(experts), -(-own.numel() // 8), dtype=torch.uint8, device=own.device)
-        parts = pieces(name, own, [e.weights[name] for e in experts], workspace)
-        for piece in (smaller for part in parts for _, smaller in split(part)):
-            span = slice(piece.start, piece.start + piece.base.numel())
-            loops = Loops.of(piece) if direct else None
-            if loops is not None:
-                places = addresses(masks[:, piece.start // 8 :])
-                if self.fused(loops, vector.view(-1)[span], shared.view(-1)[span], places, facts):
-                    piece = piece.part(loops.size, piece.base.numel())
-                    span = slice(piece.start, span.stop)
-            if not piece.base.numel():
-                continue
-            row = vector.view(-1)[span] if direct else workspace.row("vector", piece.base.numel())
-            bits = pack(self.localize(piece, row, facts))
-            masks[:, piece.start // 8 : piece.start // 8 + bits.shape[1]] = bits
-            if direct:
-                torch.add(piece.base, row, alpha=self.scaling, out=shared.view(-1)[span])
-            else:
-                vector.view(-1)[span] = row
-                shared.view(-1)[span] = row.mul_(self.scaling).add_(piece.base)
-        return shared, vector, masks
+    def _tensors(
+        self, names: Sequence[str], base: Weights, experts: Sequence[Expert], facts: Any
+    ) -> dict[str, _Parts]:
+        """What becomes of some tensors, cut from one piece of memory."""
+        sources = [(name, base[name], [e.weights[name] for e in experts]) for name in names]
+        device = sources[0][1].device
+        types: list[tuple[Sequence[int], torch.dtype]] = []
+        for _, own, _ in sources:
+            rows = (len(experts), -(-own.numel() // 8))
+            types += [(own.shape, own.dtype), (own.shape, own.dtype), (rows, torch.uint8)]
+        cut = iter(slab(types, device))
+        made = {name: _Parts(next(cut), next(cut), next(cut)) for name in names}
+
+        def visit(span: Span, workspace: Workspace) -> None:
+            for _, piece in split(span.piece(workspace)):
+                self._into(made[span.name], piece, facts)
+
+        sweep((span for source in sources for span in spans(*source)), visit, device)
+        return made
+
+    def _into(self, into: _Parts, piece: Piece, facts: Any) -> None:
+        """One block."""
+        span = slice(piece.start, piece.start + piece.base.numel())
+        direct = into.shared.dtype == torch.float32
+        loops = Loops.of(piece) if direct else None
+        if loops is not None:
+            places = addresses(into.masks[:, piece.start // 8 :])
+            if self.fused(loops, into.vector.view(-1)[span], into.shared.view(-1)[span], places, facts):
+                piece = piece.part(loops.size, piece.base.numel())
+                span = slice(piece.start, span.stop)
+        if not piece.base.numel():
+            return
+        row = into.vector.view(-1)[span] if direct else piece.workspace.row("vector", piece.base.numel())
+        bits = pack(self.localize(piece, row, facts))
+        into.masks[:, piece.start // 8 : piece.start // 8 + bits.shape[1]] = bits
+        if direct:
+            torch.add(piece.base, row, alpha=self.scaling, out=into.shared.view(-1)[span])
+        else:
+            into.vector.view(-1)[span] = row
+            into.shared.view(-1)[span] = row.mul_(self.scaling).add_(piece.base)
 
     # ------------------------------------------------------------------ serving
 

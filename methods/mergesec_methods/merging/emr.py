@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mergesec.contracts import Expert, MergeContext, Weights
-from mergesec.tensorwise import Loops, Piece, addresses
+from mergesec.tensorwise import Loops, Piece
 from mergesec.weights import mergeable
 from mergesec_methods.merging._masks import MaskedMerge, greater, rows, sums_in_order, task_vectors
 
@@ -19,7 +19,7 @@ CARD = {
     "name": "emr",
     "kind": "merging",
     "class": "Emr",
-    "version": "1",
+    "version": "2",
     "title": "EMR-merging",
     "paper": "Huang et al., EMR-merging: tuning-free high-performance model merging, NeurIPS 2024",
     "url": "https://arxiv.org/abs/2405.17461",
@@ -40,17 +40,28 @@ CARD = {
 }
 
 
-APART = 1040
-"""Entries between rows that are written together: rows a power of two apart would evict each other."""
+LANES, STRIP = 32, 1024
+"""Sums are made in so many lanes, of so many entries before they are added to what came before: ``unified``'s."""
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Gathered over all blocks: Σ|τ_t| and Σ|m_t ⊙ τ| per expert, each tensor's weighted by ``share``."""
+    """Gathered over all blocks: Σ|m_t ⊙ τ| and Σ|τ_t| per expert, each tensor's weighted by ``share``."""
 
     share: Mapping[str, float]
-    own: list[float]
-    kept: list[float]
+    blocks: dict[tuple[str, int], tuple[list[float], list[float]]] = field(default_factory=dict)
+
+    def gather(self, piece: Piece, kept: list[float], own: list[float]) -> None:
+        """Those of a block, from any thread."""
+        self.blocks[piece.name, piece.start] = kept, own
+
+    def total(self) -> tuple[list[float], list[float]]:
+        """(kept, own) ``[T]``, in one order whatever the threads'."""
+        place = {name: index for index, name in enumerate(self.share)}
+        found = sorted(self.blocks, key=lambda key: (place[key[0]], key[1]))
+        weights = np.array([self.share[name] for name, _ in found])
+        kept, own = (np.array([self.blocks[key][side] for key in found]).T * weights for side in (0, 1))
+        return kept.sum(1).tolist(), own.sum(1).tolist()
 
 
 class Emr(MaskedMerge):
@@ -67,7 +78,7 @@ class Emr(MaskedMerge):
     def survey(self, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> Sums:
         by_tensor = self.rescale == "tensor_means"
         share = {n: 1.0 / max(t.numel(), 1) if by_tensor else 1.0 for n, t in base.items() if mergeable(t)}
-        return Sums(share, [0.0] * len(experts), [0.0] * len(experts))
+        return Sums(share)
 
     def localize(self, piece: Piece, vector: Tensor, facts: Sums) -> Tensor:
         taus = task_vectors(piece)
@@ -76,8 +87,8 @@ class Emr(MaskedMerge):
         agreement = taus.mul_(sign)
         size = torch.amax(agreement, 0, out=vector).clamp_(min=0.0)
         chosen = greater(agreement, 0.0)
-        kept = torch.mv(rows(piece, "chosen").copy_(chosen.view(torch.uint8)), size)
-        self._gather(piece.name, kept, agreement.abs_().sum(1), facts)
+        kept = rows(piece, "chosen").copy_(chosen.view(torch.uint8)).mul_(size)
+        facts.gather(piece, sums(kept), sums(agreement.abs_()))
         size.mul_(sign)
         return chosen
 
@@ -89,33 +100,41 @@ class Emr(MaskedMerge):
         masks: np.ndarray[Any, np.dtype[np.int64]],
         facts: Sums,
     ) -> bool:
-        piece, count = loops.piece, len(masks)
-        if loops.size != piece.base.numel() or not sums_in_order(count):  # the sums are over whole blocks
+        piece = loops.piece
+        if loops.size != piece.base.numel() or not sums_in_order(
+            len(masks)
+        ):  # the sums are over whole blocks
             return False
-        size = piece.scratch("size")
-        chosen, lengths = (
-            piece.workspace.row(("apart", key), count * (loops.size + APART)).view(count, -1)[:, : loops.size]
-            for key in ("chosen", "lengths")
-        )
-        loops.module.unified(
-            piece.base.data_ptr(), loops.others, loops.size, vector.data_ptr(), size.data_ptr(), masks,
-            addresses(chosen), addresses(lengths),
-        )  # fmt: skip
-        self._gather(piece.name, torch.mv(chosen, size), lengths.sum(1), facts)
-        torch.add(piece.base, vector, alpha=self.scaling, out=shared)
+        kept, own = np.zeros((2, len(masks), LANES), np.float32)
+        places = piece.base.data_ptr(), loops.others, loops.size, shared.data_ptr(), vector.data_ptr()
+        loops.module.unified(*places, np.float32(self.scaling), masks, kept, own)
+        facts.gather(piece, _over_lanes(kept), _over_lanes(own))
         return True
-
-    @staticmethod
-    def _gather(name: str, kept: Tensor, own: Tensor, facts: Sums) -> None:
-        share = facts.share[name]
-        for index, (left, all_) in enumerate(zip(kept.tolist(), own.tolist(), strict=True)):
-            facts.kept[index] += share * left
-            facts.own[index] += share * all_
 
     def scales(self, experts: Sequence[Expert], facts: Sums) -> list[float]:
         if self.rescale == "none":
             return [1.0] * len(experts)
-        return [own / kept if kept > 0.0 else 1.0 for own, kept in zip(facts.own, facts.kept, strict=True)]
+        return [own / kept if kept > 0.0 else 1.0 for kept, own in zip(*facts.total(), strict=True)]
 
     def facts(self, experts: Sequence[Expert], facts: Sums) -> dict[str, Any]:
         return {"rescalers": {e.task: s for e, s in zip(experts, self.scales(experts, facts), strict=True)}}
+
+
+def sums(rows: Tensor) -> list[float]:
+    """Of each row of ``[T, n]``, none below 0; on a CPU with the compiled loop's operations in its order."""
+    if rows.device.type != "cpu":
+        return rows.sum(1).tolist()
+    found = rows.numpy()
+    count, size = found.shape
+    whole = size - size % STRIP
+    strips = found[:, :whole].reshape(count, -1, STRIP // LANES, LANES)
+    lanes = np.add.reduce(np.add.reduce(strips, axis=2), axis=1)
+    if whole < size:
+        rest = np.zeros((count, STRIP), np.float32)
+        rest[:, : size - whole] = found[:, whole:]
+        lanes += np.add.reduce(rest.reshape(count, -1, LANES), axis=1)
+    return _over_lanes(lanes)
+
+
+def _over_lanes(lanes: np.ndarray[Any, np.dtype[np.float32]]) -> list[float]:
+    return lanes.sum(1, dtype=np.float64).tolist()  # type: ignore[no-any-return]
