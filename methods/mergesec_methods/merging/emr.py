@@ -19,7 +19,7 @@ CARD = {
     "name": "emr",
     "kind": "merging",
     "class": "Emr",
-    "version": "2",
+    "version": "1",
     "title": "EMR-merging",
     "paper": "Huang et al., EMR-merging: tuning-free high-performance model merging, NeurIPS 2024",
     "url": "https://arxiv.org/abs/2405.17461",
