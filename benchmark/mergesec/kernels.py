@@ -370,12 +370,13 @@ def unified(
     masks: Array,
     kept: Array,
     own: Array,
+    held: Array,
 ) -> None:
     """EMR: the elected vector to ``vector``, base + scaling · it to ``out``, packed masks to the addresses
     ``masks`` ``[T]``; T ≤ ``MOST_ROWS``. Magnitudes are added up in lanes, ``STRIP`` entries at a time: those of
-    the elected vector where the mask is 1 to ``kept``, those of the task vectors to ``own``, ``[T, WIDTH]``."""
+    the elected vector where the mask is 1 to ``kept``, those of the task vectors to ``own``, ``[T, WIDTH]``.
+    ``held`` ``[2, STRIP]`` is room to compute in: an array made here would be let go before its address is."""
     zero, one, minus = _all(np.float32(0.0)), _all(np.float32(1.0)), _all(np.float32(-1.0))
-    held = np.empty((2, STRIP), np.float32)
     signs, longest = held[0].ctypes.data, held[1].ctypes.data
     for strip in range(0, 4 * size, 4 * STRIP):
         end = min(strip + 4 * STRIP, 4 * size)

@@ -107,7 +107,8 @@ class Emr(MaskedMerge):
             return False
         kept, own = np.zeros((2, len(masks), LANES), np.float32)
         places = piece.base.data_ptr(), loops.others, loops.size, shared.data_ptr(), vector.data_ptr()
-        loops.module.unified(*places, np.float32(self.scaling), masks, kept, own)
+        held = piece.workspace.row("strips", 2 * STRIP).view(2, STRIP).numpy()
+        loops.module.unified(*places, np.float32(self.scaling), masks, kept, own, held)
         facts.gather(piece, _over_lanes(kept), _over_lanes(own))
         return True
 
