@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -151,6 +155,27 @@ def test_masks_by_several_threads(
         torch.set_num_threads(before)
     alone, *others = found
     assert all(bits(alone[name]) == bits(other[name]) for other in others for name in alone)
+
+
+def test_no_loop_computes_in_memory_that_was_let_go(loops: Any) -> None:
+    """Of an array made in a loop only the address is kept: nothing keeps the array, and threads that allocate from
+    one arena write over each other. A process of its own, as the arena is chosen when it starts."""
+    code = """
+import torch
+import test_kernels as t
+from mergesec import kernels, tensorwise
+t.SHAPES.update({f"large{i}": (300 + i, 1_000) for i in range(6)})
+tensorwise._found = [kernels]
+found = []
+for threads in [1] + [3] * 24:
+    torch.set_num_threads(threads)
+    found.append(t.merged("emr", {}, 4, torch.float32))
+assert all(t.bits(found[0][n]) == t.bits(other[n]) for other in found[1:] for n in found[0])
+"""
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "PYTHONPATH": paths}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
 
 
 class Spy:
