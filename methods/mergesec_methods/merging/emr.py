@@ -100,10 +100,8 @@ class Emr(MaskedMerge):
         masks: np.ndarray[Any, np.dtype[np.int64]],
         facts: Sums,
     ) -> bool:
-        piece = loops.piece
-        if loops.size != piece.base.numel() or not sums_in_order(
-            len(masks)
-        ):  # the sums are over whole blocks
+        piece, whole = loops.piece, loops.size == loops.piece.base.numel()
+        if not whole or not sums_in_order(len(masks)):  # the sums are over whole blocks
             return False
         kept, own = np.zeros((2, len(masks), LANES), np.float32)
         places = piece.base.data_ptr(), loops.others, loops.size, shared.data_ptr(), vector.data_ptr()
@@ -138,4 +136,4 @@ def sums(rows: Tensor) -> list[float]:
 
 
 def _over_lanes(lanes: np.ndarray[Any, np.dtype[np.float32]]) -> list[float]:
-    return lanes.sum(1, dtype=np.float64).tolist()  # type: ignore[no-any-return]
+    return [float(total) for total in lanes.sum(1, dtype=np.float64)]
