@@ -73,6 +73,7 @@ def fit(
         torch.manual_seed(seed)
         if kept is not None:
             training.restore(*kept)
+            kept = None  # a copy of the weights that would lie there until the end
         while training.done < training.steps:
             index = training.next_rows()
             value = training.step(task.batch(split, index, device), loss or task_loss)
@@ -147,6 +148,8 @@ class _Training:
             parametrize.remove_parametrizations(module, leaf)
         # optimizer and schedule hold each other, and nobody says when what does is collected
         self.optimizer.state.clear()
+        for group in self.optimizer.param_groups:
+            group["params"] = []
         return {k: v.detach().cpu() for k, v in self.model.network.state_dict().items()}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

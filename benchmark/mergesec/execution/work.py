@@ -29,6 +29,7 @@ from mergesec.contracts import (
     Task,
     Weights,
 )
+from mergesec.execution import allocation
 from mergesec.execution.store import Blob, Laid, Raw, Store, laid, parse_safetensors, tensor_digest
 from mergesec.planning.catalog import Catalog
 from mergesec.planning.plan import Step
@@ -142,6 +143,8 @@ class Bench:
         self._bytes += held.bytes
         while len(self._held) > 1 and self._bytes > self.cache_bytes:
             self.forget(next(iter(self._held)))
+        if held.bytes >= allocation.HEAVY:
+            allocation.give_back_blocks()
         return held[:2]
 
     def give(self, tensors: Mapping[str, Tensor]) -> str:
