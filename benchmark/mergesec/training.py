@@ -148,8 +148,6 @@ class _Training:
             parametrize.remove_parametrizations(module, leaf)
         # optimizer and schedule hold each other, and nobody says when what does is collected
         self.optimizer.state.clear()
-        for group in self.optimizer.param_groups:
-            group["params"] = []
         return {k: v.detach().cpu() for k, v in self.model.network.state_dict().items()}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -144,7 +144,7 @@ class Bench:
         while len(self._held) > 1 and self._bytes > self.cache_bytes:
             self.forget(next(iter(self._held)))
         if held.bytes >= allocation.HEAVY:
-            allocation.give_back_blocks()
+            allocation.trim()  # before the next network is made of it
         return held[:2]
 
     def give(self, tensors: Mapping[str, Tensor]) -> str:
@@ -281,6 +281,13 @@ class Work:
             self._moved[role] = read_only({k: v.to(self.device) for k, v in self._read(role)[0].items()})
             self._watch(role, self._moved[role])
         return self._moved[role]
+
+    @property
+    def heavy(self) -> bool:
+        """Whether the step's base is so large that memory counts for more than time."""
+        return (
+            "base" in self.inputs and sum(t.nbytes for t in self.tensors("base").values()) >= allocation.HEAVY
+        )
 
     def kind_of(self, role: str) -> str:
         """The kind of step that made an input."""
