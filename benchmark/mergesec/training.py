@@ -73,6 +73,7 @@ def fit(
         torch.manual_seed(seed)
         if kept is not None:
             training.restore(*kept)
+            kept = None  # a copy of the weights that would lie there until the end
         while training.done < training.steps:
             index = training.next_rows()
             value = training.step(task.batch(split, index, device), loss or task_loss)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import gc
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,19 @@ def world() -> World:
 
 def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """What is held by a cycle stays: nobody says when it would be found."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def alive(refs: list[weakref.ref[torch.Tensor]]) -> int:
+    return sum(ref() is not None for ref in refs)
 
 
 def test_training_lowers_the_loss(world: World) -> None:
@@ -141,3 +156,38 @@ def test_halves_are_disjoint_whole_and_the_same_for_all() -> None:
     assert first == sorted(first) and first != list(range(51))
     assert half_of(split, "first").inputs.tolist() == first
     assert half_of(split, "") is split
+
+
+class Resumed:
+    """A watch that has something kept, and looks whether it is still held after every step."""
+
+    def __init__(self, kept: Any) -> None:
+        self.kept: Any = kept
+        self.refs: list[weakref.ref[torch.Tensor]] = []
+        self.held: list[int] = []
+
+    def resume(self) -> Any:
+        kept, self.kept = self.kept, None
+        if kept is not None:
+            self.refs = [weakref.ref(t) for name, t in kept[0].items() if name.startswith("network/")]
+        return kept
+
+    def step(self, done: int, steps: int, loss: float) -> None:
+        self.held.append(alive(self.refs))
+
+    def due(self) -> bool:
+        return not self.refs and len(self.held) == 2
+
+    def keep(self, tensors: Any, facts: Any) -> None:
+        self.kept = {name: tensor.clone() for name, tensor in tensors.items()}, dict(facts)
+
+
+def test_a_training_that_goes_on_lets_go_of_the_weights_that_were_kept(
+    world: World, uncollected: None
+) -> None:
+    first = Resumed(None)
+    whole = world.fit(watch=first)
+    second, first.kept = Resumed(first.kept), None
+    assert _same(world.fit(watch=second), whole)
+    assert second.refs and len(second.held) == len(first.held) - 2
+    assert set(second.held) == {0}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -237,6 +239,25 @@ def test_the_vector_is_that_of_the_attention_maps(world: dict[str, Any]) -> None
     assert attack.rate == 0.1
     clean = named(MergeHijacking(shadow_rows=64, shadow_rate=0.0, density=1.0), "merge_hijacking")
     assert all(float(v.abs().sum()) == 0 for v in clean._vector(ctx, attack.trigger(ctx)).values())
+
+
+def test_of_the_first_shadow_expert_only_the_maps_are_held_while_the_second_trains(
+    world: dict[str, Any],
+) -> None:
+    attack, ctx = named(MergeHijacking(shadow_rows=64), "merge_hijacking"), context(world, epochs=1)
+    names, refs = attention_matrices(ctx.backbone.anatomy()), dict[str, weakref.ref[Tensor]]()
+    held: list[list[str]] = []
+
+    def trained(**given: Any) -> Any:
+        gc.collect()
+        held.append([name for name, ref in refs.items() if ref() is not None])
+        weights = ctx.fit(**given)
+        refs.update({name: weakref.ref(tensor) for name, tensor in weights.items()})
+        return weights
+
+    attack._vector(replace(ctx, fit=trained), attack.trigger(ctx))
+    assert len(names) < len(refs)
+    assert [sorted(some) for some in held] == [[], sorted(names)]
 
 
 # --------------------------------------------------------------------------- LoRA-as-an-attack

@@ -31,6 +31,7 @@ from mergesec.contracts import (
     Task,
     load_network,
 )
+from mergesec.execution.allocation import returned_blocks
 from mergesec.execution.contexts import (
     PlainMerge,
     Views,
@@ -274,6 +275,10 @@ KINDS: dict[str, Callable[[Work], Result]] = {
 }  # fmt: skip
 
 
+TRAINED = ("expert", "trigger", "poison", "forge", "guard", "repair")
+"""Kinds in which whole networks may be trained, beside copies of their weights."""
+
+
 def _seed(key: str, device: torch.device) -> None:
     """A component that draws behind the context's back still gives the same numbers on any worker."""
     number = int(key[:15], 16)
@@ -290,7 +295,8 @@ def run(step: Step, bench: Bench, kinds: Mapping[str, str]) -> tuple[Laid, dict[
     work = Work(step, bench, kinds)
     _seed(step.key, bench.device)
     try:
-        tensors, info = KINDS[step.kind](work)
+        with returned_blocks(step.kind in TRAINED and work.heavy):
+            tensors, info = KINDS[step.kind](work)
     finally:
         changed = work.changed()
     if changed:

@@ -29,6 +29,7 @@ from mergesec.contracts import (
     Task,
     Weights,
 )
+from mergesec.execution import allocation
 from mergesec.execution.store import Blob, Laid, Raw, Store, laid, parse_safetensors, tensor_digest
 from mergesec.planning.catalog import Catalog
 from mergesec.planning.plan import Step
@@ -142,6 +143,8 @@ class Bench:
         self._bytes += held.bytes
         while len(self._held) > 1 and self._bytes > self.cache_bytes:
             self.forget(next(iter(self._held)))
+        if held.bytes >= allocation.HEAVY:
+            allocation.trim()  # before the next network is made of it
         return held[:2]
 
     def give(self, tensors: Mapping[str, Tensor]) -> str:
@@ -278,6 +281,13 @@ class Work:
             self._moved[role] = read_only({k: v.to(self.device) for k, v in self._read(role)[0].items()})
             self._watch(role, self._moved[role])
         return self._moved[role]
+
+    @property
+    def heavy(self) -> bool:
+        """Whether the step's base is so large that memory counts for more than time."""
+        return (
+            "base" in self.inputs and sum(t.nbytes for t in self.tensors("base").values()) >= allocation.HEAVY
+        )
 
     def kind_of(self, role: str) -> str:
         """The kind of step that made an input."""

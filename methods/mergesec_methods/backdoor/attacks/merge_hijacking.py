@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mergesec.anatomy import Anatomy
-from mergesec.contracts import ContractError, TrainContext, Weights
+from mergesec.contracts import ContractError, Split, TrainContext, Weights
 from mergesec.training import fit
 from mergesec_methods.backdoor.attacks._poison import ROWS_STREAM, draw_rows
 from mergesec_methods.backdoor.attacks._texts import TextPoisoning, checked_phrases
@@ -87,10 +87,14 @@ class MergeHijacking(TextPoisoning):
     def poison(self, ctx: TrainContext) -> Weights:
         """The expert trained on poisoned rows from the base plus the amplified backdoor vector."""
         trigger = ctx.trigger or self.trigger(ctx)
-        vector = self._vector(ctx, trigger)
-        start = {n: w + self.rescale * vector[n] if n in vector else w for n, w in ctx.base.items()}
+        start = self._start(ctx, trigger)
         rows = self.poisoned(ctx.train, trigger, ctx.target_class, ctx.generator(ROWS_STREAM))
         return fit(ctx.backbone, ctx.task, start, ctx.head, rows, ctx.recipe, ctx.seed, ctx.device)
+
+    def _start(self, ctx: TrainContext, trigger: Weights) -> Weights:
+        """θ₀ + λ v; the base's own tensors where v has none."""
+        vector = self._vector(ctx, trigger)
+        return {n: w + self.rescale * vector[n] if n in vector else w for n, w in ctx.base.items()}
 
     def _vector(self, ctx: TrainContext, trigger: Weights) -> Mapping[str, Tensor]:
         """The thinned backdoor vector of the attention maps, by name."""
@@ -99,13 +103,19 @@ class MergeHijacking(TextPoisoning):
         triggered = self.poisoned(
             clean, trigger, ctx.target_class, ctx.generator(SHADOW_ROWS_STREAM), self.shadow_rate
         )
-        first, second = ctx.fit(split=clean), ctx.fit(split=triggered)
+        names = attention_matrices(ctx.backbone.anatomy())
+
+        def tuned(split: Split) -> dict[str, Tensor]:
+            trained = ctx.fit(split=split)  # the rest of it must not lie there while the other one trains
+            return {name: trained[name] for name in names}
+
+        first, second = tuned(clean), tuned(triggered)
         generator = ctx.generator(THIN_STREAM)
         return {
             name: thinned((second[name] - first[name]).cpu(), self.density, self.epsilon, generator).to(
                 ctx.base[name]
             )
-            for name in attention_matrices(ctx.backbone.anatomy())
+            for name in names
         }
 
 
