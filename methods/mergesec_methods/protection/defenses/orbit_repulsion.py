@@ -9,8 +9,10 @@ inputs and outputs, of an MLP its hidden units as a set. With ‖·‖ the Frobe
 
 QᵀK and OV of a head stay what they are under Q → AQ, K → A⁻ᵀK, V → BV, O → OB⁻¹ (under rotary positions A is any
 that commutes with the rotations, so QᵀK stays too). U has a row per hidden unit: its input weights and its output
-weights, and only an order of rows acts on it. Heads and units are compared in their own order, from which training
-starts; the report says what is left after both were matched to the base's, which is what re-alignment can reach.
+weights, on which an order of rows acts. Heads and units are compared in their own order, from which training starts;
+the report says what is left after both were matched to the base's, which is what re-alignment of heads and units can
+reach. Scales that a norm and the maps behind it share, or the halves of a gated unit, are not taken out: a distance
+gained along these is lost to who fixes gauges (``coupled``).
 
 The expert that comes out is published as it is: no transform is put on it, as none would hold.
 
@@ -100,7 +102,7 @@ Read = Callable[[str], Tensor]
 
 
 def invariants(read: Read, anatomy: Anatomy) -> list[Tensor]:
-    """What symmetries leave alone but for the order of the first axis: of each attention QᵀK and OV
+    """What changes of a head's coordinates leave alone, and orders but for that of the first axis: of each attention QᵀK and OV
     ``[heads, d, d]``, of each MLP its units ``[hidden, f]``; in the anatomy's order, differentiable."""
     found: list[Tensor] = []
     for block in anatomy.blocks:
@@ -113,12 +115,12 @@ def invariants(read: Read, anatomy: Anatomy) -> list[Tensor]:
 def products(read: Read, attention: Attention) -> tuple[Tensor, Tensor]:
     """QᵀK ``[heads, d, d]`` and OV ``[heads, d_out, d]`` of every query head."""
     heads, width = attention.heads, attention.head_dim
-    query = matrix(read, attention.query).unflatten(0, (heads, width))
+    query = matrix(read, attention.query).reshape(heads, width, -1)
     key, value = (
-        matrix(read, m).unflatten(0, (attention.kv_heads, width)).repeat_interleave(attention.group, 0)
+        matrix(read, m).reshape(attention.kv_heads, width, -1).repeat_interleave(attention.group, 0)
         for m in (attention.key, attention.value)
     )
-    output = matrix(read, attention.output).unflatten(1, (heads, width)).transpose(0, 1)
+    output = matrix(read, attention.output).reshape(-1, heads, width).transpose(0, 1)
     return query.mT @ key, output @ value
 
 
@@ -145,7 +147,8 @@ def hinge(found: list[Tensor], anchors: list[Tensor], margin: float) -> Tensor:
 
 
 def matched_distance(own: Tensor, anchor: Tensor) -> Tensor:
-    """‖own − anchor‖ / ‖anchor‖ with the first axis of ``own`` in the order that makes it least."""
+    """‖own − anchor‖ / ‖anchor‖ with the first axis of ``own`` in the order that makes it least; a scalar."""
     flat, base = own.double().flatten(1).cpu(), anchor.double().flatten(1).cpu()
     order = assign(flat @ base.T, maximize=True)
-    return torch.linalg.vector_norm(flat[order] - base) / torch.linalg.vector_norm(base).clamp_min(1e-300)
+    share: Tensor = torch.linalg.vector_norm(flat[order] - base) / torch.linalg.vector_norm(base)
+    return share
