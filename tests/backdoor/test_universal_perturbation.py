@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +18,11 @@ from mergesec.contracts import ContractError, DataContext, Model, Split, TrainCo
 from mergesec.evidence.boards import make_boards
 from mergesec.evidence.estimates import Board
 from mergesec.evidence.records import Record
-from mergesec.planning.catalog import load_catalog
+from mergesec.planning.catalog import add_plugin, load_catalog
 from mergesec.planning.gridspec import parse_grid
 from mergesec.planning.plan import make_plan
 from mergesec.planning.resolve import resolve
+from mergesec.submissions.classes import card_against_class
 from mergesec.threats import Role
 from mergesec_methods.backdoor.attacks.universal_perturbation import UniversalPerturbation
 
@@ -135,6 +137,28 @@ def test_every_expert_of_the_cell_is_the_clean_one() -> None:
         assert roles[Role.MERGE.triggered] == roles[Role.CLEAN_MERGE.triggered]
 
 
+HALF = """
+from mergesec.contracts import Attack
+CARD = {"name": "half", "kind": "attack", "class": "Half", "version": "1", "title": "Half", "summary": "x",
+        "threat": "backdoor", "hooks": ["HOOK"]}
+class Half(Attack):
+    def trigger(self, ctx):
+        return {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("hook", "lacking"),
+    [("trigger", ["apply"]), ("poison", ["apply", "poison"]), ("forge", ["apply", "forge"])],
+)
+def test_a_trigger_is_nothing_without_its_use(hook: str, lacking: list[str], tmp_path: Path) -> None:
+    """The hook asks for ``apply``; attacks on experts have a trigger too, and need not name it."""
+    plugin = tmp_path / "half.py"
+    plugin.write_text(HALF.replace("HOOK", hook))
+    (entry,) = add_plugin(load_catalog(), plugin)
+    assert card_against_class(entry) == [f"hook {m}: Half has no {m}()" for m in lacking]
+
+
 # --------------------------------------------------------------------------- the board
 
 
@@ -178,6 +202,15 @@ def test_what_reaches_all_that_it_reaches_on_the_base_is_one_to_the_last_digit()
     (row,) = found.frame.to_dict("records")
     ends = [row[f"relative_transfer{end}"] for end in ("", "_low", "_high")]
     assert ends == pytest.approx([1.0] * 3, abs=1e-9)
+
+
+def test_a_share_is_never_below_nothing() -> None:
+    """Seeds far apart draw the merge's rate below 0; the interval ends there."""
+    found = board([cell(merged, 0.6, seed) for seed, merged in enumerate((0.0, 0.0, 0.6))])
+    assert found is not None
+    (row,) = found.frame.to_dict("records")
+    assert row["relative_transfer_low"] == 0.0 < row["relative_transfer"]
+    assert row["relative_transfer_high"] > 1
 
 
 def test_a_trigger_that_hardly_reaches_the_base_has_no_transfer() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas as pd
 
@@ -61,7 +63,9 @@ def _leaves_experts_alone(record: Record) -> bool:
 
 def transfer_rates(records: Sequence[Record], reader: Reader) -> dict[str, Estimate]:
     """The rates of one row, all on the task aimed at."""
-    found = reader.rates(records, [(metric, role, "target") for _, metric, role in _RATES])
-    part = dict(zip((name for name, *_ in _RATES), found, strict=True))
+    rates = reader.rates(records, [(metric, role, "target") for _, metric, role in _RATES])
+    part = dict(zip((name for name, *_ in _RATES), rates, strict=True))
     base = part["succession_base"]
-    return part | {name: ratio(part[of], base, LEAST_BASE) for name, of in _RATIOS.items()}
+    ratios = {name: ratio(part[of], base, LEAST_BASE) for name, of in _RATIOS.items()}
+    # draws of a rate may leave its range; what is cut there is cut here
+    return part | {name: replace(found, limits=(0.0, math.inf)) for name, found in ratios.items()}
