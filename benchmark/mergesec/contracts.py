@@ -412,7 +412,7 @@ class RecoverContext(Context):
 
 
 class Attack(Component):
-    """One or more hooks; the card lists which. T1: trigger, apply, poison. T2: recover."""
+    """One or more hooks; the card lists which. T1: trigger (with apply), poison, forge. T2: recover."""
 
     def trigger(self, ctx: TrainContext) -> Weights:
         """The trigger's arrays, in raw input space. Stored and reused between cells."""

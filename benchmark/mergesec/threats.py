@@ -27,6 +27,8 @@ in suite order, or drawn by the subject and the seed, so that "how many" is not 
 class Hook(StrEnum):
     """Where a component acts."""
 
+    TRIGGER = "trigger"
+    """Alone: a trigger for models that are what they are; every expert in the merge is a clean one."""
     POISON = "poison"
     FORGE = "forge"
     RECOVER = "recover"
@@ -39,7 +41,7 @@ class Hook(StrEnum):
 
 
 HOOKS: dict[tuple[str, str], tuple[Hook, ...]] = {
-    ("attack", Threat.BACKDOOR): (Hook.POISON, Hook.FORGE),
+    ("attack", Threat.BACKDOOR): (Hook.TRIGGER, Hook.POISON, Hook.FORGE),
     ("attack", Threat.PROTECTION): (Hook.RECOVER,),
     ("defense", Threat.BACKDOOR): (Hook.SCREEN, Hook.MERGE, Hook.REPAIR),
     ("defense", Threat.PROTECTION): (Hook.TRAIN, Hook.PROTECT, Hook.VERIFY),

@@ -44,6 +44,7 @@ from mergesec.planning.catalog import Catalog, Entry, add_plugin
 from mergesec.planning.gridspec import parse_grid
 from mergesec.planning.plan import TRAINED, Plan, Step, make_plan
 from mergesec.planning.resolve import resolve
+from mergesec.threats import Hook
 
 MICRO = Path(__file__).parent / "micro.py"
 MICRO_TEXT = Path(__file__).parent / "micro_text.py"
@@ -347,7 +348,8 @@ def _check_trigger(
             "the card's 'after_trigger' and 'trigger_of' are true",
             lambda: shares_its_trigger(entry, catalog, steps[0], bench, kinds),
         )
-    battery.check("the malicious expert is not the clean one", lambda: is_malicious(entry, plan, bench))
+    if set(entry.card.hooks) != {Hook.TRIGGER}:  # else there is no malicious expert
+        battery.check("the malicious expert is not the clean one", lambda: is_malicious(entry, plan, bench))
 
 
 def _first_input(plan: Plan, bench: Bench) -> Any:

@@ -14,6 +14,7 @@ from mergesec.evidence.language import language_board
 from mergesec.evidence.protection import protection_boards
 from mergesec.evidence.records import Record
 from mergesec.evidence.secrets import secrets_board
+from mergesec.evidence.transfer import transfer_board
 
 
 def make_boards(records: Sequence[Record], external: Sequence[External] = ()) -> list[Board]:
@@ -25,6 +26,7 @@ def make_boards(records: Sequence[Record], external: Sequence[External] = ()) ->
         clean_board(records, reader),
         *protection_boards(records, reader),
         *backdoor_boards(records, reader),
+        transfer_board(records, reader),
         generation_board(records),
         language_board(records),
         secrets_board(records),

@@ -34,6 +34,7 @@ _FIRST: dict[str, tuple[str, ...]] = {
     "backdoor_pareto": ("BA", "succession", "front", "tier", "front_share"),
     "backdoor_defenses": ("worst_backdoor", "accuracy_cost", "tier", "worst_by", "mean_backdoor"),
     "backdoor_attacks": ("BA", "succession", "backdoor", "best_defense", "best_ASR", "tier"),
+    "transfer": ("succession_base", "succession", "relative_transfer", "ASR_alone", "acc_merge"),
     "cost": ("runs", "seconds", "peak_mb", "rows"),
 }  # fmt: skip
 """What each board says first, in order of weight."""

@@ -30,6 +30,8 @@ _SHOWN: dict[str, tuple[str, ...]] = {
                  "transfer_clean_merge", "transfer_harm", "target_recall", "RA", "DER"),
     "backdoor_adversaries": ("adversary", "attack", "method", "defense", "experts", "adversaries", "target_task", "BA",
                              "succession", "succession_control", "backdoor", "target_recall"),
+    "transfer": ("attack", "method", "defense", "experts", "adversaries", "target_task", "acc_base", "acc_merge",
+                 "succession_base", "ASR_alone", "succession", "relative_transfer_alone", "relative_transfer"),
     "backdoor_pareto": ("attack", "experts", "adversaries", "target_task", "method", "defense", "BA", "succession",
                         "backdoor", "front", "front_share", "dominated_by", "cells_compared"),
     "backdoor_defenses": ("defense", "worst_backdoor", "worst_by", "worst_ASR", "mean_backdoor", "accuracy_cost",

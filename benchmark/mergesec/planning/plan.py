@@ -224,7 +224,8 @@ class Planner:
         defense: Ref = NONE,
     ) -> str:  # fmt: skip
         """The malicious expert of ``task``, with the trigger of ``leader`` (its own if that is empty).
-        ``defense`` matters only to an attack that adapts to it."""
+        ``defense`` matters only to an attack that adapts to it. Of an attack that makes a trigger and nothing
+        else, the clean expert."""
         if not self._card("attack", attack.name).adapts:
             defense = NONE
         return self._poisoned(attack, task, target, seed, leader or task, aim, defense)

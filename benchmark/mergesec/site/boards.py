@@ -22,7 +22,7 @@ Cards = Mapping[tuple[str, str], Card]
 
 PREFIX: Mapping[str, Threat] = {
     "clean": Threat.CLEAN, "protection": Threat.PROTECTION, "ownership": Threat.PROTECTION,
-    "backdoor": Threat.BACKDOOR,
+    "backdoor": Threat.BACKDOOR, "transfer": Threat.BACKDOOR,
 }  # fmt: skip
 """What a board's name begins with, and its threat model; others belong to none."""
 KEYS: Mapping[str, Callable[[Record], Any]] = {

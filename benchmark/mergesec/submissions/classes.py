@@ -9,7 +9,9 @@ from mergesec import contracts
 from mergesec.planning.catalog import Entry
 from mergesec.threats import HOOKS
 
-_NEEDED = {"poison": ("trigger", "apply"), "forge": ("trigger", "apply"), "verify": ("secret",)}
+_NEEDED = {
+    "trigger": ("apply",), "poison": ("trigger", "apply"), "forge": ("trigger", "apply"), "verify": ("secret",),
+}  # fmt: skip
 """What a hook needs beside itself, unless the card names another attack's trigger."""
 
 
@@ -24,9 +26,7 @@ def card_against_class(entry: Entry) -> list[str]:
             f"hook {m}: {card.class_name} has no {m}()" for m in sorted(needed) if not _own(cls, base, m)
         ]
         every = {str(hook) for hooks in HOOKS.values() for hook in hooks}
-        silent = [
-            h for h in sorted(every - set(card.hooks)) if h in vars(cls)
-        ]  # what is inherited is not meant
+        silent = [h for h in sorted(every - needed) if h in vars(cls)]  # what is inherited is not meant
         wrong += [f"{card.class_name} has {h}(), which the card's hooks do not name" for h in silent]
     return wrong + _parameters(cls, set(card.parameters))
 
