@@ -150,6 +150,7 @@ def test_the_board_has_refusal_beside_recognition(records: list[Record]) -> None
         *(("expert", "", task) for task in ("refusal", "recognition", "verdict")),
         *(("merge", method, company) for method in methods for company in companies),
     }
+    assert board.frame["model"].tolist() == ["base", *["expert"] * 3, *["merge"] * 4]
     for (model, _, experts), row in rows.iterrows():
         has = {
             "refused": "refusal" in experts,

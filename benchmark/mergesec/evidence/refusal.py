@@ -39,6 +39,8 @@ def refusal_board(records: Sequence[Record]) -> Board | None:
         return None
     names = ("model", "method", "experts", "attack", "defense")
     rows = [{**dict(zip(names, row, strict=True)), **_means(kinds)} for row, kinds in gathered.items()]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    rows.sort(key=lambda row: models.index(row["model"]))  # all experts before the first merge
     columns = [column for column in (*REFUSAL, *VERDICT, ACCURACY) if any(column in row for row in rows)]
     measures = tuple(column for column in columns if column != ACCURACY)
     ends = [f"{column}{end}" for column in measures for end in ENDS if end]
