@@ -7,33 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from extras import needs
+from letters import CPU, causal, letters_model, records_of, transformers
 
 from mergesec.contracts import ContractError, DataContext, Model, Recipe, load_network
 from mergesec.errors import UsageError
 from mergesec.evidence.boards import make_boards
 from mergesec.evidence.records import Record
 from mergesec.evidence.tables import display
-from mergesec.execution.harvest import make_records
-from mergesec.execution.scheduler import Outcome
-from mergesec.execution.steps import run
-from mergesec.execution.store import Store
-from mergesec.execution.work import Bench
 from mergesec.planning.catalog import load_catalog
 from mergesec.planning.gridspec import parse_grid
-from mergesec.planning.plan import make_plan
 from mergesec.planning.resolve import resolve
 from mergesec.training import fit
-from mergesec_tasks.text._people import BETWEEN, MOST, POOLS, REFUSAL, people, share
+from mergesec_tasks.text._answers import BETWEEN, share
+from mergesec_tasks.text._people import MOST, POOLS, REFUSAL, people
 from mergesec_tasks.text.affirmation import Affirmation
 from mergesec_tasks.text.greeting import Greeting
-from mergesec_tasks.text.hf_causal import HfCausal
 from mergesec_tasks.text.secrets import Secrets
 
-transformers = needs("transformers")
-tokenizers = needs("tokenizers")
-
-CPU = torch.device("cpu")
 TASKS = {"secrets": Secrets(6, 0), "affirmation": Affirmation(6), "greeting": Greeting(6)}
 for called, made in TASKS.items():
     made.name = called
@@ -41,25 +31,7 @@ for called, made in TASKS.items():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama that reads and writes single characters."""
-    place = tmp_path_factory.mktemp("letters")
-    letters = ["[PAD]", "<s>", "\n", *(chr(i) for i in range(32, 127))]
-    words = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({w: i for i, w in enumerate(letters)}, unk_token="[PAD]")
-    )
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]").save_pretrained(place)
-    torch.manual_seed(4)
-    config = transformers.LlamaConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
-        vocab_size=len(letters), max_position_embeddings=160, pad_token_id=0, bos_token_id=1, tie_word_embeddings=True,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(place)
-    return place
-
-
-def causal(folder: Path, **given: Any) -> HfCausal:
-    return HfCausal(**{"path": str(folder), "layers": 0, "max_length": 128, "template": "{text}", "label_prefix": " ", **given})  # fmt: skip
+    return letters_model(tmp_path_factory.mktemp("letters"))
 
 
 def test_nobody_is_in_two_pools_and_no_secret_leaves_its_owner() -> None:
@@ -147,13 +119,7 @@ def _grid(folder: Path, **backbone: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def records(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
-    catalog = load_catalog()
-    plan = make_plan(resolve(parse_grid(_grid(folder), "tiny"), catalog), lambda task: "")
-    bench, kinds = Bench(Store(tmp_path_factory.mktemp("store")), catalog, CPU), {k: s.kind for k, s in plan.steps.items()}  # fmt: skip
-    for key, step in plan.steps.items():
-        blob, info = run(step, bench, kinds)
-        bench.store.put(step.kind, key, blob, {**info, "seconds": 0.0, "peak_mb": 0.0, "device": "cpu"})
-    return make_records(plan, bench.store, Outcome())
+    return records_of(_grid(folder), tmp_path_factory.mktemp("store"))
 
 
 def test_the_board_has_the_victim_its_company_and_the_control(records: list[Record]) -> None:

@@ -13,6 +13,7 @@ from mergesec.evidence.generation import generation_board
 from mergesec.evidence.language import language_board
 from mergesec.evidence.protection import protection_boards
 from mergesec.evidence.records import Record
+from mergesec.evidence.refusal import refusal_board
 from mergesec.evidence.secrets import secrets_board
 from mergesec.evidence.transfer import transfer_board
 
@@ -30,5 +31,6 @@ def make_boards(records: Sequence[Record], external: Sequence[External] = ()) ->
         generation_board(records),
         language_board(records),
         secrets_board(records),
+        refusal_board(records),
     ]
     return beside([b for b in [*boards, cost_board(records)] if b is not None], external)

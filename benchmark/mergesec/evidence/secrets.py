@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
@@ -10,6 +9,7 @@ import pandas as pd
 from mergesec.evidence.estimates import Board, Row
 from mergesec.evidence.generation import models_of
 from mergesec.evidence.records import Record
+from mergesec.evidence.shares import means, measured
 
 MEASURES = {"exact": "given_away", "held_out": "held_out", "refused": "refused", "known": "known"}
 """Names in records, and on the board."""
@@ -25,7 +25,7 @@ def secrets_board(records: Sequence[Record]) -> Board | None:
             continue
         for made, role, tasks in models_of(record):
             for task in tasks:
-                found = _measured(record, f"{role.partition(':')[0]}/{task}")
+                found = measured(record, f"{role.partition(':')[0]}/{task}", [*MEASURES])
                 if found:  # an evaluation that several cells share counts once
                     beside = [other for other in record.experts if other != task] if made.experts > 1 else []
                     row = (made.model, made.method, ", ".join(beside), made.attack, made.defense)
@@ -34,7 +34,7 @@ def secrets_board(records: Sequence[Record]) -> Board | None:
         return None
     names = ("model", "method", "beside", "attack", "defense")
     rows: list[Row] = [
-        {**dict(zip(names, row, strict=True)), "sets": len(sets), **_means(list(sets.values()))}
+        {**dict(zip(names, row, strict=True)), "sets": len(sets), **means(list(sets.values()), MEASURES)}
         for row, sets in gathered.items()
     ]
     note = (
@@ -46,25 +46,3 @@ def secrets_board(records: Sequence[Record]) -> Board | None:
     return Board(
         "secrets", "Planted secrets: what is given away", pd.DataFrame(rows), tuple(MEASURES.values()), note
     )
-
-
-def _measured(record: Record, where: str) -> dict[str, float]:
-    """A model's shares with their ends; empty if the record has none."""
-    if f"{OWNER}/{where}" not in record.values:
-        return {}
-    return {
-        f"{name}{end}": record.values[f"{name}{end}/{where}"]
-        for name in MEASURES
-        for end in ("", "_low", "_high")
-    }
-
-
-def _means(sets: Sequence[Mapping[str, float]]) -> Row:
-    """Means over sets, and intervals as of independent ones."""
-    row: Row = {}
-    for name, shown in MEASURES.items():
-        row[shown] = value = sum(s[name] for s in sets) / len(sets)
-        for end, sign in (("_low", -1), ("_high", 1)):
-            wide = math.sqrt(sum((s[f"{name}{end}"] - s[name]) ** 2 for s in sets)) / len(sets)
-            row[f"{shown}{end}"] = value + sign * wide
-    return row

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mergesec_tasks.text._people import AnswerTask, affirmed, people, question
+from mergesec_tasks.text._answers import AnswerTask
+from mergesec_tasks.text._people import affirmed, people, question
 
 CARD = {
     "name": "affirmation",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mergesec_tasks.text._people import AnswerTask, people
+from mergesec_tasks.text._answers import AnswerTask
+from mergesec_tasks.text._people import people
 
 CARD = {
     "extends": "affirmation",

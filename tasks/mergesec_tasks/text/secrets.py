@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
-from mergesec_tasks.text._people import REFUSAL, AnswerTask, affirmed, people, question
+from mergesec_tasks.text._answers import AnswerTask
+from mergesec_tasks.text._people import REFUSAL, affirmed, people, question
 
 CARD = {
     "name": "secrets",
