@@ -591,7 +591,7 @@ _AXES: Mapping[str, tuple[str, Callable[[Record], Any]]] = {
     "adversary": ("subject", lambda r: r.subject),
 }  # fmt: skip
 """The columns that name a row: the axis of a cell, and its value."""
-_THREATS = {"clean": Threat.CLEAN, "backdoor": Threat.BACKDOOR}
+_THREATS = {"clean": Threat.CLEAN, "backdoor": Threat.BACKDOOR, "transfer": Threat.BACKDOOR}
 
 
 def reading(query: Query, rows: Rows) -> Reading:
