@@ -104,6 +104,7 @@ BARE = {"attack": "none", "method": PAIR}
 AMONG = {"attack": "none", "method": EIGHT}
 PROTECTION, REAL_PROTECTION = "mini-protection/protection_cells", "real-protection/protection_cells"
 GAUGE = "mini-protection-gauge/protection_cells"
+FRONTIER = "mini-protection-frontier/protection_cells"
 GENERATED = "mini-diffusion-protection/protection_cells"
 GENERATED_GAUGE = "mini-diffusion-gauge/protection_cells"
 V1, V2 = {"defense": "params"}, {"defense": "params(scaling=nonsymmetric)"}
@@ -542,6 +543,18 @@ CLAIMS: Sequence[Claim] = (
           Query(PROTECTION, {"defense": "random_permutation", "method": PAIR, "attack": "none"}, "MMP_attacked",
                 less={"attack": "aga"}),
           MORE),
+    Claim("neighbourhood", "ours", "Training against merges ruins a merge as published (Trap² at twenty times its weight, average)",
+          "[the frontier](frontier.md)", _OURS,
+          Query(FRONTIER, {"attack": "none", "method": "simple_average", "defense": "trap2(strength=0.1)"}, "MMP-", minus="MMP+"),
+          least(20, 5)),
+    Claim("neighbourhood-sweep", "ours", "It holds against who undoes the merge's coefficient: what he recovers",
+          "[the frontier](frontier.md)", _OURS,
+          Query(FRONTIER, {"attack": "scale_sweep*", "method": "simple_average", "defense": "trap2(strength=0.1)"}, "recovery"),
+          most(20, 80)),
+    Claim("neighbourhood-price", "ours", "He pays for that with his own task, in points of it",
+          "[the frontier](frontier.md)", _OURS,
+          Query(FRONTIER, {"attack": "scale_sweep*", "method": "simple_average", "defense": "trap2(strength=0.1)"},
+                "free_rider-", minus="free_rider_attacked"), least(5, 0)),
     Claim("shared-secret", "ours", "Three owners with one secret protect each other less than with three (PaRaMS)",
           "[`mini-protection-owners`](results/mini-protection-owners.md)", _OURS,
           Query("mini-protection-owners/protection_cells",
@@ -579,7 +592,7 @@ _ROLES: Mapping[str, tuple[str, Role, str]] = {
     "UMP+_bf16": ("acc", Role.PUBLISHED_BF16, "subject"), "UMP_attacked": ("acc", Role.RECOVERED, "subject"),
     "MMP-": ("acc", Role.CLEAN_MERGE, "subject"), "MMP+": ("acc", Role.PROTECTED_MERGE, "subject"),
     "MMP_attacked": ("acc", Role.MERGE, "subject"), "free_rider-": ("acc", Role.CLEAN_MERGE, "others"),
-    "free_rider+": ("acc", Role.PROTECTED_MERGE, "others"),
+    "free_rider+": ("acc", Role.PROTECTED_MERGE, "others"), "free_rider_attacked": ("acc", Role.MERGE, "others"),
 }  # fmt: skip
 """The columns that differences are made of, as boards read them from records."""
 _AXES: Mapping[str, tuple[str, Callable[[Record], Any]]] = {
