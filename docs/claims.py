@@ -439,7 +439,8 @@ CLAIMS: Sequence[Claim] = (
     Claim("lfpm", "defenses", "LFPM leaves ASR below 1 (98.4 → 0.5)",
           "LFPM, arXiv 2606.12498", _MIXED, void=f"a reconstruction from the abstract; {AGAIN}"),
     Claim("anp", "defenses", "Pruning neurons sensitive to perturbation removes a backdoor (ANP)",
-          "BackdoorBench 2.2", _MEMORY, void=f"{AGAIN}: `mini-backdoor-repairs`"),
+          "BackdoorBench 2.2", _MEMORY,
+          _taken("anp(batch_size=32, pruning_max=1)", OPTIMISED, "mini-backdoor-repairs/backdoor"), least(30, 5)),
     Claim("clp", "defenses", "Pruning channels of large Lipschitz bounds removes a backdoor (CLP, no data)",
           "BackdoorBench 2.2", _MEMORY, _taken("clp*"), least(50, 5)),
     Claim("clp-real", "defenses", "The same: BadNets on real images (share of its 37)",
@@ -452,15 +453,15 @@ CLAIMS: Sequence[Claim] = (
               "BackdoorBench 2.2", _MEMORY, _taken(defense, board="mini-backdoor-repairs/backdoor"), least(30, 5))
         for name, title, defense in (
             ("ft", "Fine-tuning", "ft(batch_size=32)"), ("ft_sam", "Sharpness-aware fine-tuning", "ft_sam(batch_size=32)"),
-            ("nad", "Attention distillation", "nad(batch_size=32)"),
+            ("nad", "Attention distillation", "nad(batch_size=32)"), ("ibau", "I-BAU", "ibau(batch_size=20)"),
+            ("fine_pruning", "Fine-pruning", "fine_pruning(batch_size=32, lr=0.003)"),
         )
     ),
     *(
         Claim(name, "defenses", f"{title} on clean rows removes a backdoor", "BackdoorBench 2.2", _MEMORY,
               void=f"{AGAIN}: `mini-backdoor-repairs`")
         for name, title in (
-            ("sau", "SAU"), ("ibau", "I-BAU"), ("awm", "AWM"),
-            ("fine_pruning", "Fine-pruning"),
+            ("sau", "SAU"), ("awm", "AWM"),
         )
     ),
     Claim("spectral", "defenses", "Spectral signatures find a poisoned contribution: ASR they take away",
