@@ -12,8 +12,8 @@ his own and of nobody's task. H is the loss of guessing evenly, log of the numbe
 worth nothing to anybody; so the second term is bounded and vanishes where it has succeeded. Gradients flow through
 both terms. No transform is put on the expert, as none would hold.
 
-Source: this project; the aim and the weight of scales are those of "Making Models Unmergeable via Scaling-Sensitive
-Loss Landscape", ICML 2026 (arXiv 2601.21898).
+Source: this project; the aim is that of "Making Models Unmergeable via Scaling-Sensitive Loss Landscape", ICML 2026
+(arXiv 2601.21898).
 """
 
 from __future__ import annotations
