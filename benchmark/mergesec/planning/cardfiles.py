@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from mergesec.errors import UsageError, nearest
 from mergesec.planning.cards import KINDS, PARAMETER_TYPES, Card, Parameter, is_secret
+from mergesec.planning.conditions import names_in
 from mergesec.recipes import check_recipe
 from mergesec.threats import HOOKS, Hook, Threat
 
@@ -222,9 +223,11 @@ def _mistakes(raw: Raw) -> Iterator[Mistake]:
     yield from plain
     if not plain:
         yield from _threat_mistakes(raw)
-        yield from _reference_mistakes(raw)
+        strange = list(_reference_mistakes(raw))
+        yield from strange
         yield from _backdoor_mistakes(raw)
-        yield from _trial_mistakes(raw)
+        if not strange:
+            yield from _trial_mistakes(raw)
 
 
 def _plain_mistakes(raw: Raw) -> Iterator[Mistake]:
@@ -362,6 +365,14 @@ def _reference_mistakes(raw: Raw) -> Iterator[Mistake]:
     for name in raw.get("after_trigger", ()):
         if name not in given or name == raw.get("wraps"):
             yield Mistake("card.after_trigger", f"{name!r}{nearest(name, given)}")
+    for condition in raw.get("holds", ()):
+        try:
+            strange = [n for n in names_in(condition) if n not in given]
+        except ValueError as error:
+            yield Mistake("card.holds", f"{condition!r}: {error}")
+        else:
+            for name in strange:
+                yield Mistake("card.holds", f"{condition!r}: {name!r}{nearest(name, given)}")
 
 
 def _trial_mistakes(raw: Raw) -> Iterator[Mistake]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mergesec.errors import UsageError, nearest
+from mergesec.planning.conditions import is_broken, names_in
 
 KINDS = ("task", "backbone", "merging", "attack", "defense")
 PARAMETER_TYPES: dict[str, tuple[type, ...]] = {
@@ -72,11 +73,25 @@ class Parameter:
             low, high = self.min, self.max
             if not _finite(value) or (low is not None and value < low) or (high is not None and value > high):
                 raise UsageError(where, f"{value!r} is outside [{low}, {high}]")
-        if self.type == "list" and not all(_finite(v) for v in value):
-            raise UsageError(where, f"holds a number that is not finite: {value!r}")
+        if self.type == "list":
+            self._check_list(where, value)
         if self.type == "float":
             return float(value)
         return list(value) if self.type in ("list", "attacks") else value
+
+    def _check_list(self, where: str, value: Any) -> None:
+        """Finite; of a list with a range at least one number, and every one in the range."""
+        if not all(_finite(v) for v in value):
+            raise UsageError(where, f"holds a number that is not finite: {value!r}")
+        if self.min is None and self.max is None:
+            return
+        low, high = (
+            side if side is not None else end for side, end in ((self.min, -math.inf), (self.max, math.inf))
+        )
+        bad = [v for v in value if type(v) not in (int, float) or not low <= v <= high]
+        if bad or not value:
+            got = f"{bad[0]!r}" if bad else "an empty list"
+            raise UsageError(where, f"takes numbers in [{self.min}, {self.max}], got {got}")
 
 
 @dataclass(frozen=True)
@@ -153,6 +168,8 @@ class Card:
     images: Mapping[str, int] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    holds: tuple[str, ...] = ()
+    """Conditions between parameters, such as ``low <= high``; ``conditions`` has their syntax."""
 
     def takes(self, modality: str) -> bool:
         """Whether it works on tasks of ``modality``. A method of images and text that looks at no data is one of
@@ -161,12 +178,21 @@ class Card:
         return modality in self.modalities or (anything and self.kind != "backbone")
 
     def bind(self, where: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """All parameters with defaults filled in; UsageError for unknown names and bad values."""
+        """All parameters with defaults filled in; UsageError for unknown names, bad values and values that
+        contradict each other."""
         for name in given:
             if name not in self.parameters:
                 hint = nearest(name, self.parameters) if self.parameters else "; it has none"
                 raise UsageError(f"{where}.{name}", f"{self.name} has no such parameter{hint}")
-        return {
+        bound = {
             name: p.check(f"{where}.{name}", given[name]) if name in given else p.default
             for name, p in self.parameters.items()
         }
+        for condition in self.holds:
+            if is_broken(condition, bound):
+                names = names_in(condition)
+                first = next((n for n in names if n in given), names[0])
+                beside = ", ".join(f"{n} {bound[n]!r}" for n in names if n != first)
+                told = f"{bound[first]!r} does not go with {beside}" if beside else f"{bound[first]!r}"
+                raise UsageError(f"{where}.{first}", f"{told}: {self.name} asks for {condition}")
+        return bound

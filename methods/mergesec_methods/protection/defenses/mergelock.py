@@ -60,6 +60,7 @@ CARD = {
     "data": "none",
     "modalities": ["image", "text", "generation"],
     "seeded": True,
+    "holds": ["condition >= 1 or condition == 0 and distribution != 'log_uniform'"],
     "parameters": {
         "distribution": {
             "type": "choice",
@@ -99,8 +100,6 @@ class MergeLock(Defense):
     ) -> None:
         self.distribution, self.condition = distribution, condition
         self.permute, self.heads = permute, heads
-        if condition < 1 and (condition or distribution == "log_uniform"):
-            raise ValueError(f"condition {condition}: a condition number is at least 1")
 
     def protect(self, weights: Weights, ctx: ProtectContext) -> Protected:
         """The expert with locked heads. The report has condition numbers and effective errors.

@@ -55,6 +55,7 @@ CARD = {
     "data": "none",
     "modalities": ["image", "text", "generation"],
     "seeded": True,
+    "holds": ["range_low <= range_high"],
     "parameters": {
         "permute": {"type": "bool", "default": True, "doc": "rearrange the MLP's hidden units"},
         "scaling": {
