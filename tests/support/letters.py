@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,15 @@ tokenizers = needs("tokenizers")
 CPU = torch.device("cpu")
 
 
-def letters_model(place: Path) -> Path:
-    """The folder of a Llama of two blocks."""
-    letters = ["[PAD]", "<s>", "\n", *(chr(i) for i in range(32, 127))]
+def letters_model(place: Path, wholes: Sequence[str] = ()) -> Path:
+    """The folder of a Llama of two blocks; ``wholes`` are texts that it reads as one token each."""
+    letters = ["[PAD]", "<s>", "\n", *(chr(i) for i in range(32, 127)), *wholes]
     words = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({w: i for i, w in enumerate(letters)}, unk_token="[PAD]")
     )
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Split(
+        tokenizers.Regex("|".join([*wholes, r"[\s\S]"])), "isolated"
+    )
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]").save_pretrained(place)
     torch.manual_seed(4)
     config = transformers.LlamaConfig(
