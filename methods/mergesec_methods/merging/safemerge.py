@@ -126,13 +126,16 @@ class SafeMerge(TensorwiseMerge):
     def survey(self, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> Roles:
         """Finds the aligned expert; ContractError unless exactly one expert has that task and others are there."""
         tasks = [expert.task for expert in experts]
-        named = f"the task of the aligned expert, one of {', '.join(tasks)}"
         if not self.safe:
-            raise ContractError(f"safemerge: safe is empty; it has to be {named}")
-        if tasks.count(self.safe) != 1:
-            wrong = "names several experts" if self.safe in tasks else "names no expert"
-            told = f"safe: '{self.safe}' {wrong}; it has to be {named}"
-            raise ContractError(f"safemerge: {told}{'' if self.safe in tasks else nearest(self.safe, tasks)}")
+            raise ContractError(
+                f"safemerge: safe is empty; name the aligned expert's task: {', '.join(tasks)}"
+            )
+        if self.safe not in tasks:
+            raise ContractError(
+                f"safemerge: safe: no expert is called '{self.safe}'{nearest(self.safe, tasks)}"
+            )
+        if tasks.count(self.safe) > 1:
+            raise ContractError(f"safemerge: safe: several experts are called '{self.safe}'; one is aligned")
         if len(tasks) < 2:
             raise ContractError(f"safemerge: no expert is merged beside the aligned one, '{self.safe}'")
         self.report = {}
