@@ -194,13 +194,11 @@ def test_order_types_ties_and_inputs() -> None:
 
 def test_the_aligned_expert_has_to_be_one_of_the_experts() -> None:
     base, experts = world()
-    with pytest.raises(
-        ContractError, match=r"safe is empty; it has to be the task of .* one of task0, safe, task1$"
-    ):
+    with pytest.raises(ContractError, match=r"safe is empty; name .*: task0, safe, task1$"):
         safemerge(safe="").merge(base, experts, CONTEXT)
-    with pytest.raises(ContractError, match=r"safe: 'sofe' names no expert; .* did you mean 'safe'"):
+    with pytest.raises(ContractError, match=r"no expert is called 'sofe'; did you mean 'safe'\?"):
         safemerge(safe="sofe").merge(base, experts, CONTEXT)
-    with pytest.raises(ContractError, match=r"safe: 'safe' names several experts"):
+    with pytest.raises(ContractError, match=r"several experts are called 'safe'"):
         safemerge().merge(base, [*experts, experts[1]], CONTEXT)
     with pytest.raises(ContractError, match=r"no expert is merged beside the aligned one, 'safe'"):
         safemerge().merge(base, [experts[1]], CONTEXT)
