@@ -294,6 +294,13 @@ def test_missing_references_are_named() -> None:
         screen().screen(base_weights(), experts, replace(ctx, references={}))
 
 
+def test_two_contributions_to_one_task_do_not_count_its_references_twice() -> None:
+    experts, ctx = world(0, 1.0)
+    again = [*experts, Expert("b", experts[1].weights)]
+    found = screen().screen(base_weights(), again, ctx)
+    assert found.report["references"] == 2 * 3 * len(TASKS)
+
+
 def test_an_expert_equal_to_the_base_is_no_error_and_the_report_is_plain() -> None:
     experts, ctx = world(0, 1.0)
     found = screen().screen(base_weights(), [Expert("a", base_weights()), *experts[1:]], ctx)

@@ -219,7 +219,7 @@ def held_out(known: Population, centre: str, strength: float) -> Tensor:
     """Every reference's probability by a regression that has not seen its pair, float64 ``[n]``; NaN where none can
     be fitted."""
     found = torch.full((len(known.tasks),), float("nan"), dtype=torch.float64)
-    for pair in known.pairs.unique().tolist():
+    for pair in sorted(set(known.pairs.tolist())):
         detector = Detector(known.without(pair), centre, strength)
         for i in torch.nonzero(known.pairs == pair).flatten().tolist():
             found[i] = detector.probability(known.values[i], known.tasks[i])
@@ -282,10 +282,10 @@ class WeightScreen(Defense):
         return ctx.fit(split=attack.poisoned(ctx.train, attack.trigger(ctx), target, generator))
 
     def population(self, base: Weights, tasks: Sequence[str], ctx: MergeContext) -> Population:
-        """The references of these tasks; ContractError where a task lacks some."""
+        """The references of these tasks, of each once; ContractError where a task lacks some."""
         anatomy = ctx.backbone.anatomy()
         values, poisoned, owners, pairs = [], [], [], []
-        for number, task in enumerate(tasks):
+        for number, task in enumerate(dict.fromkeys(tasks)):
             for bad, group in enumerate((ctx.siblings.get(task, ()), ctx.references.get(task, ()))):
                 if len(group) < self.references:
                     kind = "poisoned" if bad else "clean"
