@@ -25,7 +25,6 @@ from mergesec.contracts import (
     LossFn,
     MergeContext,
     Recipe,
-    Screened,
     Split,
     TrainContext,
     Weights,
@@ -44,6 +43,7 @@ from mergesec_methods.backdoor.defenses.weight_screen import (
     Population,
     WeightScreen,
     held_out,
+    ordered,
     signature,
     statistics,
     told_apart,
@@ -54,7 +54,14 @@ WIDTH, BLOCKS, TASKS = 6, 2, ("a", "b", "c", "d")
 
 
 def screen(**given: Any) -> WeightScreen:
-    plain = {"threshold": 0.5, "false_alarms": 0.05, "level": 0.05, "centre": "task", "strength": 1.0}
+    plain = {
+        "threshold": 0.5,
+        "false_alarms": 0.05,
+        "level": 0.05,
+        "draws": 19,
+        "centre": "task",
+        "strength": 1.0,
+    }
     return WeightScreen(**{"references": 3, **plain, **given})
 
 
@@ -214,22 +221,38 @@ def test_too_few_references_tell_nothing() -> None:
     known = population(0, 50.0, references=2, tasks=("a",))
     found = held_out(known, "task", 1.0)
     assert bool(torch.isnan(found).all())
-    assert told_apart(found, known.poisoned) == 1.0
+    assert told_apart(known, found, "task", 1.0, 19, torch.Generator()) == 1.0
 
 
-def test_references_that_are_alike_pass_the_test_of_telling_apart_as_often_as_its_level_says() -> None:
-    """Held-out numbers of one distribution: p ≤ 0.05 in at most about one of twenty, whatever the fit does."""
-    p = [
-        told_apart(held_out(k, "task", 1.0), k.poisoned)
-        for k in (population(s, 0.0) for s in outcomes.seeds(150))
-    ]
-    low, _ = outcomes.share(torch.tensor(p) <= 0.05)
-    assert low < 0.05
-    high = [
-        told_apart(held_out(k, "task", 1.0), k.poisoned)
-        for k in (population(s, 4.0) for s in outcomes.seeds(20))
-    ]
-    assert outcomes.share(torch.tensor(high) <= 0.05).low > 0.5
+def p_value(seed: int, shift: float) -> float:
+    known = population(seed, shift, references=2)
+    generator = torch.Generator().manual_seed(seed)
+    return told_apart(known, held_out(known, "task", 1.0), "task", 1.0, 19, generator)
+
+
+def test_labels_are_exchanged_within_tasks_alone() -> None:
+    known = population(0, 0.0)
+    other = known.exchanged(torch.Generator().manual_seed(0))
+    assert not torch.equal(other.values, known.values)
+    for task in TASKS:
+        own = torch.tensor([t == task for t in known.tasks])
+        rows = [{tuple(r) for r in k.values[own].tolist()} for k in (known, other)]
+        assert rows[0] == rows[1]
+
+
+def test_the_order_of_held_out_probabilities_is_counted_pair_by_pair() -> None:
+    chances = torch.tensor([0.1, 0.5, 0.5, 0.7, 0.2]).double()
+    poisoned = torch.tensor([False, False, True, True, True])
+    assert ordered(chances, poisoned) == pytest.approx((1 + 0.5 + 1 + 1 + 1 + 0) / 6)
+
+
+@pytest.mark.slow
+def test_references_that_are_alike_are_told_apart_as_rarely_as_the_level_says_and_others_mostly() -> None:
+    alike = torch.tensor([p_value(s, 0.0) for s in outcomes.seeds(60)])
+    assert outcomes.share(alike <= 0.05).low < 0.05
+    assert outcomes.share(alike <= 0.5).high > 0.3  # nor never: that would be no test
+    unlike = torch.tensor([p_value(s, 8.0) for s in outcomes.seeds(20)])
+    assert outcomes.share(unlike <= 0.05).low > outcomes.share(alike <= 0.05).high
 
 
 # --------------------------------------------------------------------------- the screen
@@ -260,23 +283,23 @@ def world(seed: int, spike: float, references: int = 3) -> tuple[list[Expert], M
 @pytest.mark.parametrize("threshold", [0.5, "held_out"])
 def test_a_visibly_planted_expert_is_dropped_and_clean_ones_come_in(threshold: float | str) -> None:
     caught, alarms = [], []
-    for seed in outcomes.seeds(20):
-        experts, ctx = world(seed, spike=1.0)
+    for seed in outcomes.seeds(12):
+        experts, ctx = world(seed, spike=2.0)
         found = screen(threshold=threshold).screen(base_weights(), experts, ctx)
         kept = [e.task for e in found.experts]
         assert all(e in experts for e in found.experts)
-        assert found.report["told_apart"]
         caught.append("b" not in kept)
         alarms += [t not in kept for t in "acd"]
-    assert outcomes.share(torch.tensor(caught)).low > 0.6
-    assert outcomes.share(torch.tensor(alarms)).high < 0.3
+    assert outcomes.share(torch.tensor(caught)).low > 0.35
+    assert outcomes.share(torch.tensor(alarms)).low < 0.15
+    assert sum(caught) / 12 > 0.5 + sum(alarms) / 36
 
 
 def test_where_the_merger_cannot_tell_his_own_experts_apart_everybody_comes_in() -> None:
     """However unlike the rest a contribution is: no number is made up."""
     told = []
-    for seed in outcomes.seeds(20):
-        experts, ctx = world(seed, spike=1.0)
+    for seed in outcomes.seeds(12):
+        experts, ctx = world(seed, spike=2.0)
         blunt = replace(ctx, references=world(seed + 500, spike=0.0)[1].references)
         found = screen().screen(base_weights(), experts, blunt)
         told.append(found.report["told_apart"])
@@ -284,6 +307,7 @@ def test_where_the_merger_cannot_tell_his_own_experts_apart_everybody_comes_in()
             assert list(found.experts) == experts
             assert found.report.keys() == {"p", "references", "told_apart"}
     assert outcomes.share(torch.tensor(told)).low < 0.05
+    assert not all(told)
 
 
 def test_missing_references_are_named() -> None:
@@ -303,8 +327,8 @@ def test_two_contributions_to_one_task_do_not_count_its_references_twice() -> No
 
 def test_an_expert_equal_to_the_base_is_no_error_and_the_report_is_plain() -> None:
     experts, ctx = world(0, 1.0)
-    found = screen().screen(base_weights(), [Expert("a", base_weights()), *experts[1:]], ctx)
-    report = json.loads(json.dumps(found.report, allow_nan=False))
+    plain = screen(level=1.0).screen(base_weights(), [Expert("a", base_weights()), *experts[1:]], ctx)
+    report = json.loads(json.dumps(plain.report, allow_nan=False))
     assert set(report["probability"]) == set(TASKS)
     assert report["threshold"] == 0.5
 
@@ -410,8 +434,10 @@ def test_what_references_cost_is_booked_on_the_defense(tmp_path: Path) -> None:
 
 
 def test_the_same_weights_give_the_same_answer_bit_for_bit() -> None:
-    experts, ctx = world(3, 1.0)
-    first, second = (screen().screen(base_weights(), experts, replace(ctx, seed=s)) for s in (0, 1))
-    assert isinstance(first, Screened)
-    assert first.report == second.report
-    assert [e.task for e in first.experts] == [e.task for e in second.experts]
+    """Whatever the rest of the cell is: a screen is handed weights, references and a seed of its own."""
+    experts, ctx = world(3, 2.0)
+    reports = [
+        screen(level=1.0).screen(base_weights(), experts, replace(ctx, seed=s)).report for s in (0, 0, 1)
+    ]
+    assert reports[0] == reports[1]
+    assert reports[0]["probability"] == reports[2]["probability"]  # the seed exchanges labels and no more

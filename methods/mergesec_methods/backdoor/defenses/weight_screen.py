@@ -18,14 +18,16 @@ Who trains the references? The merger. Clean ones are the siblings that other de
 attack of his own, of which everything is drawn: side, place and pixels of a patch, target class, poisoned share. He knows
 nothing of the cell's trigger, target class or adversary. Neither does he know that his attack is like theirs: that is
 the method's bet. Each pair (the i-th clean and the i-th malicious reference of a task) is judged by a regression on the
-rest. Where malicious ones do not come out above clean ones there (Mann and Whitney, one-sided, ``level``), nothing can be
-told and everybody is let in.
+rest. Where malicious ones do not come out above clean ones there, nothing can be told and everybody is let in: the share
+of (malicious, clean) that are in this order must be larger than what all but the share ``level`` of exchanges of labels
+within tasks give. (Ranks alone, as in Mann and Whitney's test, flag too often: held-out values share their references.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isnan
 from typing import Any
 
 import torch
@@ -54,7 +56,7 @@ CARD = {
     "references": "references",
     "modalities": ["image"],
     "seeded": True,
-    "trial": {"references": 2},
+    "trial": {"references": 2, "draws": 19},
     "parameters": {
         "references": {
             "type": "int",
@@ -85,6 +87,13 @@ CARD = {
             "max": 1.0,
             "doc": "largest p-value at which held-out references count as told apart; else everybody is let in",
         },
+        "draws": {
+            "type": "int",
+            "default": 199,
+            "min": 1,
+            "max": 100000,
+            "doc": "exchanges of labels behind that p-value; the smallest one is 1 / (draws + 1)",
+        },
         "centre": {
             "type": "choice",
             "choices": ["task", "all"],
@@ -106,7 +115,7 @@ STATISTICS = ("sigma", "norm", "concentration", "entropy", "kurtosis")
 TINY = 1e-12
 FURTHEST = 10.0
 """Where standardised statistics are cut off: beyond its references a regression only extrapolates."""
-TRIGGER_STREAM, ROWS_STREAM = 1, 2
+TRIGGER_STREAM, ROWS_STREAM, LABELS_STREAM = 1, 2, 3
 SMALLEST_SIDE, LARGEST_SIDE = 3, 8
 """Sides of drawn patches, in pixels of a 32-pixel image."""
 LOWEST_RATE, HIGHEST_RATE = 0.05, 0.3
@@ -176,6 +185,14 @@ class Population:
         tasks = tuple(t for t, k in zip(self.tasks, kept.tolist(), strict=True) if k)
         return Population(self.values[kept], self.poisoned[kept], tasks, self.pairs[kept])
 
+    def exchanged(self, generator: torch.Generator) -> Population:
+        """Each task's experts in a drawn order, labels in their places."""
+        order = torch.arange(len(self.tasks))
+        for task in dict.fromkeys(self.tasks):
+            own = torch.tensor([i for i, t in enumerate(self.tasks) if t == task])
+            order[own] = own[torch.randperm(len(own), generator=generator)]
+        return Population(self.values[order], self.poisoned, self.tasks, self.pairs)
+
 
 class Detector:
     """A regression on a population, or none where the rest of its task is too small for it (``fitted``)."""
@@ -226,14 +243,27 @@ def held_out(known: Population, centre: str, strength: float) -> Tensor:
     return found
 
 
-def told_apart(probabilities: Tensor, poisoned: Tensor) -> float:
-    """The p-value that poisoned references come out no higher than clean ones; 1 if a number is missing."""
+def ordered(probabilities: Tensor, poisoned: Tensor) -> float:
+    """The share of (poisoned, clean) with the poisoned one's probability above, ties as halves; NaN if one is."""
     if not bool(torch.isfinite(probabilities).all()):
-        return 1.0
-    from scipy.stats import mannwhitneyu
+        return float("nan")
+    apart = probabilities[poisoned][:, None] - probabilities[~poisoned]
+    return float(((apart > 0).double() + 0.5 * (apart == 0).double()).mean())
 
-    higher, lower = probabilities[poisoned].numpy(), probabilities[~poisoned].numpy()
-    return float(mannwhitneyu(higher, lower, alternative="greater").pvalue)
+
+def told_apart(
+    known: Population, found: Tensor, centre: str, strength: float, draws: int, generator: torch.Generator
+) -> float:
+    """The p-value that labels mean nothing to the held-out probabilities ``found`` ``[n]``: how many of ``draws``
+    exchanges within tasks order them as well. 1 where nothing can be told."""
+    own = ordered(found, known.poisoned)
+    if isnan(own):
+        return 1.0
+    as_good = 0
+    for _ in range(draws):
+        other = known.exchanged(generator)
+        as_good += ordered(held_out(other, centre, strength), known.poisoned) >= own
+    return (1 + as_good) / (1 + draws)
 
 
 class DrawnPatch(PatchPoisoning):
@@ -263,13 +293,14 @@ class WeightScreen(Defense):
     """An expert is dropped if the regression's probability that it is poisoned exceeds ``threshold``."""
 
     def __init__(
-        self, references: int, threshold: float | str, false_alarms: float, level: float, centre: str,
-        strength: float,
+        self, references: int, threshold: float | str, false_alarms: float, level: float, draws: int,
+        centre: str, strength: float,
     ) -> None:  # fmt: skip
         self.references = references
         self.threshold = threshold
         self.false_alarms = false_alarms
         self.level = level
+        self.draws = draws
         self.centre = centre
         self.strength = strength
 
@@ -314,7 +345,8 @@ class WeightScreen(Defense):
         """
         known = self.population(base, [e.task for e in experts], ctx)
         found = held_out(known, self.centre, self.strength)
-        p = told_apart(found, known.poisoned)
+        generator = ctx.generator(LABELS_STREAM)
+        p = told_apart(known, found, self.centre, self.strength, self.draws, generator)
         report: dict[str, Any] = {"p": float(f"{p:.6g}"), "references": len(known.tasks)}
         if p > self.level:
             return Screened(experts, {**report, "told_apart": False})
