@@ -318,6 +318,8 @@ class MergeContext(Context):
     networks: Callable[[Merged, str], nn.Module] | None = None
     """The network that serves a task by the merge method's own rules, a fresh one on ``device`` in evaluation
     mode: what a repair of a merge that keeps weights per task looks at. Set in every step."""
+    references: Mapping[str, Sequence[Expert]] = field(default_factory=dict)
+    """Malicious experts per task that the defense made itself (``Defense.reference``), as many as its card asks for."""
 
 
 class MergeMethod(Component, ABC):
@@ -498,6 +500,10 @@ class Defense(Component):
     def network(self, backbone: Backbone, weights: Weights) -> nn.Module:
         """The network of a protected expert; overridden where protection changes the topology."""
         return load_network(backbone, weights)
+
+    def reference(self, ctx: TrainContext) -> Weights:
+        """A malicious expert of the merger's own making; ``ctx`` knows no cell's trigger and no target class."""
+        raise ContractError(f"{self.name}: the card asks for references but the class makes none")
 
     def screen(
         self, base: Weights, experts: Sequence[Expert], ctx: MergeContext

@@ -374,6 +374,25 @@ class Screening(Defense):
         return list(experts)
 
 
+class Rehearsing(Defense):
+    """Makes a malicious expert for itself and looks at what it is told."""
+
+    def reference(self, ctx: TrainContext) -> Weights:
+        assert not ctx.trigger
+        return ctx.fit()
+
+
+def test_references_of_a_simulated_defense_are_made_as_it_makes_them() -> None:
+    ctx = context()
+    simulated = AdaptiveBadMerging(rows=8, **FIXED).context(replace(ctx, defense=Rehearsing()))
+    first, second = simulated.references["own"][:2]
+    assert first is second
+    assert first.weights.keys() == ctx.base.keys()
+    assert not torch.equal(first.weights["up.weight"], simulated.siblings["own"][0].weights["up.weight"])
+    with pytest.raises(ContractError, match="the class makes none"):
+        _ = AdaptiveBadMerging(**FIXED).context(replace(ctx, defense=Shifting())).references["own"]
+
+
 def test_without_a_defense_the_adaptive_attack_is_badmerging() -> None:
     ctx = context()
     wanted = BadMerging(**FIXED).poison(ctx)

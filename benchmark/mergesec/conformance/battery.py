@@ -302,7 +302,7 @@ def _own_steps(entry: Entry, plan: Plan) -> list[Step]:
     card = entry.card
     kinds = {
         "merging": ("merge",), "attack": ("trigger", "poison", "forge", "recover"),
-        "defense": ("guard", "protect", "screen", "merge", "repair"),
+        "defense": ("guard", "protect", "reference", "screen", "merge", "repair"),
     }[card.kind]  # fmt: skip
     found = [s for s in plan.steps.values() if s.kind in kinds]
     return [s for s in found if any(r.name == card.name and r.kind == card.kind for _, r in s.components)]

@@ -159,14 +159,21 @@ def fitting(weights: Weights, base_weights: Weights) -> Weights:
     )
 
 
+def further(work: Work, role: str) -> dict[str, list[Expert]]:
+    """The experts beside the contributed ones that a defense is handed as ``role``, by task."""
+    found: dict[str, list[Expert]] = {}
+    for name in work.inputs:
+        kind, _, rest = name.partition(":")
+        if kind == role:
+            task = rest.split(":")[0]
+            found.setdefault(task, []).append(Expert(task, work.tensors(name)))
+    return found
+
+
 def merge_context(work: Work, method: MergeMethod, seed: int) -> MergeContext:
     tasks = [r.removeprefix("task:") for r in work.refs if r.startswith("task:")]
     views = Views(work, tasks)
-    siblings: dict[str, list[Expert]] = {}
-    for role in work.inputs:
-        if role.startswith("sibling:"):
-            task = role.split(":")[1]
-            siblings.setdefault(task, []).append(Expert(task, work.tensors(role)))
+    siblings, references = further(work, "sibling"), further(work, "reference")
 
     rows: dict[str, Split] = {}
 
@@ -187,7 +194,7 @@ def merge_context(work: Work, method: MergeMethod, seed: int) -> MergeContext:
 
     wrapped = work.refs["merging"].inner if "merging" in work.refs else ()
     inner = work.bench.component(wrapped[0]) if wrapped else None
-    return MergeContext(work.device, seed, work.backbone, views, score, siblings, inner, network)
+    return MergeContext(work.device, seed, work.backbone, views, score, siblings, inner, network, references)
 
 
 def contributed(work: Work) -> list[Expert]:

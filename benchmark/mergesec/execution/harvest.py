@@ -245,7 +245,7 @@ def _sides(planned: CellPlan, road: Road) -> dict[str, dict[str, float]]:
         ]
         card = grid.catalog.entries["defense"][cell.defense.name].card
         split = "test" if grid.spec.protocol == "transductive" else "tuning"
-        rows = road.rows(cell.experts, split) if card.data != "none" else 0
+        rows = road.rows(cell.experts, split) if card.data == "tuning" else 0
         reported = road.facts(made[0]).get("repair_rows") if made else None
         if isinstance(reported, Mapping):
             rows = sum(reported.values())

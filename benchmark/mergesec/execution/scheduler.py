@@ -35,7 +35,7 @@ ATTEMPTS = 3
 """How often a step is tried again when its worker died or its input proved corrupt."""
 
 _DEFAULT_SECONDS = {
-    "data": 5.0, "base": 1.0, "head": 1.0, "expert": 60.0, "poison": 60.0, "guard": 90.0, "trigger": 2.0,
+    "data": 5.0, "base": 1.0, "head": 1.0, "expert": 60.0, "poison": 60.0, "guard": 90.0, "trigger": 2.0, "reference": 60.0,
     "forge": 5.0, "protect": 3.0, "recover": 3.0, "screen": 2.0, "merge": 1.0, "repair": 10.0,
     "evaluate": 5.0, "compare": 2.0, "visibility": 1.0, "secret": 2.0, "verify": 3.0,
 }  # fmt: skip

@@ -130,6 +130,13 @@ def guard(work: Work) -> Result:
     return Result(dict(check_weights(defense.train(ctx), ctx.base, defense.name)))
 
 
+def reference(work: Work) -> Result:
+    """A malicious expert that a defense makes for itself, knowing no cell's attack."""
+    defense: Defense = work.component("defense")
+    ctx = train_context(work)
+    return Result(dict(check_weights(defense.reference(ctx), ctx.base, f"{defense.name}.reference")))
+
+
 # --------------------------------------------------------------------------- weights hooks
 
 
@@ -269,13 +276,13 @@ def _check_served(repaired: Merged, method: MergeMethod, work: Work) -> None:
 
 KINDS: dict[str, Callable[[Work], Result]] = {
     "data": data, "base": base, "head": head, "expert": expert, "import": published, "trigger": trigger, "poison": poison,
-    "forge": forge, "guard": guard, "protect": protect, "recover": recover, "screen": screen,
+    "forge": forge, "guard": guard, "reference": reference, "protect": protect, "recover": recover, "screen": screen,
     "merge": merge, "repair": repair, "evaluate": evaluate, "compare": compare,
     "secret": secret, "verify": verify, "visibility": visibility,
 }  # fmt: skip
 
 
-TRAINED = ("expert", "trigger", "poison", "forge", "guard", "repair")
+TRAINED = ("expert", "trigger", "poison", "forge", "guard", "reference", "repair")
 """Kinds in which whole networks may be trained, beside copies of their weights."""
 
 

@@ -341,7 +341,7 @@ class _Belongs:
 
 _BACKDOOR = {
     "adapts": _Belongs("attack"), "off_task": _Belongs("attack"), "after_trigger": _Belongs("attack"),
-    "trigger_of": _Belongs("attack"), "per_task": _Belongs("defense", Hook.REPAIR),
+    "trigger_of": _Belongs("attack"), "references": _Belongs("defense"), "per_task": _Belongs("defense", Hook.REPAIR),
 }  # fmt: skip
 
 
@@ -359,7 +359,7 @@ def _backdoor_mistakes(raw: Raw) -> Iterator[Mistake]:
 def _reference_mistakes(raw: Raw) -> Iterator[Mistake]:
     """Fields that name parameters."""
     given = raw.get("parameters", {})
-    for key in ("siblings", "wraps"):
+    for key in ("siblings", "references", "wraps"):
         if raw.get(key) and raw[key] not in given:
             yield Mistake(f"card.{key}", f"{raw[key]!r}{nearest(raw[key], given)}")
     for name in raw.get("after_trigger", ()):

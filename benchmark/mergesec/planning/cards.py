@@ -120,6 +120,9 @@ class Card:
     """Fewest and most experts a merge takes; 0 = any number."""
     seeded: bool = False
     siblings: str = ""
+    references: str = ""
+    """Of a backdoor defense: the parameter that says how many malicious experts per task it makes for itself
+    (``Defense.reference``) and is handed as ``ctx.references``."""
     wraps: str = ""
     """The parameter of type ``merging`` (of an attack: ``attacks``) naming what this one works around."""
     tries: bool = False

@@ -30,7 +30,7 @@ STEP_VERSIONS: dict[str, int] = {}
 """What a kind of step does besides calling its components (training, evaluation, ...), by kind: raised when that
 changes results, so that old artifacts are not taken for new ones. 1 where it is not named, and then not in the key."""
 
-TRAINED = ("expert", "poison", "guard", "forge")
+TRAINED = ("expert", "poison", "guard", "forge", "reference")
 """Kinds of step that train, or work on training data, and so always carry a seed."""
 _canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 
@@ -264,6 +264,14 @@ class Planner:
             drawn_args = self._seed(defense, "protect", *_whose(task, secrets), seed)
             result = self._train("protect", task, [("defense", defense)], extra, **drawn_args)
         return result
+
+    @once
+    def reference(self, defense: Ref, task: str, seed: int, replica: int) -> str:
+        """A malicious expert of the defense's own making, on the rows of its siblings; no cell's attack is in the key."""
+        return self._train(
+            "reference", task, [("defense", defense)], [], recipe=other_half(self.grid.recipe),
+            seed=draw_seed(defense.name, "reference", task, seed, replica),
+        )  # fmt: skip
 
     def _marks(self, defense: Ref, task: str, seed: int, secrets: str) -> list[tuple[str, str]]:
         """The owner's secret, as an input, if the defense has marks to verify."""
@@ -523,10 +531,12 @@ class Planner:
         return (self._backbone, *((f"task:{t}", self.grid.task(t)) for t in tasks))
 
     def _siblings(self, card: Card, defense: Ref, tasks: tuple[str, ...], seed: int) -> list[tuple[str, str]]:
-        if not card.siblings:
-            return []
-        count = int(dict(defense.parameters)[card.siblings])
-        return [(f"sibling:{t}:{i}", self.expert(t, seed, i)) for t in tasks for i in range(1, count + 1)]
+        """Further experts that a defense is handed: clean ones, and malicious ones of its own making."""
+        given = dict(defense.parameters)
+        clean, malicious = (int(given[n]) if n else 0 for n in (card.siblings, card.references))
+        found = [(f"sibling:{t}:{i}", self.expert(t, seed, i)) for t in tasks for i in range(1, clean + 1)]
+        made = [(t, i) for t in tasks for i in range(1, malicious + 1)]
+        return found + [(f"reference:{t}:{i}", self.reference(defense, t, seed, i)) for t, i in made]
 
     def _add(
         self, kind: str, components: Iterable[tuple[str, Ref]], inputs: Iterable[tuple[str, str]], **args: Any
@@ -569,8 +579,9 @@ def back(plan: Plan, evaluation: str) -> list[str]:
 
 
 def siblings(plan: Plan, made: Iterable[str]) -> list[str]:
-    """Further experts that these steps were handed."""
-    return sorted({k for key in made for role, k in plan.steps[key].inputs if role.startswith("sibling:")})
+    """Further experts that these steps were handed: clean ones, and malicious ones of the defense's own making."""
+    kinds = ("sibling:", "reference:")
+    return sorted({k for key in made for role, k in plan.steps[key].inputs if role.startswith(kinds)})
 
 
 def data_steps(plan: Plan) -> dict[str, str]:

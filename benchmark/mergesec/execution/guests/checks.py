@@ -115,7 +115,7 @@ def _loaded(work: Work, result: Result, who: str) -> Result:
 
 
 _CHECKS: dict[str, Callable[[Work, Result, str], Result]] = {
-    **dict.fromkeys(("expert", "import", "poison", "forge", "guard", "recover"), _weights),
+    **dict.fromkeys(("expert", "import", "poison", "forge", "guard", "reference", "recover"), _weights),
     **dict.fromkeys(("merge", "repair"), _merged),
     "screen": _screened, "verify": _verified, "evaluate": _evaluated, "data": _loaded,
 }  # fmt: skip

@@ -18,7 +18,7 @@ from mergesec.execution.work import Work
 from mergesec.execution.work import packed as as_file
 
 SPLITS = ("train", "tuning", "test")
-TRAINS = ("head", "expert", "trigger", "poison", "forge", "guard")
+TRAINS = ("head", "expert", "trigger", "poison", "forge", "guard", "reference")
 """Steps whose side has training rows of its task; all others have tuning rows."""
 MEASURES = ("evaluate", "compare", "visibility")
 """Steps that compute on test inputs."""

@@ -9,14 +9,15 @@ did to the weights is a displacement Δ = defended − merged. He then trains ag
 so that the backdoor survives that displacement, and may repeat this. Δ is held constant while he trains: a defense
 need not be differentiable, only runnable. Against IBVS Δ is the defender's subtracted backdoor vector, against LFPM the
 anti-backdoor vector, against DAM what its mask removes. Siblings that a defense asks for (WAG, MSD) are played by a clean
-expert of his own. A defense that only screens gives no displacement, and without a defense this is BadMerging.
+expert of his own, malicious references that it makes (weight_screen) by one that he makes as it would. A defense that only screens gives no displacement, and without a defense this is BadMerging.
 
 The construction is this suite's. (LFPM's paper reports an adaptive attack of its own, which is not known here.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mergesec.contracts import (
+    ContractError,
     Defense,
     Expert,
     LossFn,
@@ -71,7 +73,7 @@ CARD = {
     },
 }  # fmt: skip
 
-SIMULATION_STREAM, SIBLING_STREAM, COEFFICIENT_STREAM = 5, 6, 7
+SIMULATION_STREAM, SIBLING_STREAM, COEFFICIENT_STREAM, REFERENCE_STREAM = 5, 6, 7, 8
 
 
 class AdaptiveBadMerging(BadMerging):
@@ -134,7 +136,7 @@ class AdaptiveBadMerging(BadMerging):
 
         return MergeContext(
             ctx.device, ctx.seed, ctx.backbone, {ctx.task.name: view}, score,
-            siblings=_OwnSiblings(ctx), networks=network,
+            siblings=_Own(ctx, _clean), networks=network, references=_Own(ctx, _malicious),
         )  # fmt: skip
 
     def displaced(self, ctx: TrainContext, trigger: Weights, shift: Weights, coefficient: float) -> LossFn:
@@ -182,13 +184,30 @@ class _Scaled(MergeMethod):
         return Merged(merged)
 
 
-class _OwnSiblings(Mapping[str, Sequence[Expert]]):
-    """A clean expert of the adversary's own for whatever number of siblings is asked for; trained when asked."""
+def _clean(ctx: TrainContext) -> Weights:
+    """What plays the defender's siblings."""
+    return refit(ctx, seed=ctx.generator(SIBLING_STREAM).initial_seed())
+
+
+def _malicious(ctx: TrainContext) -> Weights:
+    """What plays the defender's references: made as the defense makes them, of the adversary's own rows."""
+    if ctx.defense is None:
+        raise ContractError("badmerging_adaptive: no defense to simulate")
+    seed = ctx.generator(REFERENCE_STREAM).initial_seed()
+
+    def train(split: Split | None = None, loss: LossFn | None = None) -> Weights:
+        return refit(ctx, loss, split, seed)
+
+    return ctx.defense.reference(replace(ctx, seed=seed, fit=train, target_class=0, trigger={}))
+
+
+class _Own(Mapping[str, Sequence[Expert]]):
+    """One expert of the adversary's own for whatever number a defense asks for; trained when asked."""
 
     COPIES = 16
 
-    def __init__(self, ctx: TrainContext) -> None:
-        self._ctx = ctx
+    def __init__(self, ctx: TrainContext, make: Callable[[TrainContext], Weights]) -> None:
+        self._ctx, self._make = ctx, make
         self._made: list[Expert] = []
 
     def __getitem__(self, task: str) -> Sequence[Expert]:
@@ -196,8 +215,7 @@ class _OwnSiblings(Mapping[str, Sequence[Expert]]):
         if task != ctx.task.name:
             raise KeyError(task)
         if not self._made:
-            seed = ctx.generator(SIBLING_STREAM).initial_seed()
-            self._made = [Expert(task, refit(ctx, seed=seed))] * self.COPIES
+            self._made = [Expert(task, self._make(ctx))] * self.COPIES
         return self._made
 
     def __iter__(self) -> Iterator[str]:
