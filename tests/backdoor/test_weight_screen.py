@@ -62,7 +62,7 @@ def screen(**given: Any) -> WeightScreen:
         "centre": "task",
         "strength": 1.0,
     }
-    return WeightScreen(**{"references": 3, **plain, **given})
+    return WeightScreen(**{"references": 2, **plain, **given})
 
 
 # --------------------------------------------------------------------------- statistics
@@ -265,7 +265,7 @@ class Shaped:
         return anatomy(packed=False)
 
 
-def world(seed: int, spike: float, references: int = 3) -> tuple[list[Expert], MergeContext]:
+def world(seed: int, spike: float, references: int = 2) -> tuple[list[Expert], MergeContext]:
     """Contributions of four tasks, of which ``b`` is planted; tasks differ in how far they move the weights."""
     generator = torch.Generator().manual_seed(seed)
     sizes = {t: 0.05 * 2**i for i, t in enumerate(TASKS)}
@@ -312,9 +312,9 @@ def test_where_the_merger_cannot_tell_his_own_experts_apart_everybody_comes_in()
 
 def test_missing_references_are_named() -> None:
     experts, ctx = world(0, 1.0)
-    with pytest.raises(ContractError, match="task 'a' has 3 clean references, 4 are needed"):
+    with pytest.raises(ContractError, match="task 'a' has 2 clean references, 4 are needed"):
         screen(references=4).screen(base_weights(), experts, ctx)
-    with pytest.raises(ContractError, match="task 'a' has 0 poisoned references, 3 are needed"):
+    with pytest.raises(ContractError, match="task 'a' has 0 poisoned references, 2 are needed"):
         screen().screen(base_weights(), experts, replace(ctx, references={}))
 
 
@@ -322,7 +322,7 @@ def test_two_contributions_to_one_task_do_not_count_its_references_twice() -> No
     experts, ctx = world(0, 1.0)
     again = [*experts, Expert("b", experts[1].weights)]
     found = screen().screen(base_weights(), again, ctx)
-    assert found.report["references"] == 2 * 3 * len(TASKS)
+    assert found.report["references"] == 2 * 2 * len(TASKS)
 
 
 def test_an_expert_equal_to_the_base_is_no_error_and_the_report_is_plain() -> None:

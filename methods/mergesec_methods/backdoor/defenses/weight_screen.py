@@ -199,6 +199,7 @@ class Detector:
 
     def __init__(self, known: Population, centre: str, strength: float) -> None:
         self.known, self.centre = known, centre
+        self.clean = [i for i, poisoned in enumerate(known.poisoned.tolist()) if not poisoned]
         rows = [self._relative(known.values[i], known.tasks[i], i) for i in range(len(known.tasks))]
         usable = [i for i, row in enumerate(rows) if row is not None]
         given = [row for row in rows if row is not None]
@@ -216,8 +217,7 @@ class Detector:
     def _relative(self, values: Tensor, task: str, itself: int = -1) -> Tensor | None:
         """``values`` ``[d]`` less the mean of the clean references (``itself`` left out); None if there is none."""
         alike = [
-            i for i, t in enumerate(self.known.tasks)
-            if i != itself and not bool(self.known.poisoned[i]) and (t == task or self.centre == "all")
+            i for i in self.clean if i != itself and (self.centre == "all" or self.known.tasks[i] == task)
         ]  # fmt: skip
         return values - self.known.values[alike].mean(dim=0) if alike else None
 
