@@ -1,4 +1,4 @@
-"""Every ``-smoke`` preset is the whole road of its grid in minutes; here each runs as shipped, or on a tiny model."""
+"""A ``-smoke`` preset is the whole road of its grid in minutes; here most run as shipped, or on a tiny model."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from mergesec.planning.presets import preset_names
 MINI = {
     "mini-text-backdoor-smoke": ("backdoor", {"phrase", "rare_token", "merge_hijacking", "lora_phrase"}),
     "mini-backdoor-transfer-smoke": ("transfer", {"universal_perturbation"}),
-    "mini-backdoor-colluding-smoke": ("backdoor", {"colluding_pair"}),
-    "mini-protection-frontier-smoke": ("protection_cells", {"coupled", "scale_sweep", "distill"}),
 }
 MODELS = {
     "real-llm-secrets-smoke": "secrets",
@@ -45,6 +43,9 @@ def test_every_smoke_grid_is_run_somewhere() -> None:
         "mini-clip-smoke",  # tests/vision/test_mini_clip.py
         "real-llm-smoke",  # below
         "real-smoke",  # its data sets are real: by hand
+        # by hand, for their time: a minute or two of a core each
+        "mini-backdoor-colluding-smoke",
+        "mini-protection-frontier-smoke",
     }
     assert {name for name in preset_names() if name.endswith("-smoke")} == {*MINI, *MODELS, *elsewhere}
 
