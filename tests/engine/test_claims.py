@@ -178,6 +178,7 @@ def test_a_claimed_step_is_waited_for_while_others_go_on(
     thread = threading.Thread(target=run.run, args=(steps, 0))
     thread.start()
     while len(here.done) < 27:  # all but it and the two that need it
+        assert thread.is_alive()
         time.sleep(0.01)
     time.sleep(0.2)
     assert len(here.done) == 27
@@ -199,6 +200,7 @@ def test_what_a_dead_run_had_claimed_is_done_here(
     thread = threading.Thread(target=run.run, args=(steps, 0))
     thread.start()
     while len(here.done) < 27:
+        assert thread.is_alive()
         time.sleep(0.01)
     other.release_all()  # as the system does when it dies, without an artifact
     thread.join(60)
