@@ -85,9 +85,8 @@ class Parameter:
             raise UsageError(where, f"holds a number that is not finite: {value!r}")
         if self.min is None and self.max is None:
             return
-        low, high = (
-            side if side is not None else end for side, end in ((self.min, -math.inf), (self.max, math.inf))
-        )
+        low = -math.inf if self.min is None else self.min
+        high = math.inf if self.max is None else self.max
         bad = [v for v in value if type(v) not in (int, float) or not low <= v <= high]
         if bad or not value:
             got = f"{bad[0]!r}" if bad else "an empty list"

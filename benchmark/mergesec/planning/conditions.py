@@ -36,15 +36,15 @@ def names_in(text: str) -> tuple[str, ...]:
         tree = _parsed(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise ValueError("not a condition") from None
-    found: list[str] = []
+    found: list[tuple[int, str]] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
-            found.append(node.id)
+            found.append((node.col_offset, node.id))
         elif not isinstance(node, _TAKEN):
             raise ValueError(f"a condition has no {type(node).__name__}")
     if not isinstance(tree, (ast.BoolOp, ast.Compare)) or not found:
         raise ValueError("a condition compares parameters")
-    return tuple(dict.fromkeys(sorted(found, key=text.index)))
+    return tuple(dict.fromkeys(name for _, name in sorted(found)))
 
 
 def is_broken(text: str, values: Mapping[str, Any]) -> bool:

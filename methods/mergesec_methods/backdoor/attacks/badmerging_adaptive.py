@@ -9,7 +9,8 @@ did to the weights is a displacement Δ = defended − merged. He then trains ag
 so that the backdoor survives that displacement, and may repeat this. Δ is held constant while he trains: a defense
 need not be differentiable, only runnable. Against IBVS Δ is the defender's subtracted backdoor vector, against LFPM the
 anti-backdoor vector, against DAM what its mask removes. Siblings that a defense asks for (WAG, MSD) are played by a clean
-expert of his own, malicious references that it makes (weight_screen) by one that he makes as it would. A defense that only screens gives no displacement, and without a defense this is BadMerging.
+expert of his own, malicious references that it makes (weight_screen) by one that he makes as it would. A defense that
+only screens gives no displacement, and without a defense this is BadMerging.
 
 The construction is this suite's. (LFPM's paper reports an adaptive attack of its own, which is not known here.)
 """

@@ -9,15 +9,15 @@ This suite's reading, where that leaves it open, with σ_i the singular values o
 
     log σ_1,   log ‖ΔW‖_F,   p_1,   −Σ p_i log p_i,   log (mean (w − w̄)⁴ / (mean (w − w̄)²)²)  over ΔW's entries,
 
-each as the mean over all blocks (all attentions of a block). Experts here are of different tasks, and full fine-tunings: statistics are
-taken relative to the clean references of the same task (``centre``), a clean reference relative to the *others*, so that
-it is as far from them as an innocent contribution is. They are divided by their root mean square over all references,
-cut off at ±10, and given to scikit-learn's regression (L2, classes balanced).
+each as the mean over all blocks (all attentions of a block). Experts here are of different tasks, and full
+fine-tunings: statistics are taken relative to the clean references of the same task (``centre``), a clean reference
+relative to the *others*, so that it is as far from them as an innocent contribution is. They are divided by their root
+mean square over all references, cut off at ±10, and given to scikit-learn's regression (L2, classes balanced).
 
-Who trains the references? The merger. Clean ones are the siblings that other defenses have too; malicious ones he makes by an
-attack of his own, of which everything is drawn: side, place and pixels of a patch, target class, poisoned share. He knows
-nothing of the cell's trigger, target class or adversary. Neither does he know that his attack is like theirs: that is
-the method's bet. Each pair (the i-th clean and the i-th malicious reference of a task) is judged by a regression on the
+Who trains the references? The merger. Clean ones are the siblings that other defenses have too; malicious ones he makes
+by an attack of his own, of which everything is drawn: side, place and pixels of a patch, target class, poisoned share.
+He knows nothing of the cell's trigger, target class or adversary. Neither does he know that his attack is like theirs:
+that is the method's bet. Each pair (the i-th clean and the i-th malicious reference of a task) is judged by a regression on the
 rest. Where malicious ones do not come out above clean ones there, nothing can be told and everybody is let in: the share
 of (malicious, clean) that are in this order must be larger than what all but the share ``level`` of exchanges of labels
 within tasks give. (Ranks alone, as in Mann and Whitney's test, flag too often: held-out values share their references.)
