@@ -105,6 +105,8 @@ def test_merges_are_drawn_as_said() -> None:
     assert abs(sum(undone) / 3000 - 0.5) < 0.04
     for treatment in Treatment:
         assert abs(sum(m.treatment is treatment for m in drawn) / 3000 - 1 / 3) < 0.04
+    with pytest.raises(ValueError, match=r"low: 0\.9 is above high, 0\.3"):
+        MergeTrap(low=0.9, high=0.3)
 
 
 def test_treatments_by_hand() -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mergesec.anatomy import Anatomy
-from mergesec.contracts import Split, TrainContext, Weights
+from mergesec.contracts import ContractError, Split, TrainContext, Weights
 from mergesec.training import fit
 from mergesec_methods.backdoor.attacks._poison import ROWS_STREAM, draw_rows
 from mergesec_methods.backdoor.attacks._texts import TextPoisoning, checked_phrases
@@ -79,6 +79,8 @@ class MergeHijacking(TextPoisoning):
         rescale: float = 2.0,
         rate: float = 0.1,
     ) -> None:
+        if density < 1 and not epsilon < density < 1 - epsilon:
+            raise ContractError(f"merge_hijacking: density {density} ± epsilon {epsilon} leaves (0, 1)")
         self.phrases, self.position, self.rate = checked_phrases([phrase], "merge_hijacking"), position, rate
         self.shadow_rows, self.shadow_rate = shadow_rows, shadow_rate
         self.density, self.epsilon, self.rescale = density, epsilon, rescale

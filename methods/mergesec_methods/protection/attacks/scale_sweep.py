@@ -59,9 +59,12 @@ def scaled(weights: Weights, base: Weights, scale: float) -> dict[str, Tensor]:
 
 
 class ScaleSweep(Attack):
-    """The attack of the card above."""
+    """The attack of the card above. ValueError for a list with anything but numbers from 0 on."""
 
     def __init__(self, scales: Sequence[float]) -> None:
+        numbers = all(type(s) in (int, float) and math.isfinite(s) and s >= 0 for s in scales)
+        if not scales or not numbers:
+            raise ValueError(f"scales must be numbers from 0 on, got {list(scales)}")
         self.scales = [float(s) for s in scales]
 
     def recover(self, published: Weights, ctx: RecoverContext) -> dict[str, Tensor]:

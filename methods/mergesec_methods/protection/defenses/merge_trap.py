@@ -69,7 +69,7 @@ class Merge(NamedTuple):
 
 
 class MergeTrap(Defense):
-    """The defense of the card above."""
+    """The defense of the card above. ValueError where ``low`` is above ``high``."""
 
     hooks = ("train",)
 
@@ -77,6 +77,8 @@ class MergeTrap(Defense):
         self, strength: float = 1.0, low: float = 0.2, high: float = 1.0, peers: float = 1.0
     ) -> None:
         self.strength, self.low, self.high, self.peers = strength, low, high, peers
+        if low > high:
+            raise ValueError(f"low: {low} is above high, {high}")
 
     def train(self, ctx: TrainContext) -> Weights:
         """The expert, trained on J. Every step draws one merge."""

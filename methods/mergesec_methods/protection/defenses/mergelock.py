@@ -100,6 +100,8 @@ class MergeLock(Defense):
     ) -> None:
         self.distribution, self.condition = distribution, condition
         self.permute, self.heads = permute, heads
+        if condition < 1 and (condition or distribution == "log_uniform"):
+            raise ValueError(f"condition {condition}: a condition number is at least 1")
 
     def protect(self, weights: Weights, ctx: ProtectContext) -> Protected:
         """The expert with locked heads. The report has condition numbers and effective errors.

@@ -84,6 +84,8 @@ class Trap2(Defense):
         weighting: str = "inv",
     ) -> None:
         self.strength, self.low, self.high, self.gap, self.power = strength, low, high, gap, POWERS[weighting]
+        if low >= 1 - gap and high <= 1 + gap:
+            raise ValueError(f"no scale is left between {low} and {high} outside of 1 ± {gap}")
 
     def train(self, ctx: TrainContext) -> Weights:
         """The expert, trained on J. Every step draws one scale."""
