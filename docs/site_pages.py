@@ -135,6 +135,7 @@ def card_page(entry: Entry, told: Iterable[tuple[str, str]]) -> str:
     if card.parameters:
         lines += ["| name | type | default | allowed | |", "|---|---|---|---|---|"]
         lines += [_parameter(name, parameter) for name, parameter in card.parameters.items()]
+        lines += ["", f"Asked for: {'; '.join(f'`{each}`' for each in card.holds)}."] if card.holds else []
     else:
         lines += ["None."]
     sections = [f"* [{title}]({link})" for link, title in told]

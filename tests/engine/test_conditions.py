@@ -110,6 +110,11 @@ def test_a_grid_that_breaks_one_names_parameter_and_values(
     assert message in refused.value.message
 
 
+def test_info_tells_them(bench: Any) -> None:
+    assert "asks for      low <= high" in bench("info", "merge_trap").out
+    assert "asks for" not in bench("info", "ties").out
+
+
 def test_no_card_breaks_its_own_conditions() -> None:
     """With its defaults and with the values of its trial."""
     seen = 0

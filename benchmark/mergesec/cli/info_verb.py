@@ -35,7 +35,7 @@ def main(
             "images": ", ".join(f"{k} {v}" for k, v in card.images.items()), "source": card.source,
             "licence": card.licence, "recipe": ", ".join(f"{k}={v}" for k, v in card.recipe.items()),
             "hub": f"{card.hub['name']}@{card.hub['revision']}" if card.hub else "",
-            "prompts": " | ".join(card.templates), "version": card.version, "from": entry.origin,
+            "prompts": " | ".join(card.templates), "asks for": "; ".join(card.holds), "version": card.version, "from": entry.origin,
         }  # fmt: skip
         print(card.name)
         for key, value in facts.items():
