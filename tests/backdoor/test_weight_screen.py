@@ -414,6 +414,14 @@ def test_references_are_trained_once_for_all_attacks_targets_and_adversaries() -
         plan("badnets", adversaries=[2]),
     ):
         assert references(other) == references(first)
+    swept = {
+        "name": "weight_screen",
+        "references": 2,
+        "threshold": [0.2, 0.5, "held_out"],
+        "strength": [0.1, 1.0],
+    }
+    assert references(plan("badnets", defenses=[swept])) == references(first)
+    assert references(plan("badnets", defenses=[{**swept, "references": 3}])) > references(first)
     for key in references(first):
         step = first.steps[key]
         assert dict(json.loads(step.args)["recipe"])["half"] == "second"

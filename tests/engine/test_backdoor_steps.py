@@ -349,6 +349,43 @@ def test_the_battery_finds_what_is_wrong_with_a_backdoor(fault: str, tmp_path: P
     assert any(expected in line for line in wrong) if expected else not wrong, wrong
 
 
+REFERENCES = """
+from mergesec.contracts import Defense, Screened
+
+CARD = {
+    "name": "bad", "kind": "defense", "class": "Bad", "version": "1", "title": "bad", "summary": "bad",
+    "threat": "backdoor", "hooks": ["screen"], "data": "train", "siblings": "number", "references": "number",
+    "after_reference": ["shift", "number"], "modalities": ["image"], "knowledge": "training rows",
+    "parameters": {
+        "number": {"type": "int", "default": 1, "min": 1}, "shift": {"type": "float", "default": 1.0, "max": 1.0},
+    },
+}
+
+
+class Bad(Defense):
+    def __init__(self, number, shift):
+        self.shift = shift
+
+    def reference(self, ctx):
+        return {**ctx.base, "stem.bias": ctx.base["stem.bias"] + SHIFT}
+
+    def screen(self, base, experts, ctx):
+        return Screened(experts, {})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shift", "expected"), [("2.0", ""), ("self.shift", "a reference depends on shift")])
+def test_the_battery_finds_references_that_depend_on_what_comes_after(
+    shift: str, expected: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "bad.py"
+    path.write_text(REFERENCES.replace("SHIFT", shift))
+    wrong = [c.message for _, c in check_file(path, load_catalog()) if c.passed is False]
+    assert len(wrong) == bool(expected), wrong
+    assert all(expected in w for w in wrong), wrong
+
+
 # --------------------------------------------------------------------------- the control of a defended cell
 
 

@@ -65,6 +65,13 @@ def _one_line(code: int, err: str, *expected: str) -> None:
         (GOOD.replace("[ties]", "[{name: ties, scaling: -1}]"), "axes.merging[0].scaling: -1 is outside"),
         (GOOD.replace("[ties]", "[{name: ties, merge_func: avg}]"), "'avg' is not a choice"),
         (GOOD.replace("[ties]", "ties"), "axes.merging"),
+        (GOOD.replace("[ties]", "[safemerge]"), "axes.merging[0].safe: has to name a task of the suite: micro/bars, micro/blobs"),
+        (GOOD.replace("[ties]", "[ties, {name: safemerge, safe: micro/bar}]"), "axes.merging[1].safe: 'micro/bar' is not a task of the suite; did you mean 'micro/bars'?"),
+        (GOOD.replace("[ties]", "[{name: safemerge, safe: [micro/bars, 3]}]"), "axes.merging[0].safe: 3 is not a task of the suite"),
+        (
+            "threats: [clean]\n" + GOOD.replace("/blobs]", "/blobs, micro/rings]").replace("[ties]", "[{name: safemerge, safe: micro/rings}], experts: [[micro/bars, micro/blobs]]"),
+            "merging safemerge: safe 'micro/rings' is not among the experts",
+        ),
         (GOOD.replace("tasks: [", "tasks: ['${nowhere}', "), "nowhere"),
         (GOOD.replace("micro/vit", "'???'"), "suite.backbone: needs a value"),
         ("defaults: [{suite: nosuch}, _self_]\n" + GOOD, "suite/nosuch"),

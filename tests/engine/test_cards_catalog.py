@@ -84,6 +84,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({**BASIC, "parameters": {"a": {"type": "int", "default": "3"}}}, "a.default: expected int, got '3'"),
     ({**DEFENSE, "siblings": "number"}, "card.siblings: 'number'"),
     ({**DEFENSE, "references": "number"}, "card.references: 'number'"),
+    ({**DEFENSE, "after_reference": ["number"]}, "card.after_reference: 'number'"),
     ({**BASIC, "trial": {"step": 1}}, "card.trial.step: mine has no such parameter"),
     ({**BASIC, "requires": ["fusion_bench"]}, "card.requires: expected module → package to install"),
     ({**BASIC, "modalities": "image"}, "card.modalities: expected a list of strings, got 'image'"),

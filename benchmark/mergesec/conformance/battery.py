@@ -31,6 +31,7 @@ from mergesec.conformance.triggers import (
     applies_to_text,
     is_malicious,
     lets_gradients_through,
+    shares_its_references,
     shares_its_trigger,
 )
 from mergesec.contracts import Attack, Backbone, DataContext, Task
@@ -271,6 +272,13 @@ def _check_method(entry: Entry, component: Any, catalog: Catalog, battery: Batte
         battery.check("the card's 'seeded' is true", lambda: _seeded(entry, plan, bench))
         if isinstance(component, Attack) and entry.card.threat == "backdoor":
             _check_trigger(component, entry, catalog, plan, bench, battery)
+        if entry.card.after_reference:
+            kinds = {key: step.kind for key, step in plan.steps.items()}
+            one = next(s for s in plan.steps.values() if s.kind == "reference")
+            battery.check(
+                "the card's 'after_reference' is true",
+                lambda: shares_its_references(entry, catalog, one, bench, kinds),
+            )
         if entry.card.threat == "backdoor":
             _check_knowledge(entry, plan, bench, battery, Path(folder) / "blinded")
 

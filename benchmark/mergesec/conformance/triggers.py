@@ -5,7 +5,7 @@ Each check returns None if all is well, else what is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -116,20 +116,48 @@ def shares_its_trigger(
     """Another value of each parameter named by ``after_trigger`` must give the same trigger, and the attack's
     own hook the one that the plan took from the attack named by ``trigger_of``."""
     card = entry.card
-    bound = card.bind("trial", card.trial)
-    before, _ = bench.read("trigger", step.key)
-    trials = {name: {name: _other(card.parameters[name], bound[name])} for name in card.after_trigger}
-    for name, changed in {"trigger_of": {}, **trials}.items():
-        ref = make_ref(entry, {**card.trial, **changed}, "after_trigger", catalog)
-        try:
-            bench.component(ref)
-        except ContractError:
-            continue  # the two values do not go together; says nothing of the trigger
-        components = tuple((role, ref if role == "attack" else part) for role, part in step.components)
-        found = unpacked(run(replace(step, components=components), bench, kinds)[0])
-        if found.keys() != before.keys() or any(not torch.equal(found[k], before[k]) for k in before):
+    for name, changed in {"trigger_of": {}, **_others(entry, card.after_trigger)}.items():
+        if _differs(entry, changed, catalog, step, bench, kinds):
             return f"the trigger depends on {name}" if changed else f"the trigger is not {card.trigger_of}'s"
     return None
+
+
+def shares_its_references(
+    entry: Entry, catalog: Catalog, step: Step, bench: Bench, kinds: Mapping[str, str]
+) -> str | None:
+    """Another value of each parameter named by ``after_reference`` must give the same expert."""
+    for name, changed in _others(entry, entry.card.after_reference).items():
+        if _differs(entry, changed, catalog, step, bench, kinds):
+            return f"a reference depends on {name}"
+    return None
+
+
+def _others(entry: Entry, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Of each parameter another value."""
+    card = entry.card
+    bound = card.bind("trial", card.trial)
+    return {name: {name: _other(card.parameters[name], bound[name])} for name in names}
+
+
+def _differs(
+    entry: Entry,
+    changed: Mapping[str, Any],
+    catalog: Catalog,
+    step: Step,
+    bench: Bench,
+    kinds: Mapping[str, str],
+) -> bool:
+    """Whether the component with other values gives other tensors than the plan's step."""
+    card = entry.card
+    ref = make_ref(entry, {**card.trial, **changed}, card.name, catalog)
+    try:
+        bench.component(ref)
+    except ContractError:
+        return False  # the two values do not go together; says nothing of the result
+    before, _ = bench.read(step.kind, step.key)
+    components = tuple((role, ref if role == card.kind else part) for role, part in step.components)
+    found = unpacked(run(replace(step, components=components), bench, kinds)[0])
+    return found.keys() != before.keys() or any(not torch.equal(found[k], before[k]) for k in before)
 
 
 def is_malicious(entry: Entry, plan: Plan, bench: Bench) -> str | None:

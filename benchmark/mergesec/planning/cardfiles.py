@@ -341,7 +341,8 @@ class _Belongs:
 
 _BACKDOOR = {
     "adapts": _Belongs("attack"), "off_task": _Belongs("attack"), "after_trigger": _Belongs("attack"),
-    "trigger_of": _Belongs("attack"), "references": _Belongs("defense"), "per_task": _Belongs("defense", Hook.REPAIR),
+    "trigger_of": _Belongs("attack"), "references": _Belongs("defense"),
+    "after_reference": _Belongs("defense"), "per_task": _Belongs("defense", Hook.REPAIR),
 }  # fmt: skip
 
 
@@ -362,9 +363,10 @@ def _reference_mistakes(raw: Raw) -> Iterator[Mistake]:
     for key in ("siblings", "references", "wraps"):
         if raw.get(key) and raw[key] not in given:
             yield Mistake(f"card.{key}", f"{raw[key]!r}{nearest(raw[key], given)}")
-    for name in raw.get("after_trigger", ()):
-        if name not in given or name == raw.get("wraps"):
-            yield Mistake("card.after_trigger", f"{name!r}{nearest(name, given)}")
+    for key in ("after_trigger", "after_reference"):
+        for name in raw.get(key, ()):
+            if name not in given or name == raw.get("wraps"):
+                yield Mistake(f"card.{key}", f"{name!r}{nearest(name, given)}")
     for condition in raw.get("holds", ()):
         try:
             strange = [n for n in names_in(condition) if n not in given]

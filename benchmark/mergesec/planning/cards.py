@@ -14,8 +14,9 @@ KINDS = ("task", "backbone", "merging", "attack", "defense")
 PARAMETER_TYPES: dict[str, tuple[type, ...]] = {
     "float": (float, int), "int": (int,), "bool": (bool,), "str": (str,), "choice": (str,),
     "path": (str,), "model": (str,), "list": (list, tuple), "merging": (str, Mapping),
-    "attacks": (list, tuple),
+    "attacks": (list, tuple), "task": (str,),
 }  # fmt: skip
+"""``task``: one of the tasks that are merged."""
 
 
 SECRETS = ("target_class", "attack.", "merging.", "rows.")
@@ -122,6 +123,8 @@ class Card:
     references: str = ""
     """Of a backdoor defense: the parameter that says how many malicious experts per task it makes for itself
     (``Defense.reference``) and is handed as ``ctx.references``."""
+    after_reference: tuple[str, ...] = ()
+    """Parameters that ``reference`` does not read: variants that differ in them share these experts."""
     wraps: str = ""
     """The parameter of type ``merging`` (of an attack: ``attacks``) naming what this one works around."""
     tries: bool = False

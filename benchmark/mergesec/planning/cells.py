@@ -167,7 +167,18 @@ def _no_cell(grid: Grid, cell: Cell) -> str:
         if cell.adversaries > len(able):
             return "more adversaries than experts"
     reason = why_not(grid, cell.threat, cell.merging, cell.attack, cell.defense, len(cell.experts))
-    return reason or _coincidence(grid, cell)
+    return reason or _absent(grid, cell) or _coincidence(grid, cell)
+
+
+def _absent(grid: Grid, cell: Cell) -> str:
+    """Which parameter names a task that is not merged in this cell; empty if none does."""
+    for outer in (cell.merging, cell.attack, cell.defense):
+        for ref in (outer, *outer.inner):
+            card = None if ref is NONE else grid.catalog.get(ref.kind, ref.name).card
+            for name, value in ref.parameters:
+                if card and card.parameters[name].type == "task" and value not in cell.experts:
+                    return f"{ref.kind} {ref.name}: {name} {value!r} is not among the experts"
+    return ""
 
 
 def _coincidence(grid: Grid, cell: Cell) -> str:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 from mergesec.files import uncollected
 from mergesec.planning.cards import Card
 from mergesec.planning.cells import Cell, cells
-from mergesec.planning.refs import NONE, Ref, trigger_ref
+from mergesec.planning.refs import NONE, Ref, at_defaults, trigger_ref
 from mergesec.planning.resolve import Grid
 from mergesec.planning.seeds import draw_seed
 from mergesec.recipes import other_half
@@ -267,9 +267,11 @@ class Planner:
 
     @once
     def reference(self, defense: Ref, task: str, seed: int, replica: int) -> str:
-        """A malicious expert of the defense's own making, on the rows of its siblings; no cell's attack is in the key."""
+        """A malicious expert of the defense's own making, on the rows of its siblings; no cell's attack is in the key,
+        nor what only later hooks read of the defense's parameters."""
+        maker = at_defaults(defense, self._card("defense", defense.name).after_reference, self.grid.catalog)
         return self._train(
-            "reference", task, [("defense", defense)], [], recipe=other_half(self.grid.recipe),
+            "reference", task, [("defense", maker)], [], recipe=other_half(self.grid.recipe),
             seed=draw_seed(defense.name, "reference", task, seed, replica),
         )  # fmt: skip
 

@@ -115,18 +115,24 @@ def trigger_ref(attack: Ref, catalog: Catalog) -> Ref:
         parent = catalog.get("attack", card.trigger_of, f"{card.name}: card.trigger_of")
         given = {k: v for k, v in attack.parameters if k not in card.after_trigger}
         return trigger_ref(make_ref(parent, given, f"{card.name}: card.trigger_of", catalog), catalog)
-    if not card.after_trigger:
-        return attack
-    after = {name: card.parameters[name].default for name in card.after_trigger}
-    identity = json.loads(attack.text)
+    return at_defaults(attack, card.after_trigger, catalog)
+
+
+def at_defaults(ref: Ref, names: Iterable[str], catalog: Catalog) -> Ref:
+    """A component as a hook knows it that does not read the parameters ``names``: these have their defaults."""
+    card = catalog.get(ref.kind, ref.name).card
+    after = {name: card.parameters[name].default for name in names}
+    if not after:
+        return ref
+    identity = json.loads(ref.text)
     told = {k: v for k, v in identity["parameters"].items() if k not in after}
     identity["parameters"] = told | {k: v for k, v in after.items() if not card.parameters[k].later}
-    bound = {k: list(v) if isinstance(v, tuple) else v for k, v in attack.parameters} | after
+    bound = {k: list(v) if isinstance(v, tuple) else v for k, v in ref.parameters} | after
     frozen = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(bound.items()))
     shown = _shown(card, bound)
     text = json.dumps(identity, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:32]
-    return Ref(attack.kind, attack.name, frozen, shown, text, digest, attack.inner, attack.plugin)
+    return Ref(ref.kind, ref.name, frozen, shown, text, digest, ref.inner, ref.plugin)
 
 
 def _inner(card: Card, value: Any, where: str, catalog: Catalog) -> tuple[Ref, ...]:

@@ -13,7 +13,7 @@ from typing import Any, get_args
 from mergesec.errors import UsageError, nearest
 from mergesec.planning.cards import Card
 from mergesec.planning.catalog import Catalog
-from mergesec.planning.gridspec import GridSpec
+from mergesec.planning.gridspec import GridSpec, Named
 from mergesec.planning.refs import Ref, expand, model_content, packaged, short
 from mergesec.recipes import check_recipe, recipe_identity
 from mergesec.threats import Company, Secrets, Threat
@@ -83,6 +83,9 @@ def resolve(spec: GridSpec, catalog: Catalog) -> Grid:
     fixed = dict(catalog.get("backbone", backbone.name).card.recipe)
     bound = {**fixed, **check_recipe("recipe", spec.recipe)}
     recipe = recipe_identity(bound)
+    for axis, kind in (("merging", "merging"), ("attacks", "attack"), ("defenses", "defense")):
+        for i, item in enumerate(getattr(axes, axis)):
+            _check_tasks(f"axes.{axis}[{i}]", item, kind, names, catalog)
     grid = Grid(
         spec, catalog, backbone, tuple(tasks),
         tuple(expand(axes.merging, "merging", "axes.merging", catalog)),
@@ -176,6 +179,22 @@ def _words(key: str) -> list[str]:
     """The values of a coordinate that is one of a few words."""
     words = {"secrets": get_args(Secrets), "company": get_args(Company)}
     return list(words.get(key, [str(t) for t in Threat]))
+
+
+def _check_tasks(where: str, item: Named, kind: str, names: list[str], catalog: Catalog) -> None:
+    """A parameter that names one of the merged tasks, names one of the suite's."""
+    given = {"name": item} if isinstance(item, str) else item
+    if given.get("name") == "none" or not isinstance(given.get("name"), str):
+        return
+    for key, parameter in catalog.get(kind, given["name"], where).card.parameters.items():
+        value = given.get(key, parameter.default)
+        for name in (value if isinstance(value, list) else [value]) if parameter.type == "task" else ():
+            if not name:
+                raise UsageError(f"{where}.{key}", f"has to name a task of the suite: {', '.join(names)}")
+            if name not in names:
+                raise UsageError(
+                    f"{where}.{key}", f"{name!r} is not a task of the suite{nearest(name, names)}"
+                )
 
 
 def _check_experts(where: str, experts: int | str | tuple[str, ...], names: list[str]) -> None:

@@ -39,7 +39,7 @@ CARD = {
     "trial": {"safe": "micro/bars"},
     "parameters": {
         "safe": {
-            "type": "str",
+            "type": "task",
             "default": "",
             "doc": "task of the aligned expert, one of those that are merged; has to be named",
         },

@@ -54,6 +54,7 @@ CARD = {
     "data": "train",
     "siblings": "references",
     "references": "references",
+    "after_reference": ["references", "threshold", "false_alarms", "level", "draws", "centre", "strength"],
     "modalities": ["image"],
     "seeded": True,
     "trial": {"references": 2, "draws": 19},
