@@ -152,6 +152,12 @@ def _taken(defense: str, attack: str = OPTIMISED, board: str = DEFENDED) -> Quer
     return Query(board, {"attack": attack, "defense": "none"}, "succession", less={"defense": defense})
 
 
+def _words(defense: str) -> Query:
+    """Attack success of a phrase that a defense takes away."""
+    rows = {"attack": "phrase", "method": PAIR, "defense": "none"}
+    return Query("mini-text-backdoor/backdoor", rows, "succession", less={"defense": defense})
+
+
 def _over_dam(
     attack: str,
     method: str = EIGHT,
@@ -443,6 +449,10 @@ CLAIMS: Sequence[Claim] = (
     Claim("msd", "defenses", "Switching modules between models removes a backdoor (MSD)",
           "MSD, arXiv 2504.05902", _NOTES,
           _taken("msd", "badmerging(*", "mini-backdoor-siblings/backdoor"), least(30, 5)),
+    Claim("wag-text", "defenses", "The same on text (WAG; a phrase as trigger, λ 0.8)",
+          "Here's a Free Lunch, arXiv 2402.19334", _NOTES, _words("wag"), least(30, 5)),
+    Claim("msd-text", "defenses", "The same on text (MSD; a phrase as trigger, λ 0.8)",
+          "MSD, arXiv 2504.05902", _NOTES, _words("msd"), least(30, 5)),
     Claim("ibvs", "defenses", "Subtracting a backdoor of one's own removes the adversary's (IBVS; 98.4 → 64.2)",
           "Backdoor Vectors, arXiv 2510.08016; numbers of LFPM's table", _NOTES, _taken("ibvs"), least(30, 5)),
     Claim("lfpm", "defenses", "LFPM leaves ASR below 1 (98.4 → 0.5)",
