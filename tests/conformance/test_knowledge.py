@@ -16,13 +16,19 @@ from mergesec.conformance.battery import (
     _world,
     check_file,
 )
-from mergesec.conformance.knowledge import blind_to_the_cell, says_its_secrets
+from mergesec.conformance.knowledge import (
+    _Planned,
+    blind_to_the_cell,
+    blind_to_the_defender,
+    says_its_secrets,
+)
 from mergesec.errors import UsageError
 from mergesec.planning.catalog import Catalog, add_plugin, load_catalog
 from mergesec.planning.cells import cells
 from mergesec.planning.gridspec import parse_grid
-from mergesec.planning.plan import make_plan
+from mergesec.planning.plan import make_plan, step_key
 from mergesec.planning.resolve import resolve
+from mergesec_methods.backdoor.attacks.badmerging import OFF_TASK, ON_TASK
 
 HEAD = """import torch
 from mergesec.contracts import Attack, Defense, Merged
@@ -92,6 +98,39 @@ def test_a_step_that_depends_on_the_target_class_is_found() -> None:
     assert "depends on the cell's target class" in str(blind_to_the_cell(raw, told, grid, tasks, "clp"))
 
 
+def test_a_step_that_depends_on_the_trigger_is_found() -> None:
+    catalog = load_catalog([MICRO])
+    entry = catalog.get("defense", "clp")
+    raw = _grid(entry)
+    raw["axes"]["attacks"] = ["badnets"]
+    grid = resolve(parse_grid(raw, "conformance"), catalog)
+    (attack,) = grid.attacks
+    steps = [
+        replace(s, components=(*s.components, ("attack", attack)))
+        for s in _own_steps(entry, make_plan(grid, lambda task: ""))
+    ]
+    keyed = [
+        replace(s, key=step_key(s.kind, [(role, ref.digest) for role, ref in s.components], s.inputs, s.args))
+        for s in steps
+    ]
+    assert not _Planned([]).has(keyed)
+    assert _Planned(keyed).has(keyed)
+    assert blind_to_the_cell(raw, keyed, grid, _world(entry.card).tasks, "clp") is not None
+
+
+@pytest.mark.parametrize("name", ["badnets", "badmerging_adaptive"])
+def test_a_step_of_an_attack_that_depends_on_the_merge_is_found(name: str) -> None:
+    catalog = load_catalog([MICRO])
+    entry = catalog.get("attack", name)
+    raw = _grid(entry)
+    grid = resolve(parse_grid(raw, "conformance"), catalog)
+    steps = _own_steps(entry, make_plan(grid, lambda task: ""))
+    assert "poison" in {s.kind for s in steps}
+    assert blind_to_the_defender(raw, steps, grid, name) is None
+    told = [replace(s, key=f"other {i}") for i, s in enumerate(steps)]
+    assert "merge or defense" in str(blind_to_the_defender(raw, told, grid, name))
+
+
 # --------------------------------------------------------------------------- coincidences
 
 
@@ -141,6 +180,32 @@ def test_a_cell_in_which_a_guess_is_the_secret_is_left_out(
     attacks = [cell.attack.name for cell in cells(grid)]
     assert attacks == (["none"] if told else ["none", "badnets"])
     assert [told in reason for reason in grid.left_out] == ([True] if told else [])
+
+
+@pytest.mark.parametrize(
+    ("given", "left_out"),
+    [({}, [3, 4]), ({"patch": 6.0}, [6]), ({"patch": 4.57}, [5]), ({"patch": 0.5}, [])],
+)
+def test_a_whole_patch_is_what_rounds_to_it_and_a_literal_what_it_stands_for(
+    given: dict[str, float], left_out: list[int]
+) -> None:
+    catalog = load_catalog([MICRO])
+    raw = {
+        "name": "g", "suite": {"backbone": "micro/vit", "tasks": ["micro/bars", "micro/blobs"]},
+        "threats": ["backdoor"],
+        "axes": {
+            "merging": ["simple_average"], "attacks": [{"name": "badmerging", **given}],
+            "defenses": [{"name": "ibvs", "patch": [3, 4, 5, 6, 7]}], "adversary": ["micro/bars"],
+        },
+    }  # fmt: skip
+    grid = resolve(parse_grid(raw, "grid g"), catalog)
+    kept = [dict(cell.defense.parameters)["patch"] for cell in cells(grid)]
+    assert kept == [side for side in (3, 4, 5, 6, 7) if side not in left_out]
+
+
+def test_the_published_patch_is_what_its_card_says_it_stands_for() -> None:
+    card = load_catalog([]).get("attack", "badmerging").card
+    assert card.parameters["patch"].stands_for == {"published": (ON_TASK, OFF_TASK)}
 
 
 def test_the_adaptive_attack_never_runs_with_the_mergers_own_coefficient() -> None:

@@ -411,6 +411,21 @@ def test_a_defense_is_held_against_the_same_cells_without_it() -> None:
     assert list(apart["backdoor_pareto"]["cells_compared"]) == [0, 0]
 
 
+def test_coefficients_of_the_malicious_are_beside_those_of_others_and_of_the_control() -> None:
+    values = {"coefficient/malicious": 0.1, "coefficient/others": 0.5, "coefficient/control": 0.4}
+    more = {"coefficient/malicious": 0.3, "coefficient/others": 0.7, "coefficient/control": 0.2}
+    boards = _frames(
+        _backdoor("d", (18, 9), (70, 60), values=values), _backdoor("d", (18, 9), (70, 60), seed=1, values=more),
+        _backdoor("none", (72, 27), (78, 68)),
+    )  # fmt: skip
+    rows = boards["backdoor"].set_index("defense")[
+        ["coefficient", "coefficient_others", "coefficient_control"]
+    ]
+    assert list(rows.loc["d"]) == pytest.approx([0.2, 0.6, 0.3])
+    assert rows.loc["none"].isna().all()
+    assert "coefficient" not in _frames(_backdoor("none", (72, 27), (78, 68)))["backdoor"]
+
+
 def test_looks_screens_and_costs_are_averaged_where_they_are_known() -> None:
     values = {"visibility/area": 0.02, "visibility/ssim": 0.9, "screen/caught": 1.0, "screen/false": 0.5}
     cost = {

@@ -24,7 +24,12 @@ from mergesec.conformance.backbones import (
     texts_have_features,
     weights_fit,
 )
-from mergesec.conformance.knowledge import blind_to_rows, blind_to_the_cell, says_its_secrets
+from mergesec.conformance.knowledge import (
+    blind_to_rows,
+    blind_to_the_cell,
+    blind_to_the_defender,
+    says_its_secrets,
+)
 from mergesec.conformance.triggers import (
     applies_to_images,
     applies_to_requests,
@@ -247,6 +252,7 @@ def run_here(plan: Plan, bench: Bench, shared: Set[str] | None = None) -> dict[s
 def _check_method(entry: Entry, component: Any, catalog: Catalog, battery: Battery) -> None:
     needed = [("merging", "task_arithmetic"), ("attack", _world(entry.card).attack), ("defense", "params")]
     needed += [("defense", PUBLIC)] if entry.card.adapts else []
+    needed += [("defense", "outlier_test")] if entry.card.threat == "backdoor" else []
     needed += [("merging", name) for name in PER_TASK] if entry.card.per_task else []
     missing = [name for kind, name in needed if name not in catalog.entries[kind]]
     if missing:
@@ -290,8 +296,13 @@ def _check_knowledge(entry: Entry, plan: Plan, bench: Bench, battery: Battery, f
     if card.kind == "defense":
         tasks = _world(card).tasks
         battery.check(
-            "another target class, another adversary: the same step",
+            "another target class, another adversary, another trigger: the same step",
             lambda: blind_to_the_cell(_grid(entry), steps, plan.grid, tasks, card.name),
+        )
+    else:
+        battery.check(
+            "another merge, another defense: the same step",
+            lambda: blind_to_the_defender(_grid(entry), steps, plan.grid, card.name),
         )
     battery.check(
         "rows that the card does not name change nothing",

@@ -2,7 +2,8 @@
 
 Each check returns None if all is well, else what is wrong. A hook is handed a context that is made of its step
 and of nothing else, so the first check looks at the step: with the same experts in it, another target class,
-another adversary and more of them must give the same step. The second runs the component again in a world where all rows
+another adversary, more of them and another trigger must give a defense's same step; another merge, coefficient and
+defense an attack's. The second runs the component again in a world where all rows
 are other ones that its card does not name, and demands the same bits.
 """
 
@@ -10,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mergesec.conformance.triggers import other_values
 from mergesec.contracts import Split, Task
 from mergesec.execution.steps import run
 from mergesec.execution.store import Store
@@ -47,26 +49,52 @@ def says_its_secrets(card: Card) -> str | None:
 def blind_to_the_cell(
     raw: Mapping[str, Any], steps: Sequence[Step], grid: Grid, tasks: Sequence[str], name: str
 ) -> str | None:
-    """The defense's steps are those of a cell with another target class, another adversary, and two of them, if
-    they are handed the same experts. ``raw`` is the grid that ``steps`` are of."""
-    axes = {
-        **raw["axes"],
-        "target_class": [1],
-        "adversary": [tasks[1]],
-        "adversaries": [2],
-    }
-    other = make_plan(
-        resolve(parse_grid({**raw, "axes": axes}, "conformance"), grid.catalog), lambda task: ""
-    )
-    theirs = [
-        s
-        for s in other.steps.values()
-        if any(r.name == name and r.kind == "defense" for _, r in s.components)
-    ]
-    for step in steps:
-        if not any(_with_inputs(t, step) == step.key for t in theirs if t.kind == step.kind):
-            return f"{step.label} depends on the cell's target class or adversary"
+    """The defense's steps are those of a cell with another target class, another adversary, and two of them, and of
+    one whose attack has another value of each parameter (the trigger's form, size and place among them), if they
+    are handed the same experts. ``raw`` is the grid that ``steps`` are of."""
+    elsewhere = {"target_class": [1], "adversary": [tasks[1]], "adversaries": [2]}
+    if not _planned(raw, elsewhere, grid, "defense", name).has(steps):
+        return "a step depends on the cell's target class or adversary"
+    (attack,) = raw["axes"]["attacks"]
+    entry = grid.catalog.get("attack", attack)
+    changed = {k: v for one in other_values(entry, entry.card.parameters).values() for k, v in one.items()}
+    other = _planned(raw, {"attacks": [{"name": attack, **changed}]}, grid, "defense", name)
+    if other.steps and not other.has(steps):  # none: a parameter of its own would be the secret
+        return "a step depends on the cell's trigger"
     return None
+
+
+def blind_to_the_defender(raw: Mapping[str, Any], steps: Sequence[Step], grid: Grid, name: str) -> str | None:
+    """The attack's steps are those of a cell with another merge and another coefficient, and, unless it adapts to
+    the defense, with another defense."""
+    elsewhere: dict[str, Any] = {"merging": [{"name": "task_arithmetic", "scaling": 0.9}, "simple_average"]}
+    if not grid.catalog.get("attack", name).card.adapts:
+        elsewhere["defenses"] = ["outlier_test"]
+    if not _planned(raw, elsewhere, grid, "attack", name).has(steps):
+        return "a step depends on the cell's merge or defense"
+    return None
+
+
+class _Planned(NamedTuple):
+    """The steps of a component in a plan."""
+
+    steps: list[Step]
+
+    def has(self, steps: Sequence[Step]) -> bool:
+        """Whether each of other ``steps`` is among them, once it is handed the same inputs."""
+        return all(
+            any(_with_inputs(own, step) == step.key for own in self.steps if own.kind == step.kind)
+            for step in steps
+        )
+
+
+def _planned(raw: Mapping[str, Any], axes: Mapping[str, Any], grid: Grid, kind: str, name: str) -> _Planned:
+    """Of the grid with other ``axes``, the steps of one component."""
+    changed = resolve(parse_grid({**raw, "axes": {**raw["axes"], **axes}}, "conformance"), grid.catalog)
+    plan = make_plan(changed, lambda task: "")
+    return _Planned([
+        s for s in plan.steps.values() if any(r.name == name and r.kind == kind for _, r in s.components)
+    ])  # fmt: skip
 
 
 def _with_inputs(step: Step, like: Step) -> str:

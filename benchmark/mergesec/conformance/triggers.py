@@ -116,7 +116,7 @@ def shares_its_trigger(
     """Another value of each parameter named by ``after_trigger`` must give the same trigger, and the attack's
     own hook the one that the plan took from the attack named by ``trigger_of``."""
     card = entry.card
-    for name, changed in {"trigger_of": {}, **_others(entry, card.after_trigger)}.items():
+    for name, changed in {"trigger_of": {}, **other_values(entry, card.after_trigger)}.items():
         if _differs(entry, changed, catalog, step, bench, kinds):
             return f"the trigger depends on {name}" if changed else f"the trigger is not {card.trigger_of}'s"
     return None
@@ -126,13 +126,13 @@ def shares_its_references(
     entry: Entry, catalog: Catalog, step: Step, bench: Bench, kinds: Mapping[str, str]
 ) -> str | None:
     """Another value of each parameter named by ``after_reference`` must give the same expert."""
-    for name, changed in _others(entry, entry.card.after_reference).items():
+    for name, changed in other_values(entry, entry.card.after_reference).items():
         if _differs(entry, changed, catalog, step, bench, kinds):
             return f"a reference depends on {name}"
     return None
 
 
-def _others(entry: Entry, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+def other_values(entry: Entry, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Of each parameter another value."""
     card = entry.card
     bound = card.bind("trial", card.trial)

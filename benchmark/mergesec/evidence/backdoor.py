@@ -251,6 +251,17 @@ def _looks_and_data(row: Row, done: Sequence[Record], sides: Sequence[str]) -> N
         _put_known(row, {f"{side}_rows": average(done, partial(_rows, side))})
 
 
+_COEFFICIENTS = {
+    "coefficient": "coefficient/malicious", "coefficient_others": "coefficient/others",
+    "coefficient_control": "coefficient/control",
+}  # fmt: skip
+
+
+def _put_coefficients(row: Row, done: Sequence[Record]) -> None:
+    """The coefficient that a merge gave to the malicious experts, to the others, and to the same task's clean one."""
+    _put_known(row, {column: average(done, value(name)) for column, name in _COEFFICIENTS.items()})
+
+
 def _rows(side: str, record: Record) -> float | None:
     """Rows of data of an attack or a defense, where the record tells."""
     return record.cost.get(side, {}).get("rows")
@@ -265,6 +276,7 @@ def _cells_board(settings: Sequence[Setting], reader: Reader) -> Board:
     for setting in settings:
         for name in measures:
             put(setting.row, name, setting.part[name])
+        _put_coefficients(setting.row, setting.done)
         _looks_and_data(setting.row, setting.done, ("attack", "defense"))
     for contest in _by(settings, lambda s: (s.contest, s.method)).values():
         common = common_cells({s.defense: s.cells("defense") for s in contest})
@@ -282,6 +294,11 @@ def _cells_board(settings: Sequence[Setting], reader: Reader) -> Board:
         "the target class, which ASR leaves out. Tiers rank defenses within one attack and method over their common cells."
     )
     rows = [s.row for s in settings]
+    if any("coefficient" in row for row in rows):
+        note += (
+            " `coefficient`: of the malicious experts, where the merge has one per expert, `coefficient_others` of the "
+            "others, `coefficient_control` of the same tasks' experts in the control."
+        )
     return Board(
         "backdoor", "Backdoor: attack × method × defense", pd.DataFrame(rows), measures, note + about_tiers(rows)
     )  # fmt: skip
@@ -302,6 +319,7 @@ def _by_adversary(setting: Setting, reader: Reader) -> list[Row]:
         rates = backdoor_rates(mine, reader)
         for name in _BY_ADVERSARY:
             put(row, name, rates[name])
+        _put_coefficients(row, mine)
         rows.append(row)
     return rows
 

@@ -50,6 +50,9 @@ _WHOLE = (
 )
 """Measures that are no shares."""
 _PLAIN = (
+    "coefficient",
+    "coefficient_others",
+    "coefficient_control",
     "max_abs_dlogit",
     "peak_mb",
     "DER",

@@ -120,6 +120,7 @@ def make_records(plan: Plan, store: Store, outcome: Outcome) -> list[Record]:
                 _note(role, info, values, facts)
             if planned.cell.threat == Threat.BACKDOOR:
                 _note_defended(planned, road, values, facts)
+                _note_coefficients(planned, road, values)
         cost = _cost(road, planned, found) if status == "done" else {}
         if status == "done" and planned.cell.threat == Threat.BACKDOOR:
             cost |= _sides(planned, road)
@@ -213,6 +214,22 @@ def _note_defended(planned: CellPlan, road: Road, values: dict[str, float], fact
         else:
             told |= {k: v for k, v in info.items() if k not in MEASURED}
     facts["merge"] = told
+
+
+def _note_coefficients(planned: CellPlan, road: Road, values: dict[str, float]) -> None:
+    """Of a merge that learns or is told a coefficient per expert: that of the malicious ones, of the others, and of
+    the malicious ones' tasks where all experts are clean. Means."""
+    cell, roles = planned.cell, dict(planned.roles)
+    if cell.attack is NONE:
+        return
+    control = Role.CLEAN_MERGE if cell.defense is NONE else Role.DEFENDED_CLEAN_MERGE
+    honest = tuple(t for t in cell.experts if t not in cell.crew)
+    for name, role, tasks in (
+        ("malicious", Role.MERGE, cell.crew), ("others", Role.MERGE, honest), ("control", control, cell.crew),
+    ):  # fmt: skip
+        found = road.facts(road.inputs(roles[role])["model"]).get("coefficients")
+        if isinstance(found, Mapping) and tasks and all(t in found for t in tasks):
+            values[f"coefficient/{name}"] = sum(float(found[t]) for t in tasks) / len(tasks)
 
 
 def _sides(planned: CellPlan, road: Road) -> dict[str, dict[str, float]]:

@@ -214,6 +214,8 @@ def _card(raw: Raw) -> Card:
 
 def _parameter(raw: Mapping[str, Any]) -> Parameter:
     given: Raw = {k: tuple(v) if k in ("choices", "also") else v for k, v in raw.items()}
+    if "stands_for" in given:
+        given["stands_for"] = {name: tuple(numbers) for name, numbers in given["stands_for"].items()}
     return Parameter(**given)
 
 
@@ -283,14 +285,24 @@ def _wanted(key: str, value: Any) -> str:
     return "" if isinstance(value, str) else "a string"
 
 
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _bound(value: Any) -> bool:
-    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+    return value is None or _number(value)
+
+
+def _stands(value: Any) -> bool:
+    known = isinstance(value, dict) and _strings(list(value))
+    return known and all(isinstance(v, (list, tuple)) and v and all(map(_number, v)) for v in value.values())
 
 
 _PARAMETER_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "doc": ("a string", lambda v: isinstance(v, str)), "min": ("a number", _bound), "max": ("a number", _bound),
     "choices": ("a list of strings", _strings), "also": ("a list", lambda v: isinstance(v, (list, tuple))),
     "later": ("true or false", lambda v: type(v) is bool), "shown": ("true or false", lambda v: type(v) is bool),
+    "stands_for": ("a literal of 'also' → the numbers that it stands for", _stands),
     "secret": ("target_class, attack.NAME, merging.NAME or rows.SPLIT", lambda v: isinstance(v, str) and is_secret(v)),
 }  # fmt: skip
 

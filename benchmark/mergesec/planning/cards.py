@@ -56,6 +56,8 @@ class Parameter:
     secret: str = ""
     """The other side's secret that a value may not be by coincidence, one of ``SECRETS``: cells in which the two
     are equal are left out."""
+    stands_for: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """The numbers that a literal of ``also`` stands for, by which it is compared with what may not equal it."""
 
     def check(self, where: str, value: Any) -> Any:
         """``value``, normalised; UsageError naming ``where`` if type or range is wrong."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from mergesec.planning.cards import Parameter
 from mergesec.planning.refs import NONE, Ref
 from mergesec.planning.resolve import Grid
 from mergesec.planning.seeds import draw_seed
@@ -191,7 +192,7 @@ def _coincidence(grid: Grid, cell: Cell) -> str:
         card = grid.catalog.get(ref.kind, ref.name).card
         for name, value in ref.parameters:
             secret = card.parameters[name].secret
-            if secret and value in _secrets(grid, cell, secret):
+            if secret and _is_one(value, card.parameters[name], _secrets(grid, cell, secret)):
                 told = f"{ref.kind} {ref.name}: {name} is {value}, which is the cell's {secret}"
                 return f"{told}; it cannot know that"
     return ""
@@ -206,7 +207,16 @@ def _secrets(grid: Grid, cell: Cell, secret: str) -> set[Any]:
         cards = (grid.catalog.get("task", task).card for task in cell.experts)
         return {card.images[name] for card in cards if name in card.images}
     ref = {"attack": cell.attack, "merging": cell.merging}[whose]
-    return {value for key, value in ref.parameters if key == name and not isinstance(value, str)}
+    parameter = grid.catalog.get(ref.kind, ref.name).card.parameters.get(name)
+    value = dict(ref.parameters).get(name)
+    if parameter is None or value is None:
+        return set()
+    return set(parameter.stands_for.get(value, ())) if isinstance(value, str) else {value}
+
+
+def _is_one(value: Any, parameter: Parameter, secrets: set[Any]) -> bool:
+    """Whether a value is one of the secrets; a whole number is what rounds to it."""
+    return value in ({round(secret) for secret in secrets} if parameter.type == "int" else secrets)
 
 
 class Contributed(NamedTuple):

@@ -62,6 +62,7 @@ CARD = {
             "min": 0.5,
             "max": 32.0,
             "also": ["published"],
+            "stands_for": {"published": [3.142857142857143, 4.0]},
             "doc": "side of the square patch in pixels of a 32-pixel image; published: 22 of 224, off-task 28",
         },
         "position": {
