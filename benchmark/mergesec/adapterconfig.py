@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,6 +95,22 @@ def is_adapter(place: Path, who: str) -> bool:
             f"{brief(str(place))!r} holds a network and an adapter ({CONFIG}); remove the one that is not meant",
         )
     return True
+
+
+def without_factors(held: Mapping[str, str], base: Mapping[str, Sequence[int]], lora: Lora) -> str:
+    """A module that ``target_modules`` names and that has no factors in a file of those of ``held`` (modules to the
+    base's tensors); empty if there is none. ``base``: shapes by name."""
+    if lora.targets == "all-linear" or not held:
+        return ""
+    module, own = next(iter(held.items()))
+    wrapped = f"{module}.weight"
+    prefix = wrapped.removesuffix(own) if wrapped.endswith(own) else ""
+    done = set(held.values())
+    for name, shape in base.items():
+        module = prefix + name.removesuffix(".weight")
+        if len(shape) == 2 and name.endswith(".weight") and name not in done and lora.takes(module):
+            return module
+    return ""
 
 
 def read_lora(folder: Path, who: str) -> Lora:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mergesec.adapterconfig import FACTORS, Lora, read_lora
+from mergesec.adapterconfig import FACTORS, Lora, read_lora, without_factors
 from mergesec.contracts import Weights
 from mergesec.errors import UsageError
 from mergesec.files import brief
@@ -193,16 +193,10 @@ def _biased(module: str, lora: Lora) -> bool:
 
 def _check_complete(maps: Sequence[_Map], base: Weights, lora: Lora, folder: Path, who: str) -> None:
     """UsageError if a map that ``target_modules`` names has no factors: the file is not all of the adapter."""
-    if lora.targets == "all-linear" or not maps:
-        return
-    first = maps[0]
-    wrapped, own = f"{first.module}.weight", first.target
-    prefix = wrapped.removesuffix(own) if wrapped.endswith(own) else ""
-    held = {found.target for found in maps}
-    for name, tensor in base.items():
-        module = prefix + name.removesuffix(".weight")
-        if tensor.ndim == 2 and name.endswith(".weight") and name not in held and lora.takes(module):
-            raise _refused(folder, who, f"no factors for '{brief(module)}', which target_modules names")
+    held = {found.module: found.target for found in maps}
+    module = without_factors(held, {name: tensor.shape for name, tensor in base.items()}, lora)
+    if module:
+        raise _refused(folder, who, f"no factors for '{brief(module)}', which target_modules names")
 
 
 # --------------------------------------------------------------------------- what is computed

@@ -5,10 +5,11 @@ Names differ between releases of transformers, so factors whose map is not found
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from mergesec.adapterconfig import FACTORS
+from mergesec.adapterconfig import FACTORS, Lora, without_factors
 from mergesec.errors import UsageError
 from mergesec.files import brief
 from mergesec.modelfiles import Stored, header
@@ -16,24 +17,44 @@ from mergesec.modelfiles import Stored, header
 FIRST, SECOND, PREFIX = ".lora_A.weight", ".lora_B.weight", "base_model.model."
 
 
-def check_factors(folder: Path, base: Mapping[str, Stored], who: str) -> None:
-    """UsageError if a map of the base has other sides than the factors for it: they were made for another base."""
+def check_factors(folder: Path, base: Mapping[str, Stored], lora: Lora, who: str) -> None:
+    """UsageError if a map of the base has other sides than the factors for it, or the base has that map in other blocks
+    alone: they were made for another base. Likewise if a map that ``target_modules`` names has none."""
     factors = header(folder / FACTORS, who)
+    known = {_numbered(name) for name in base}
+    held: dict[str, str] = {}
     for name, first in factors.items():
         module = name.removesuffix(FIRST)
         second = factors.get(module + SECOND)
         if module == name or second is None or len(first.shape) != 2 or len(second.shape) != 2:
             continue
-        target = _held(f"{module.removeprefix(PREFIX)}.weight", base)
+        plain = module.removeprefix(PREFIX)
+        target = _held(f"{plain}.weight", base)
+        if target:
+            held[plain] = target
+        elif _held(_numbered(f"{plain}.weight"), known):
+            raise _refused(folder, who, f"the base has no '{brief(plain)}': an adapter for another base")
         sides = (second.shape[0], first.shape[1])
         if target and base[target].shape not in (sides, sides[::-1]):  # GPT-2 keeps its maps transposed
-            raise UsageError(
-                who, f"{brief(str(folder / FACTORS))!r}: the factors of '{brief(module)}' make a map {list(sides)}, the "
-                f"base's '{brief(target)}' is {list(base[target].shape)}: an adapter for another base",
+            raise _refused(
+                folder, who, f"the factors of '{brief(module)}' make a map {list(sides)}, the base's '{brief(target)}' "
+                f"is {list(base[target].shape)}: an adapter for another base",
             )  # fmt: skip
+    module = without_factors(held, {name: stored.shape for name, stored in base.items()}, lora)
+    if module:
+        raise _refused(folder, who, f"no factors for '{brief(module)}', which target_modules names")
 
 
-def _held(name: str, base: Mapping[str, Stored]) -> str:
+def _refused(folder: Path, who: str, message: str) -> UsageError:
+    return UsageError(who, f"{brief(str(folder / FACTORS))!r}: {message}")
+
+
+def _numbered(name: str) -> str:
+    """A name with 0 for each number in it: one for all blocks."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "0", name)
+
+
+def _held(name: str, base: Iterable[str]) -> str:
     """The base's name for an adapter's, which may have been wrapped in a larger model; empty without one."""
     fits = [n for n in base if n == name or name.endswith("." + n) or n.endswith("." + name)]
     return max(fits, key=len, default="")

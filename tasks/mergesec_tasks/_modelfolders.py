@@ -55,8 +55,7 @@ def check_expert(folder: Path, base: Path, values: Values, who: str, kinds: Kind
     """UsageError unless a folder holds an adapter that can be merged, or a network with the base's function for equal
     weights; what makes its inputs may be missing, but not differ."""
     if is_adapter(folder, who):
-        read_lora(folder, who)
-        check_factors(folder, stored_tensors(base, who), who)
+        check_factors(folder, stored_tensors(base, who), read_lora(folder, who), who)
     else:
         own = read_config(folder, who, kinds.types)
         check_same_function(values, own, base / CONFIG, folder / CONFIG, who)

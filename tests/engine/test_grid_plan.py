@@ -87,7 +87,7 @@ def test_presets_resolve_and_have_cells_of_every_threat(
     preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A network's folder counts by its content alone: any will do here, where nobody looks into it."""
-    for name in ("_inspect", "_inspect_tasks"):
+    for name in ("_inspect", "_inspect_tasks", "_inspect_answers"):
         monkeypatch.setattr(f"mergesec.planning.resolve.{name}", lambda *_: None)
     (tmp_path / "config.json").write_text("{}")
     source = presets_folder() / f"{preset}.yaml"

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -245,6 +246,43 @@ def test_an_adapter_for_another_base_is_refused_by_the_plan(folders: Any, tmp_pa
         match=r"(?s)^suite\.experts\.t: .*make a map \[16, 16\], .* \[32, 32\]: an adapter for another base",
     ):
         inspect("hf-causal", base, "suite.backbone", {"suite.experts.t": str(bad)})
+
+
+def test_an_adapter_of_more_blocks_or_with_maps_missing_is_refused_by_the_plan(
+    folders: Any, tmp_path: Path
+) -> None:
+    from mergesec_tasks._modelfolders import inspect
+
+    base = {"path": str(folders["tied"][0])}
+    deep, cut = adapter(tmp_path / "deep", 5, 32), adapter(tmp_path / "cut", 2, 32)
+    with pytest.raises(
+        UsageError, match=r"no 'model\.layers\.3\.self_attn\.q_proj': an adapter for another base"
+    ):
+        inspect("hf-causal", base, "suite.backbone", {"suite.experts.t": str(deep)})
+    with pytest.raises(
+        UsageError, match=r"no factors for 'model\.layers\.2\.self_attn\.q_proj', which target_m"
+    ):
+        inspect("hf-causal", base, "suite.backbone", {"suite.experts.t": str(cut)})
+
+
+@pytest.mark.parametrize("task", ["secrets", "refusal"])
+def test_answers_that_do_not_fit_are_named_before_anything_runs(folders: Any, task: str) -> None:
+    catalog = load_catalog()
+    folder = folders["tied"][0]
+    backbone = {"name": "hf-causal", "path": str(folder), "max_length": 12, "template": "{text} label :"}
+    raw = {"name": "g", "suite": {"backbone": backbone, "tasks": [task]}, "axes": {"merging": ["ties"]}}
+    with pytest.raises(UsageError) as told:
+        resolve(parse_grid(raw, "grid g"), catalog)
+    found = re.fullmatch(
+        rf"suite\.backbone\.max_length \({task}\): 12 is less than the (\d+) tokens of a prompt and its answer",
+        str(told.value),
+    )
+    assert found
+    component = catalog.get("task", task).load()(**catalog.get("task", task).card.bind("x", {}))
+    rows = [row for some in (*component.written().values(), *component.others().values()) for row in some]
+    asked = causal(folder)
+    with pytest.raises(UsageError, match=f"is less than the {found[1]} tokens"):
+        asked.answered(loaded(asked), [prompt for prompt, _ in rows], [answer for _, answer in rows])
 
 
 def test_of_an_adapter_for_all_blocks_those_that_are_kept_count(folders: Any, tmp_path: Path) -> None:

@@ -161,6 +161,8 @@ class Card:
     Only this project's own are called: planning runs nobody else's code."""
     inspect_tasks: str = ""
     """Likewise of a backbone, with the classes of the grid's tasks (``labels``); for ``zero_shot`` with their prompts."""
+    inspect_answers: str = ""
+    """Likewise of a language model, with the rows (prompt, answer) of the grid's tasks of the modality ``answers``."""
     zero_shot: bool = False
     """Of a backbone: it makes heads from prompts, with a text tower."""
     templates: tuple[str, ...] = ()

@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -61,6 +61,7 @@ def resolve(spec: GridSpec, catalog: Catalog) -> Grid:
     if len(set(names)) != len(names):
         raise UsageError("suite.tasks", "a task is named twice")
     _inspect_tasks(backbone, {n: catalog.get("task", n).card for n in names}, catalog)
+    _inspect_answers(backbone, tasks, catalog)
     axes = spec.axes
     for axis in ("victim", "adversary"):
         value = getattr(axes, axis)
@@ -141,6 +142,24 @@ def _inspect_tasks(backbone: Ref, cards: Mapping[str, Card], catalog: Catalog) -
         inspect = getattr(importlib.import_module(module), function)
         texts = {name: _texts(card, entry.card.zero_shot) for name, card in cards.items()}
         inspect(dict(backbone.parameters), "suite.backbone", {n: told for n, told in texts.items() if told})
+
+
+def _inspect_answers(backbone: Ref, tasks: Sequence[Ref], catalog: Catalog) -> None:
+    """UsageError for prompts whose answers do not fit behind them. Such tasks write their rows themselves."""
+    entry = catalog.get("backbone", backbone.name)
+    if not entry.card.inspect_answers or entry.digest:
+        return
+    rows: dict[str, list[tuple[str, str]]] = {}
+    for task in tasks:
+        found = catalog.get("task", task.name)
+        if found.card.modality == "answers" and not found.digest:
+            component = found.load()(**dict(task.parameters))
+            every = (*component.written().values(), *component.others().values())
+            rows[task.name] = [row for some in every for row in some]
+    if rows:
+        module, _, function = entry.card.inspect_answers.partition(":")
+        inspect = getattr(importlib.import_module(module), function)
+        inspect(dict(backbone.parameters), "suite.backbone", rows)
 
 
 def _texts(card: Card, prompts: bool) -> list[str]:

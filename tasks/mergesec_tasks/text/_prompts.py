@@ -37,6 +37,12 @@ def check_room(prompt: int, longest: int, positions: int, who: str) -> None:
         )
 
 
+def check_answers(longest: int, most: int, who: str) -> None:
+    """UsageError unless the longest prompt and its answer fit: they are not cut."""
+    if longest > most:
+        raise UsageError(who, f"{most} is less than the {longest} tokens of a prompt and its answer")
+
+
 def check_labels(tokens: Mapping[str, Sequence[str]], prefix: str, labels: str, who: str) -> None:
     """UsageError unless the tokens of the classes' names tell them apart: one token each, or with ``labels: first``
     different first ones."""
@@ -71,7 +77,7 @@ def inspect(parameters: Mapping[str, Any], where: str, classes: Mapping[str, Seq
     if parameters["layers"] > own:
         raise UsageError(f"{where}.layers", f"{parameters['layers']} exceed the {own} of the model")
     words = read_tokenizer(folder, f"{where}.path")
-    positions = int(values["n_positions" if values["model_type"] == "gpt2" else "max_position_embeddings"])
+    positions = _positions(values)
     parts = parameters["template"].split(SLOT)
     prompt = sum(len(words.encode(part, add_special_tokens=False).ids) for part in parts)
     check_room(prompt, parameters["max_length"] or positions, positions, where)
@@ -79,3 +85,28 @@ def inspect(parameters: Mapping[str, Any], where: str, classes: Mapping[str, Seq
     for task, names in classes.items():
         tokens = {n: words.encode(prefix + n, add_special_tokens=False).tokens for n in names}
         check_labels(tokens, prefix, parameters["labels"], f"{where}.label_prefix ({task})")
+
+
+def inspect_answers(
+    parameters: Mapping[str, Any], where: str, rows: Mapping[str, Sequence[tuple[str, str]]]
+) -> None:
+    """UsageError, naming the grid's field, for tasks with a row (prompt, answer) that is longer than ``max_length``."""
+    folder = Path(str(parameters["path"])).expanduser()
+    if not parameters["path"] or not folder.exists():
+        return
+    values = check_base(folder, f"{where}.path", KINDS["hf-causal"])
+    words = read_tokenizer(folder, f"{where}.path")
+    most = parameters["max_length"] or _positions(values)
+    begins = len(words.encode("").ids[:1])
+    for task, written in rows.items():
+        lengths = (
+            len(words.encode(prompt, add_special_tokens=False).ids)
+            + len(words.encode(answer, add_special_tokens=False).ids)
+            for prompt, answer in written
+        )
+        check_answers(begins + max(lengths, default=0), most, f"{where}.max_length ({task})")
+
+
+def _positions(values: Mapping[str, Any]) -> int:
+    """The context of the model, in tokens."""
+    return int(values["n_positions" if values["model_type"] == "gpt2" else "max_position_embeddings"])

@@ -13,7 +13,7 @@ from mergesec.errors import UsageError
 from mergesec.modelfiles import file_of
 from mergesec_tasks._transformers import numbers_of
 from mergesec_tasks.text._hf import HfFolder, padded
-from mergesec_tasks.text._prompts import SLOT, WHOLE, check_labels, check_room, check_template
+from mergesec_tasks.text._prompts import SLOT, WHOLE, check_answers, check_labels, check_room, check_template
 
 CARD = {
     "name": "hf-causal",
@@ -29,6 +29,7 @@ CARD = {
     "depends": ["transformers"],
     "inspect": "mergesec_tasks._modelfolders:inspect",
     "inspect_tasks": "mergesec_tasks.text._prompts:inspect",
+    "inspect_answers": "mergesec_tasks.text._prompts:inspect_answers",
     "requires": {"transformers": "transformers>=4.57"},
     "source": "a local folder in the Hugging Face layout, or the hub at a commit",
     "licence": "that of the weights",
@@ -178,10 +179,7 @@ class HfCausal(HfFolder):
         ]
         then = numbers_of(self.tokeniser, answers, self.who, add_special_tokens=False)
         longest = max(len(a) + len(b) for a, b in zip(first, then, strict=True))
-        if longest > self.max_length:
-            raise UsageError(
-                f"{self.who}.max_length", f"{self.max_length} is less than the {longest} tokens of a prompt and its answer"
-            )  # fmt: skip
+        check_answers(longest, self.max_length, f"{self.who}.max_length")
         numbers, mask = padded([a + b for a, b in zip(first, then, strict=True)], self.pad())
         begins = torch.tensor([len(row) for row in first])[:, None]
         asked = (mask & (torch.arange(mask.shape[1]) >= begins))[:, 1:].to(device)
