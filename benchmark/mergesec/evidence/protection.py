@@ -53,7 +53,7 @@ def protection_boards(records: Sequence[Record], reader: Reader) -> list[Board]:
     if not records:
         return []
     detail, tried = _detail(records, reader)
-    boards = [_summary(records, tried, reader), detail]
+    boards = [_summary(records, tried, reader), detail, _victims(records, reader)]
     return [b for b in (*boards, _distances(records), ownership_board(records, reader)) if b is not None]
 
 
@@ -99,6 +99,31 @@ def _detail(records: Sequence[Record], reader: Reader) -> tuple[Board, dict[tupl
         measures = tuple(part)
     frame = pd.DataFrame(rows)
     return Board("protection_cells", "Protection: every defense × attack × method", frame, measures), tried
+
+
+_BY_VICTIM = (
+    "UMP-", "UMP+", "MMP-", "MMP+", "MMP_attacked", "free_rider-", "free_rider+", "free_rider_attacked", "base",
+    "recovery",
+)  # fmt: skip
+
+
+def _victims(records: Sequence[Record], reader: Reader) -> Board | None:
+    """The rows of the board of every cell, one for each victim: whether a finding is one of all of them. None where
+    there is but one."""
+    done = [r for r in records if r.status == "done"]
+    if len({r.subject for r in done}) < 2:
+        return None
+    several = any(r.protected > 1 for r in records)
+    groups = grouped(done, lambda r: (*_setting(r), r.subject))
+    rows: list[Row] = []
+    for (key, mine), part in zip(groups.items(), _rates_of(groups.values(), reader), strict=True):
+        row: Row = {"victim": key[-1], **_opening(key[:-1], several)}
+        row |= {"cells_done": len(mine), "cells_expected": len(mine), "seeds": fewest_seeds(mine)}
+        for name in _BY_VICTIM:
+            put(row, name, part[name])
+        rows.append(row)
+    note = "As on the board of every cell, victim by victim: finished cells only."
+    return Board("protection_victims", "Protection: victim by victim", pd.DataFrame(rows), _BY_VICTIM, note)
 
 
 def protection_rates(records: Sequence[Record], reader: Reader) -> dict[str, Estimate]:

@@ -20,6 +20,8 @@ _SHOWN: dict[str, tuple[str, ...]] = {
                    "recovered_by", "worst_merged", "max_abs_dlogit", "cells_compared"),
     "protection_cells": ("defense", "attack", "method", "experts", "protected", "secrets", "UMP-", "UMP+",
                          "UMP_attacked", "MMP-", "MMP+", "MMP_attacked", "free_rider+", "recovery"),
+    "protection_victims": ("victim", "defense", "attack", "method", "experts", "protected", "secrets", "UMP-", "UMP+",
+                           "MMP-", "MMP+", "MMP_attacked", "free_rider_attacked", "recovery"),
     "protection_distances": ("defense", "attack", "to_expert/all", "to_base/all", "to_base/query",
                              "to_base/value", "to_base/up", "condition", "max_abs_dlogit"),
     "ownership": ("defense", "attack", "method", "experts", "verified/published", "verified/protected_merge",
