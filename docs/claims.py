@@ -118,6 +118,7 @@ ELSEWHERE = {"adversary": "mini/eurosat", "method": EIGHT}
 RELEASED = "dam(adamerging_steps=100, adv_lr=0.001, granularity=task, lr=0.01, mask_lr=0.01, steps=100)"
 ABLATION = "dam(adamerging_steps=100, adv_lr=0.001, adv_weight=0, granularity=task, *"
 LEARNT = "adamerging(granularity=task, *"
+UNTUNED = "one threshold, the default u 3, and what CLP takes turns on it"
 AGAIN = "measured once with too few steps or too much told, and not yet again"
 
 
@@ -442,7 +443,8 @@ CLAIMS: Sequence[Claim] = (
                 less={"method": EIGHT, "defense": RELEASED}),
           most(0, 5)),
     Claim("neural-cleanse", "defenses", "Neural Cleanse does not find BadMerging (index 1.2): ASR it takes away",
-          _BADMERGING, _MIXED, _taken("neural_cleanse*"), most(10, 50)),
+          _BADMERGING, _MIXED, _taken("neural_cleanse*"), most(10, 50),
+          void="it ran for 100 of its 1,000 steps and on 128 of its 512 rows"),
     Claim("wag", "defenses", "Averaging with siblings removes a backdoor (WAG)",
           "Here's a Free Lunch, arXiv 2402.19334", _NOTES,
           _taken("wag", "badmerging(*", "mini-backdoor-siblings/backdoor"), least(30, 5)),
@@ -460,13 +462,13 @@ CLAIMS: Sequence[Claim] = (
     Claim("anp", "defenses", "Pruning neurons sensitive to perturbation removes a backdoor (ANP)",
           "BackdoorBench 2.2", _MEMORY,
           _taken("anp(batch_size=32, pruning_max=1)", OPTIMISED, "mini-backdoor-repairs/backdoor"), least(30, 5)),
-    Claim("clp", "defenses", "Pruning channels of large Lipschitz bounds removes a backdoor (CLP, no data)",
-          "BackdoorBench 2.2", _MEMORY, _taken("clp*"), least(50, 5)),
+    Claim("clp", "defenses", "Pruning channels of large Lipschitz bounds removes a backdoor (CLP at u 3, no data)",
+          "BackdoorBench 2.2", _MEMORY, _taken("clp*"), least(50, 5), void=UNTUNED),
     Claim("clp-real", "defenses", "The same: BadNets on real images (share of its 37)",
           "BackdoorBench 2.2", _MEMORY,
           Query("real-smoke/backdoor", {"attack": "badnets", "method": EIGHT, "defense": "none"}, "succession",
                 less={"defense": "clp*"}),
-          least(20, 2)),
+          least(20, 2), void=UNTUNED),
     *(
         Claim(name, "defenses", f"{title} on clean rows removes a backdoor (published steps, four experts)",
               "BackdoorBench 2.2", _MEMORY, _taken(defense, board="mini-backdoor-repairs/backdoor"), least(30, 5))

@@ -61,9 +61,11 @@ def _written() -> str:
 
 @cache
 def _anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings as GitHub makes them: lower case, hyphens for spaces, no punctuation."""
+    """The anchors of a page: those of its headings as GitHub makes them (lower case, hyphens for spaces, no
+    punctuation), and those that rows of tables name themselves."""
     headings = re.findall(r"^#+ +(.+?) *$", _prose(page), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    named = re.findall(r'<a id="([^"]+)"></a>', _prose(page))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings} | {*named}
 
 
 def _broken(page: Path) -> Iterator[str]:
@@ -75,7 +77,7 @@ def _broken(page: Path) -> Iterator[str]:
         if not place.exists() or ROOT not in (place, *place.parents):
             yield link
         elif anchor and anchor not in _anchors(place):
-            yield f"{link} (no such heading)"
+            yield f"{link} (no such anchor)"
 
 
 def test_relative_links_resolve() -> None:
