@@ -92,6 +92,8 @@ def most(holds: float, fails: float) -> Rule:
 
 MORE, LESS = least(0, 0), most(0, 0)
 """Of a difference: its sign."""
+TWO = least(2, 2)
+"""Of what the safety term adds: the two points that are claimed, of which a part is what the ablation has too."""
 SECTIONS = {
     "protection": "Protection", "backdoors": "Backdoors", "defenses": "Defenses against backdoors",
     "merging": "Merging", "ours": "This project's own",
@@ -395,18 +397,18 @@ CLAIMS: Sequence[Claim] = (
             ("task-arithmetic", "DAM takes 2 to 10 points of ASR from task arithmetic", {}, least(2, 0)),
             ("ties", "from TIES", {"method": "ties"}, least(2, 0)),
             ("adamerging", "from AdaMerging (task-wise, as DAM)", {"method": LEARNT}, least(2, 0)),
-            ("ablation", "from its own ablation (Concrete AdaMerging)", {"defense": ABLATION}, least(2, 0)),
+            ("ablation", "from its own ablation (Concrete AdaMerging)", {"defense": ABLATION}, TWO),
             ("accuracy", "at about 1 % of accuracy (against task-wise AdaMerging)",
              {"method": LEARNT, "column": "BA"}, most(1, 3)),
         )
     ),
     *(
         Claim(f"dam-{name}-several", "defenses", f"{said}: TrojViT, three malicious of four", _DAM, _PAPER,
-              _over_dam("trojvit*", adversaries="3", **rows), least(2, 0))
-        for name, said, rows in (
-            ("task-arithmetic", "DAM takes 2 to 10 points of ASR from task arithmetic", {}),
-            ("adamerging", "from AdaMerging (task-wise, as DAM)", {"method": LEARNT}),
-            ("ablation", "from its own ablation", {"defense": ABLATION}),
+              _over_dam("trojvit*", adversaries="3", **rows), rule)
+        for name, said, rows, rule in (
+            ("task-arithmetic", "DAM takes 2 to 10 points of ASR from task arithmetic", {}, least(2, 0)),
+            ("adamerging", "from AdaMerging (task-wise, as DAM)", {"method": LEARNT}, least(2, 0)),
+            ("ablation", "from its own ablation", {"defense": ABLATION}, TWO),
         )
     ),
     *(
@@ -421,7 +423,7 @@ CLAIMS: Sequence[Claim] = (
           _DAM, _PAPER,
           Query(BY_ADVERSARY, {**ELSEWHERE, "attack": "badmerging*", "defense": ABLATION}, "succession",
                 less={"defense": RELEASED}),
-          least(2, 0)),
+          TWO),
     Claim("adamerging-elsewhere", "defenses", "Coefficients learnt by layer leave more of BadMerging than task arithmetic where eurosat is malicious",
           "this project's question", _OURS,
           Query(BY_ADVERSARY, {**ELSEWHERE, "attack": "badmerging*", "method": "adamerging(lr*", "defense": "none"},

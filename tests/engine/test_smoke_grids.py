@@ -15,6 +15,7 @@ from mergesec.planning.presets import preset_names
 MINI = {
     "mini-text-backdoor-smoke": ("backdoor", {"phrase", "rare_token", "merge_hijacking", "lora_phrase"}),
     "mini-backdoor-transfer-smoke": ("transfer", {"universal_perturbation"}),
+    "mini-backdoor-screens-smoke": ("backdoor", {"none", "badnets"}),
 }
 MODELS = {
     "real-llm-secrets-smoke": "secrets",
