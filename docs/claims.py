@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 
-from mergesec.errors import UsageError
+from mergesec.errors import UsageError, nearest
 from mergesec.evidence.estimates import Reader, cell_of, fewest_seeds, only
 from mergesec.evidence.records import Record, read_records
 from mergesec.evidence.statistics import Estimate
@@ -839,6 +839,14 @@ def _said(found: Reading | None, of: Verdict, why: str) -> str:
         return f"{of}: {why}"
     one = lacking(support(found.records))
     return f"trial ({', '.join(one)}): {of}" if one else f"**{of}**"
+
+
+def became(name: str, rows: Rows) -> str:
+    """One claim's verdict; UsageError where no claim has that id."""
+    for claim in CLAIMS:
+        if claim.id == name:
+            return _said(*judged(claim, rows))
+    raise UsageError(name, f"no such claim{nearest(name, [c.id for c in CLAIMS])}")
 
 
 def _summary(rows: Rows) -> str:

@@ -61,9 +61,12 @@ def _written() -> str:
 
 @cache
 def _anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings as GitHub makes them: lower case, hyphens for spaces, no punctuation."""
+    """The anchors of a page: of its headings as GitHub makes them (lower case, hyphens for spaces, no punctuation),
+    and those that it sets itself."""
     headings = re.findall(r"^#+ +(.+?) *$", _prose(page), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return set(re.findall(r'<a id="([^"]+)"></a>', page.read_text())) | {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings
+    }
 
 
 def _broken(page: Path) -> Iterator[str]:
