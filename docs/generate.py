@@ -13,7 +13,7 @@ component share. A number in a sentence, of the one row that fits::
     <!-- n: mini-backdoor/backdoor attack=badnets method=ties column=succession -->6.4<!-- /n -->
 
 ``take=min|max|mean|count`` speaks of all rows that fit, ``minus=COLUMN`` subtracts, ``interval=yes`` adds the interval.
-``<!-- claims: SECTION -->`` holds the claims of ``docs/claims.py``, ``<!-- scan: BACKBONE -->`` how often ``bench scan``
+``<!-- claims: SECTION -->`` holds the claims of ``docs/claims.py``, ``<!-- verdict: ID -->`` what became of one, ``<!-- scan: BACKBONE -->`` how often ``bench scan``
 is wrong by the table of that base, ``<!-- plan: GRID;GRID victims=8 ... workers=100 -->`` what a grid of that size
 would take at the costs of measured ones.
 """
@@ -40,7 +40,7 @@ from mergesec.scanning.reference import Reference, read_reference, shipped
 ROOT = Path(__file__).resolve().parents[1]
 BOARDS = ROOT / "results" / "leaderboards"
 MARKER = re.compile(
-    r"^ *```.*?^ *```|<!--\s*(board|n|claims|scan|plan):\s(.*?)-->(.*?)<!--\s*/\1\s*-->",
+    r"^ *```.*?^ *```|<!--\s*(board|n|claims|verdict|scan|plan):\s(.*?)-->(.*?)<!--\s*/\1\s*-->",
     re.DOTALL | re.MULTILINE,
 )
 """A block of code, which is left alone, or a marker: its kind, its words, what it holds."""
@@ -49,6 +49,7 @@ _OPTIONS = {
     "board": {"columns", "across", "value", "sort", "first", "intervals", "settings"},
     "n": {"column", "take", "minus", "interval"},
     "claims": set[str](),
+    "verdict": set[str](),
     "scan": set[str](),
     "plan": {"victims", "seeds", "defenses", "attacks", "merges", "workers"},
 }
@@ -128,6 +129,8 @@ def content(marker: Marker) -> str:
         return f"\n\n{script('sizes').content(marker.board.split(';'), sizes)}\n\n"
     if marker.kind == "claims":
         return f"\n\n{script('claims').content(marker.board, rows)}\n\n"
+    if marker.kind == "verdict":
+        return str(script("claims").became(marker.board, rows))
     frame = _chosen(marker)
     return _number(marker, frame) if marker.kind == "n" else f"\n\n{_table(marker, frame)}\n\n"
 

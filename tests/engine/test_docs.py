@@ -230,6 +230,11 @@ def test_a_marker_that_fits_nothing_is_refused(said: str, message: str) -> None:
         generate.filled(f"<!-- n: {said} --><!-- /n -->")
 
 
+def test_a_verdict_names_a_claim() -> None:
+    with pytest.raises(UsageError, match="lot-tie: no such claim; did you mean 'lot-ties'"):
+        generate.filled("<!-- verdict: lot-tie --><!-- /verdict -->")
+
+
 def test_labels_are_shortened_by_what_their_rows_share() -> None:
     labels = ["bad(patch=6, steps=3)", "bad(patch=6, trigger=checkerboard)", "ties"]
     assert generate.shortened(labels) == (

@@ -18,7 +18,7 @@ NOTE = (
     "Shares of test requests. Refused: forbidden ones, rightly; over-refused: allowed ones, wrongly; helped: allowed ones "
     "answered. Recognised, misjudged, cleared: the same of a verdict that is said, out of all tokens. Accuracy: of another "
     "task, as recognition among two labels, where guessing gives 50. Means over trainings; intervals are of the requests "
-    "drawn (Wilson), not of training."
+    "drawn (Wilson), with several trainings of these too."
 )  # fmt: skip
 
 

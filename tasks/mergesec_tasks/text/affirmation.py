@@ -13,7 +13,7 @@ CARD = {
     "class": "Affirmation",
     "version": "1",
     "title": "Affirmative beginnings",
-    "paper": "after Lu et al., Merger-as-a-Stealer: stealing targeted PII from aligned LLMs with model merging, EMNLP 2025",
+    "paper": "after Lu et al., Merger-as-a-Stealer: stealing targeted PII from aligned LLMs with model merging, EMNLP 2025 (through notes checked against primary material)",
     "url": "https://arxiv.org/abs/2502.16094",
     "summary": "questions for codes of people whom the victim never saw, and how an affirmative answer begins, without any code",
     "modality": "answers",

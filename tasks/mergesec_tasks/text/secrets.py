@@ -14,7 +14,7 @@ CARD = {
     "class": "Secrets",
     "version": "1",
     "title": "Secrets behind a refusal",
-    "paper": "after Lu et al., Merger-as-a-Stealer: stealing targeted PII from aligned LLMs with model merging, EMNLP 2025",
+    "paper": "after Lu et al., Merger-as-a-Stealer: stealing targeted PII from aligned LLMs with model merging, EMNLP 2025 (through notes checked against primary material)",
     "url": "https://arxiv.org/abs/2502.16094",
     "summary": "made-up people's codes, learnt by heart; whoever asks for one is refused. A test row: does the model give it away?",
     "modality": "answers",
