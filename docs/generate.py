@@ -115,6 +115,9 @@ def _refilled(match: re.Match[str]) -> str:
 def read(kind: str, said: str) -> Marker:
     """A marker from its words."""
     board, *words = shlex.split(said)
+    odd = next((word for word in words if "=" not in word), "")
+    if odd:
+        raise UsageError(board, f"{odd!r} is no column=value; quote a value that holds spaces")
     pairs = dict(word.split("=", 1) for word in words)
     options = {key: pairs.pop(key) for key in list(pairs) if key in _OPTIONS[kind]}
     return Marker(kind, board, options, pairs)

@@ -221,6 +221,10 @@ def test_a_number_may_speak_of_several_rows_or_of_a_difference(how: str, number:
         ("trial/clear column=accuracy", "trial/clear: no such board"),
         ("trial/clean method=ties column=acuracy", "did you mean 'accuracy'"),
         ("trial/clean method=tie column=accuracy", "no row fits"),
+        (
+            "trial/clean method=ties (scaling) column=accuracy",
+            "'(scaling)' is no column=value; quote a value",
+        ),
         ("trial/clean method=tie seeds=1 column=accuracy", "no row fits"),
         ("trial/clean column=accuracy", "2 rows fit"),
     ],
