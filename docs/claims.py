@@ -164,6 +164,10 @@ def _words(defense: str) -> Query:
     return Query("mini-text-backdoor/backdoor", rows, "succession", less={"defense": defense})
 
 
+_ADDED = Query("mini-backdoor-screens/backdoor", {"attack": "badmerging(*", "defense": "none"}, "backdoor")
+"""What BadMerging adds where screens meet it."""
+
+
 def _over_dam(
     attack: str,
     method: str = EIGHT,
@@ -461,9 +465,10 @@ CLAIMS: Sequence[Claim] = (
           Query(OWN, {"attack": "trojvit*", "method": "weighted_task_arithmetic*", "adversaries": "1"}, "succession",
                 less={"method": EIGHT, "defense": RELEASED}),
           most(0, 5)),
-    Claim("neural-cleanse", "defenses", "Neural Cleanse does not find BadMerging (index 1.2): ASR it takes away",
-          _BADMERGING, _MIXED, _taken("neural_cleanse*"), most(10, 50),
-          void="it ran for 100 of its 1,000 steps and on 128 of its 512 rows"),
+    Claim("neural-cleanse", "defenses", "Neural Cleanse does not find BadMerging (index 1.2): what is left of the backdoor",
+          _BADMERGING, _MIXED,
+          Query("mini-backdoor-screens/backdoor", {"attack": "badmerging(*", "defense": "neural_cleanse"}, "backdoor"),
+          least(20, 5), given=(_ADDED, least(5, 0))),
     Claim("wag", "defenses", "Averaging with siblings removes a backdoor (WAG)",
           "Here's a Free Lunch, arXiv 2402.19334", _NOTES,
           _taken("wag", "badmerging(*", "mini-backdoor-siblings/backdoor"), least(30, 5)),
