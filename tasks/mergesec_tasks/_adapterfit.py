@@ -40,7 +40,9 @@ def check_factors(folder: Path, base: Mapping[str, Stored], lora: Lora, who: str
                 folder, who, f"the factors of '{brief(module)}' make a map {list(sides)}, the base's '{brief(target)}' "
                 f"is {list(base[target].shape)}: an adapter for another base",
             )  # fmt: skip
-    module = without_factors(held, {name: stored.shape for name, stored in base.items()}, lora)
+    blocks = {_before_number(target) for target in held.values()}  # a folder may hold another tower beside
+    beside = {name: stored.shape for name, stored in base.items() if _before_number(name) in blocks}
+    module = without_factors(held, beside, lora)
     if module:
         raise _refused(folder, who, f"no factors for '{brief(module)}', which target_modules names")
 
@@ -52,6 +54,11 @@ def _refused(folder: Path, who: str, message: str) -> UsageError:
 def _numbered(name: str) -> str:
     """A name with 0 for each number in it: one for all blocks."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "0", name)
+
+
+def _before_number(name: str) -> str:
+    """What stands before a name's first number: which list of blocks it is of."""
+    return re.split(r"(?<=\.)\d+(?=\.)", name, maxsplit=1)[0]
 
 
 def _held(name: str, base: Iterable[str]) -> str:

@@ -265,6 +265,23 @@ def test_an_adapter_of_more_blocks_or_with_maps_missing_is_refused_by_the_plan(
         inspect("hf-causal", base, "suite.backbone", {"suite.experts.t": str(cut)})
 
 
+def test_an_adapter_of_one_tower_needs_no_factors_for_the_other(tmp_path: Path) -> None:
+    from mergesec.adapterconfig import read_lora
+    from mergesec.modelfiles import header
+    from mergesec_tasks._adapterfit import check_factors
+
+    folder = adapter(tmp_path / "adapter", 3, 32)
+    names = [
+        f"{tower}.layers.{i}.self_attn.q_proj.weight" for tower in ("model", "text_model") for i in range(3)
+    ]
+    save_file({name: torch.zeros(32, 32) for name in names}, tmp_path / "base.safetensors")
+    base = header(tmp_path / "base.safetensors", "base")
+    check_factors(folder, base, read_lora(folder, "x"), "x")
+    more = {**base, "model.layers.3.self_attn.q_proj.weight": base[names[0]]}
+    with pytest.raises(UsageError, match=r"no factors for 'model\.layers\.3\.self_attn\.q_proj'"):
+        check_factors(folder, more, read_lora(folder, "x"), "x")
+
+
 @pytest.mark.parametrize("task", ["secrets", "refusal"])
 def test_answers_that_do_not_fit_are_named_before_anything_runs(folders: Any, task: str) -> None:
     catalog = load_catalog()
