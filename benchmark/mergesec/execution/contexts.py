@@ -31,12 +31,19 @@ from mergesec.weights import read_only
 
 
 def view(work: Work, task_name: str, data_role: str, head_role: str, task_role: str) -> TaskView:
-    """What may be known of a task: its tuning rows, and test inputs only if the protocol says so."""
+    """What may be known of a task: its tuning rows (of the step's own task the half that the step names, if it does),
+    and test inputs only if the protocol says so."""
     task: Task = work.component(task_role)
     splits = work.splits(data_role, task)
+    half = str(work.args.get("rows", "")) if task_name == work.args.get("task") else ""
+    cut = "rows" in work.info(data_role)  # a guest is handed no more than its half
+    tuning = half_of(splits["tuning"], "" if cut else half)
+    if half and not len(tuning):
+        raise ContractError(f"{task_name}: {len(splits['tuning'])} tuning rows are too few to be halved")
     transductive = work.args.get("protocol") == "transductive"
-    source = splits["test" if transductive else "tuning"]
-    return TaskView(task, work.tensors(head_role), splits["tuning"], source.inputs)
+    return TaskView(
+        task, work.tensors(head_role), tuning, (splits["test"] if transductive else tuning).inputs
+    )
 
 
 class Views(Mapping[str, TaskView]):

@@ -262,8 +262,14 @@ class Planner:
         if Hook.PROTECT in hooks:
             extra = [("weights", result), *self._marks(defense, task, seed, secrets)]
             drawn_args = self._seed(defense, "protect", *_whose(task, secrets), seed)
-            result = self._train("protect", task, [("defense", defense)], extra, **drawn_args)
+            rows = self._owners_rows(defense)
+            result = self._train("protect", task, [("defense", defense)], extra, **drawn_args, **rows)
         return result
+
+    def _owners_rows(self, defense: Ref) -> dict[str, str]:
+        """An owner who looks at tuning rows has the first half of them; a free-rider who does gets the other."""
+        looks = defense is not NONE and self._card("defense", defense.name).data != "none"
+        return {"rows": "first"} if looks else {}
 
     @once
     def reference(self, defense: Ref, task: str, seed: int, replica: int) -> str:
@@ -285,7 +291,8 @@ class Planner:
     def secret(self, defense: Ref, task: str, seed: int, secrets: str) -> str:
         drawn = draw_seed(defense.name, "secret", *_whose(task, secrets), seed)
         extra = [("weights", self.expert(task, seed))]
-        return self._train("secret", task, [("defense", defense)], extra, seed=drawn)
+        rows = self._owners_rows(defense)
+        return self._train("secret", task, [("defense", defense)], extra, seed=drawn, **rows)
 
     def recovered(
         self, attack: Ref, defense: Ref, task: str, experts: tuple[str, ...], seed: int,
@@ -318,6 +325,8 @@ class Planner:
             inputs += self._views((task,))
             components += [(f"task:{task}", self.grid.task(task)), ("merging", merging)]
             told["order"] = ",".join(experts)
+            if self._owners_rows(defense):
+                told["rows"] = "second"
         asked = any(self._card("attack", ref.name).queries for ref in (attack, *attack.inner))
         if (
             asked and defense is not NONE and not defense.plugins
@@ -398,7 +407,7 @@ class Planner:
             *self._views((task,)),
         ]  # fmt: skip
         drawn = draw_seed(defense.name, "secret", *_whose(task, secrets), seed)
-        return self._add("verify", components, inputs, task=task, seed=drawn)
+        return self._add("verify", components, inputs, task=task, seed=drawn, **self._owners_rows(defense))
 
     # ----- cells
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mergesec.contracts import Task, Weights
-from mergesec.execution.contexts import reference_rows
+from mergesec.execution.contexts import half_of, reference_rows
 from mergesec.execution.store import Laid, digests_of
 from mergesec.execution.work import Work
 from mergesec.execution.work import packed as as_file
@@ -43,6 +43,8 @@ def handed(work: Work, role: str) -> Handed:
     kept = {n: t for n, t in packed.items() if _split(n) in visible_splits(work) or _split(n) not in SPLITS}
     if role == "target_data":
         kept = _few(work, packed, kept)
+    if _is_halved(work, role):
+        kept, info = {**kept, **_half(work, role, packed)}, {**info, "rows": work.args["rows"]}
     if "test/targets" in kept:
         kept["test/targets"] = torch.full_like(kept["test/targets"], HIDDEN)
     blob = as_file(kept)
@@ -68,6 +70,19 @@ def _few(work: Work, packed: Weights, kept: Mapping[str, Tensor]) -> dict[str, T
     rows = reference_rows(train.targets, int(work.args["target"]), int(work.args["reference"]))
     few = task.pack({"train": train.take(rows)})
     return {**kept, **few}
+
+
+def _is_halved(work: Work, role: str) -> bool:
+    """Whether of these rows the step's side has a half. Of a plugin's own task, whose packing only the plugin knows, it
+    is handed all and cuts them itself."""
+    mine = role in ("data", f"data:{work.args['task']}") if "rows" in work.args else False
+    return mine and not work.foreign(role.replace("data", "task", 1))
+
+
+def _half(work: Work, role: str, packed: Weights) -> Weights:
+    """The tuning rows that the step's side has."""
+    task: Task = work.component(role.replace("data", "task", 1))
+    return dict(task.pack({"tuning": half_of(task.unpack(packed)["tuning"], work.args["rows"])}))
 
 
 def _split(name: str) -> str:
