@@ -14,7 +14,7 @@ component share. A number in a sentence, of the one row that fits::
 
 ``take=min|max|mean|count`` speaks of all rows that fit, ``minus=COLUMN`` subtracts, ``interval=yes`` adds the interval.
 ``<!-- claims: SECTION -->`` holds the claims of ``docs/claims.py``, ``<!-- verdict: ID -->`` what became of one, ``<!-- scan: BACKBONE -->`` how often ``bench scan``
-is wrong by the table of that base, ``<!-- plan: GRID;GRID victims=8 ... workers=100 -->`` what a grid of that size
+is wrong by the table of that base, ``<!-- costs: all -->`` what each grid took, ``<!-- plan: GRID;GRID victims=8 ... workers=100 -->`` what a grid of that size
 would take at the costs of measured ones.
 """
 
@@ -40,7 +40,7 @@ from mergesec.scanning.reference import Reference, read_reference, shipped
 ROOT = Path(__file__).resolve().parents[1]
 BOARDS = ROOT / "results" / "leaderboards"
 MARKER = re.compile(
-    r"^ *```.*?^ *```|<!--\s*(board|n|claims|verdict|scan|plan):\s(.*?)-->(.*?)<!--\s*/\1\s*-->",
+    r"^ *```.*?^ *```|<!--\s*(board|n|claims|verdict|scan|plan|costs):\s(.*?)-->(.*?)<!--\s*/\1\s*-->",
     re.DOTALL | re.MULTILINE,
 )
 """A block of code, which is left alone, or a marker: its kind, its words, what it holds."""
@@ -51,6 +51,7 @@ _OPTIONS = {
     "claims": set[str](),
     "verdict": set[str](),
     "scan": set[str](),
+    "costs": set[str](),
     "plan": {"victims", "seeds", "defenses", "attacks", "merges", "workers"},
 }
 
@@ -132,10 +133,38 @@ def content(marker: Marker) -> str:
         return f"\n\n{script('sizes').content(marker.board.split(';'), sizes)}\n\n"
     if marker.kind == "claims":
         return f"\n\n{script('claims').content(marker.board, rows)}\n\n"
+    if marker.kind == "costs":
+        return f"\n\n{_costs(marker.board)}\n\n"
     if marker.kind == "verdict":
         return str(script("claims").became(marker.board, rows))
     frame = _chosen(marker)
     return _number(marker, frame) if marker.kind == "n" else f"\n\n{_table(marker, frame)}\n\n"
+
+
+def _costs(which: str) -> str:
+    """What the grids took whose names begin with ``which`` (``all``: every grid), from their boards of totals."""
+    begin = "" if which == "all" else which
+    boards = sorted(BOARDS.glob(f"{begin}*/cost_total.csv"))
+    if not boards:
+        raise UsageError(f"costs: {which}", "no grid with a board cost_total begins so")
+    frames = {path.parent.name: pd.read_csv(path).set_index("name") for path in boards}
+    shares = [name for name in max(frames.values(), key=len).index if name != "all"]
+    head = ["grid", "cells", *(f"{share}, min" for share in shares), "all, hours", "MiB at the peak"]
+    lines = [_line(head), "|---" * len(head) + "|"]
+    for grid, frame in frames.items():
+        minutes = frame["minutes"].to_dict()
+        told = [f"{minutes[share]:.0f}" if share in minutes else "–" for share in shares]
+        whole = frame.loc["all"]
+        lines.append(
+            _line([f"[`{grid}`](results/{grid}.md)", str(_cells_of(grid)), *told,
+                   f"{whole['minutes'] / 60:.1f}", f"{whole['peak_mb']:,.0f}"])
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
+def _cells_of(grid: str) -> int:
+    """How many cells of a grid have a record."""
+    return sum(path.name != "grid.json" for path in (ROOT / "results" / "records" / grid).glob("*.json"))
 
 
 def error_rates(backbone: str) -> str:

@@ -521,3 +521,33 @@ def test_a_hostile_name_moves_no_column_and_computes_nothing(tmp_path: Path) -> 
     again = pd.read_csv(tmp_path / "clean.csv")
     assert len(again) == len(clean.frame)
     assert not [name for name in again["method"] if name.startswith(("=", "@"))]
+
+
+def test_what_a_grid_took_counts_each_step_once() -> None:
+    def cost(seconds: float, made: float, peak: float = 10.0) -> dict[str, float]:
+        return {"seconds": seconds, "peak_mb": peak, "made_seconds": made, "made_peak_mb": 2 * peak}
+
+    steps = {"expert:t": "e", "clean_merge": "c", "merge": "m", "poisoned": "p", "defended_clean_merge": "d"}
+    shared = {"expert:t": cost(1.0, 60.0), "clean_merge": cost(2.0, 3.0)}
+    sides = {"attack": {"seconds": 120.0, "peak_mb": 50.0}, "defense": {"seconds": 30.0, "peak_mb": 8.0}}
+    # a defended merge is the defense's, as is what it makes of clean experts; an undefended one is a merge
+    defended = {**shared, **sides, "merge": cost(4.0, 1000.0), "defended_clean_merge": cost(5.0, 6.0)}
+    plain = {**shared, "attack": sides["attack"], "merge": cost(7.0, 8.0)}
+    records = [
+        _backdoor("d", (18, 9), (70, 60), cost=defended, steps=steps),
+        _backdoor("none", (72, 27), (78, 68), cost=plain, steps={**steps, "merge": "n"}),
+    ]
+    told = _frames(*records)["cost_total"].set_index("name")
+    seconds = {
+        "clean experts": 60,
+        "attacks": 120,
+        "defenses": 30 + 6,
+        "merges": 3 + 8,
+        "evaluations": 1 + 2 + 4 + 5 + 7,
+    }
+    assert dict(60 * told["minutes"]) == pytest.approx({**seconds, "all": sum(seconds.values())})
+    counted = {"clean experts": 1, "attacks": 1, "defenses": 2, "merges": 2, "evaluations": 5, "all": 11}
+    assert dict(told["steps"]) == counted
+    assert dict(told["peak_mb"]) == {"clean experts": 20, "attacks": 50, "defenses": 20, "merges": 20,
+                                     "evaluations": 10, "all": 50}  # fmt: skip
+    assert "cost_total" not in _frames(_backdoor("none", (72, 27), (78, 68)))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mergesec.evidence.backdoor import backdoor_boards
 from mergesec.evidence.clean import clean_board
-from mergesec.evidence.cost import cost_board
+from mergesec.evidence.cost import cost_board, total_board
 from mergesec.evidence.estimates import Board, Reader, canonical
 from mergesec.evidence.external import External, beside
 from mergesec.evidence.generation import generation_board
@@ -33,4 +33,5 @@ def make_boards(records: Sequence[Record], external: Sequence[External] = ()) ->
         secrets_board(records),
         refusal_board(records),
     ]
-    return beside([b for b in [*boards, cost_board(records)] if b is not None], external)
+    boards += [cost_board(records), total_board(records)]
+    return beside([b for b in boards if b is not None], external)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import pandas as pd
 
@@ -32,15 +33,57 @@ def cost_board(records: Sequence[Record]) -> Board | None:
     return Board("cost", "Cost of each method's own steps", pd.DataFrame(rows), ())
 
 
+SHARES = ("clean experts", "attacks", "defenses", "merges", "evaluations")
+"""What the steps of a grid are for, as the board of totals has them."""
+
+
+def total_board(records: Sequence[Record]) -> Board | None:
+    """What all steps behind a grid's cells took, by what they are for, each counted once; preparation (data, heads, the
+    base) is left out. A trigger that variants share and experts that a defense trains for itself are counted with each."""
+    shares: dict[str, dict[str, tuple[float, float]]] = {share: {} for share in SHARES}
+    for record in records:
+        for share, role, seconds, peak in _spent(record):
+            shares[share][record.steps[role]] = (seconds, peak)
+    rows = [_total(share, list(steps.values())) for share, steps in shares.items() if steps]
+    if not rows:
+        return None
+    everything = [cost for steps in shares.values() for cost in steps.values()]
+    rows.append(_total("all", everything))
+    return Board("cost_total", "Cost of this grid", pd.DataFrame(rows), ())
+
+
+def _total(share: str, costs: Sequence[tuple[float, float]]) -> Row:
+    minutes = sum(seconds for seconds, _ in costs) / 60
+    return {"name": share, "steps": len(costs), "minutes": minutes, "peak_mb": max(peak for _, peak in costs)}
+
+
+def _spent(record: Record) -> Iterator[tuple[str, str, float, float]]:
+    """(what for, role whose step tells it apart, seconds, MiB at the peak) of everything behind a record."""
+    shares = {"merging": "merges", "attack": "attacks", "defense": "defenses"}
+    told = [(shares[kind], role, cost) for kind, name, role, cost in _owners(record) if name != "none"]
+    plain = record.threat == Threat.PROTECTION or record.defense == "none"
+    made: dict[str, str] = {Role.MERGE: "merges" if plain else "", Role.PROTECTED_MERGE: "merges",
+            Role.DEFENDED_CLEAN_MERGE: "defenses"}  # fmt: skip
+    made |= {role: "clean experts" for role in record.cost if role.startswith(Role.EXPERT.of(""))}
+    told += [(share, role, _made(record, role)) for role, share in made.items() if share]
+    told += [("evaluations", role, cost) for role, cost in record.cost.items()]
+    for share, role, cost in told:
+        if role in record.steps and cost:
+            yield share, role, cost["seconds"], cost["peak_mb"]
+
+
+def _made(record: Record, role: str) -> Mapping[str, float]:
+    """What it took to make the model that a role evaluates; empty if the record does not say."""
+    cost = record.cost.get(role, {})
+    if "made_seconds" not in cost:
+        return {}
+    return {"seconds": cost["made_seconds"], "peak_mb": cost["made_peak_mb"]}
+
+
 def _owners(record: Record) -> list[tuple[str, str, str, Mapping[str, float]]]:
     """(kind, method, role whose step tells runs apart, what it cost) of a record's methods."""
 
-    def made(role: str) -> Mapping[str, float]:
-        cost = record.cost.get(role, {})
-        if "made_seconds" not in cost:
-            return {}
-        return {"seconds": cost["made_seconds"], "peak_mb": cost["made_peak_mb"]}
-
+    made = partial(_made, record)
     owners: list[tuple[str, str, str, Mapping[str, float]]] = [
         ("merging", record.merging, Role.CLEAN_MERGE, made(Role.CLEAN_MERGE))
     ]

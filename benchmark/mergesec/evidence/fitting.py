@@ -36,6 +36,7 @@ _FIRST: dict[str, tuple[str, ...]] = {
     "backdoor_attacks": ("BA", "succession", "backdoor", "best_defense", "best_ASR", "tier"),
     "transfer": ("succession_base", "succession", "relative_transfer", "ASR_alone", "acc_merge"),
     "cost": ("runs", "seconds", "peak_mb", "rows"),
+    "cost_total": ("minutes", "steps", "peak_mb"),
 }  # fmt: skip
 """What each board says first, in order of weight."""
 _MARKS = ("verified", "contained", "external", "external_by")

@@ -56,6 +56,7 @@ _PLAIN = (
     "coefficient_others",
     "coefficient_control",
     "max_abs_dlogit",
+    "minutes",
     "peak_mb",
     "DER",
     "condition",
