@@ -43,6 +43,7 @@ def test_every_smoke_grid_is_run_somewhere() -> None:
     elsewhere = {
         "mini-clip-smoke",  # tests/vision/test_mini_clip.py
         "real-llm-smoke",  # below
+        "real-llm-many-smoke",
         "real-smoke",  # its data sets are real: by hand
         # by hand, for their time: a minute or two of a core each
         "mini-backdoor-colluding-smoke",
@@ -73,14 +74,18 @@ def test_of_language_models_on_a_tiny_one(bench: Any, tmp_path: Path, grid: str)
 
 @pytest.mark.slow
 @pytest.mark.shared
-def test_of_three_threats_on_a_tiny_language_model(bench: Any, tmp_path: Path, shared: Path) -> None:
+@pytest.mark.parametrize("grid", ["real-llm-smoke", "real-llm-many-smoke"])
+def test_of_three_threats_on_a_tiny_language_model(
+    bench: Any, tmp_path: Path, shared: Path, grid: str
+) -> None:
     needs("transformers")
     from letters import letters_model
 
     catalog = load_catalog()
-    tasks = [catalog.get("task", name).card for name in ("emotion", "mini/sentiment")]
-    folder = letters_model(tmp_path / "model", [f" {label}" for card in tasks for label in card.labels])
-    _ran(bench, "real-llm-smoke", f"suite.backbone.path={folder}", "suite.backbone.max_length=160",
+    tasks = [catalog.get("task", name).card for name in ("emotion", "mini/topic", "mini/sentiment")]
+    labels = [f" {label}" for card in tasks for label in card.labels]
+    folder = letters_model(tmp_path / "model", [*labels, " allowed", " forbidden"])
+    _ran(bench, grid, f"suite.backbone.path={folder}", "suite.backbone.max_length=160",
          "recipe.steps=2", "--data-root", str(shared / "data"))  # fmt: skip
     for board in ("clean", "protection", "backdoor"):
-        assert _rows(bench, "real-llm-smoke", board)
+        assert _rows(bench, grid, board)
