@@ -113,6 +113,7 @@ LANGUAGE = "real-llm/protection_cells"
 REFUSALS, GRADED = "real-llm-refusal-smoke/refusal", {"model": "merge", "experts": "refusal + verdict"}
 FEATURES = "mini-merging-features/clean"
 V1, V2 = {"defense": "params"}, {"defense": "params(scaling=nonsymmetric)"}
+REPAIRS = "mini-backdoor-repairs/backdoor"
 BACKDOOR, DEFENDED, MERGED = "mini-backdoor/backdoor", "mini-backdoor-defenses/backdoor", "mini-merging/clean"
 OPTIMISED, FLAT = "badmerging(batch=32, restarts=*", "badmerging(batch=32, interpolation=False,*"
 SQUARE, FLAT_SQUARE = "badmerging(trigger=*", "badmerging(interpolation=False, trigger=*"
@@ -481,11 +482,15 @@ CLAIMS: Sequence[Claim] = (
           "MSD, arXiv 2504.05902", _NOTES, _words("msd"), least(30, 5)),
     Claim("ibvs", "defenses", "Subtracting a backdoor of one's own removes the adversary's (IBVS; 98.4 → 64.2)",
           "Backdoor Vectors, arXiv 2510.08016; numbers of LFPM's table", _NOTES, _taken("ibvs"), least(30, 5)),
-    Claim("lfpm", "defenses", "LFPM leaves ASR below 1 (98.4 → 0.5)",
-          "LFPM, arXiv 2606.12498", _MIXED, void=f"a reconstruction from the abstract; {AGAIN}"),
+    Claim("lfpm", "defenses", "LFPM leaves ASR below 1 (98.4 → 0.5; here a reconstruction from the abstract)",
+          "LFPM, arXiv 2606.12498", _MIXED,
+          _asr(OPTIMISED, board=REPAIRS, defense="lfpm(batch_size=32)"), most(1, 10)),
+    Claim("lfpm-cost", "defenses", "and takes five points of accuracy (63.6 → 58.7; the same reconstruction)",
+          "LFPM, arXiv 2606.12498", _MIXED,
+          Query(REPAIRS, {"attack": OPTIMISED, "defense": "none"}, "BA", less={"defense": "lfpm(batch_size=32)"}), most(5, 10)),
     Claim("anp", "defenses", "Pruning neurons sensitive to perturbation removes a backdoor (ANP)",
           "BackdoorBench 2.2", _MEMORY,
-          _taken("anp(batch_size=32, pruning_max=1)", OPTIMISED, "mini-backdoor-repairs/backdoor"), least(30, 5)),
+          _taken("anp(batch_size=32, pruning_max=1)", OPTIMISED, REPAIRS), least(30, 5)),
     Claim("clp", "defenses", "Pruning channels of large Lipschitz bounds removes a backdoor (CLP, no data; u 3, smaller ones on its page)",
           "BackdoorBench 2.2", _MEMORY, _taken("clp"), least(50, 5)),
     Claim("clp-real", "defenses", "The same: BadNets on real images (share of its 37)",
@@ -495,20 +500,16 @@ CLAIMS: Sequence[Claim] = (
           least(20, 2), void=UNTUNED),
     *(
         Claim(name, "defenses", f"{title} on clean rows removes a backdoor (published steps, four experts)",
-              "BackdoorBench 2.2", _MEMORY, _taken(defense, board="mini-backdoor-repairs/backdoor"), least(30, 5))
+              "BackdoorBench 2.2", _MEMORY, _taken(defense, board=REPAIRS), least(30, 5))
         for name, title, defense in (
             ("ft", "Fine-tuning", "ft(batch_size=32)"), ("ft_sam", "Sharpness-aware fine-tuning", "ft_sam(batch_size=32)"),
             ("nad", "Attention distillation", "nad(batch_size=32)"), ("ibau", "I-BAU", "ibau(batch_size=20)"),
             ("fine_pruning", "Fine-pruning", "fine_pruning(batch_size=32, lr=0.003)"),
+            ("awm", "AWM", "awm(batch_size=32)"),
         )
     ),
-    *(
-        Claim(name, "defenses", f"{title} on clean rows removes a backdoor", "BackdoorBench 2.2", _MEMORY,
-              void=f"{AGAIN}: `mini-backdoor-repairs`")
-        for name, title in (
-            ("sau", "SAU"), ("awm", "AWM"),
-        )
-    ),
+    Claim("sau", "defenses", "SAU on clean rows removes a backdoor", "BackdoorBench 2.2", _MEMORY,
+          void=f"{AGAIN}: `mini-backdoor-repairs`"),
     Claim("spectral", "defenses", "Spectral signatures find a poisoned contribution: ASR they take away",
           "Spectral Signatures, arXiv 1811.00636", _MEMORY, _taken("spectral_signature*"), least(50, 5)),
     Claim("weight-screen", "defenses",
