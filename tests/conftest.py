@@ -111,7 +111,7 @@ class BenchRunner:
     def boards(self, name: str) -> dict[str, bytes]:
         """The leaderboard CSVs of a grid by file name, without measured cost."""
         folder = self.results / "leaderboards" / name
-        return {p.name: p.read_bytes() for p in sorted(folder.glob("*.csv")) if p.name != "cost.csv"}
+        return {p.name: p.read_bytes() for p in sorted(folder.glob("*.csv")) if not p.name.startswith("cost")}
 
 
 @pytest.fixture

@@ -22,7 +22,8 @@ def test_a_run_leaves_records_csv_and_markdown(finished: Any) -> None:
     names = {p.name for p in boards.iterdir()}
     assert names == {
         "clean.csv", "protection.csv", "protection_cells.csv", "protection_distances.csv", "backdoor.csv",
-        "backdoor_pareto.csv", "backdoor_defenses.csv", "backdoor_attacks.csv", "cost.csv", "boards.md",
+        "backdoor_pareto.csv", "backdoor_defenses.csv", "backdoor_attacks.csv", "cost.csv", "cost_total.csv",
+        "boards.md",
     }  # fmt: skip
     manifest = json.loads((finished.results / "records" / "whole" / "grid.json").read_text())
     assert len(manifest["cells"]) == 18

@@ -21,9 +21,9 @@ from mergesec.cli.options import (
     results_folder,
     run_name,
 )
-from mergesec.errors import UsageError, nearest
+from mergesec.errors import UsageError
 from mergesec.files import brief
-from mergesec.planning.presets import preset_names
+from mergesec.planning.presets import nearest_preset, preset_names
 
 if TYPE_CHECKING:
     from mergesec.evidence.records import Record
@@ -72,7 +72,7 @@ def _is_run(asked: Asked, folder: Path) -> bool:
         return False
     runs = [path.parent.name for path in folder.glob("*/grid.json")]
     if grid not in runs:
-        known = nearest(grid, {*preset_names(), *runs})
+        known = nearest_preset(grid, runs)
         raise UsageError(
             "GRID", f"no preset {brief(grid)!r}, and no run of that name in {folder.parent}{known}"
         )

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from mergesec.errors import UsageError, nearest
 from mergesec.files import brief, is_file, remembered
 from mergesec.planning.engines import EngineSpec, as_fields
-from mergesec.planning.presets import preset_names, presets_folder
+from mergesec.planning.presets import nearest_preset, preset_names, presets_folder
 from mergesec.planning.yamlguard import check_yaml
 from mergesec.threats import Company, Secrets
 
@@ -163,7 +163,7 @@ def _locate(source: str) -> tuple[Path, str]:
             raise UsageError("--grid", f"{brief(source)!r} must end in .yaml")
         return path.resolve().parent, path.stem
     if source not in preset_names():
-        raise UsageError("--grid", f"no preset {brief(source)!r}{nearest(source, preset_names())}")
+        raise UsageError("--grid", f"no preset {brief(source)!r}{nearest_preset(source)}")
     return presets_folder(), source
 
 

@@ -13,7 +13,7 @@ from mergesec.execution.session import Desk, Session, open_desk, placed_grid, pl
 from mergesec.files import brief
 from mergesec.planning.catalog import load_catalog
 from mergesec.planning.gridspec import load_grid
-from mergesec.planning.presets import preset_names
+from mergesec.planning.presets import nearest_preset, preset_names
 from mergesec.planning.resolve import resolve
 from mergesec.submissions import claims, method, rerun, walled
 from mergesec.submissions.entry import FILE, Entry, read_entry
@@ -96,10 +96,8 @@ def _grid(entry: Entry, session: Session, report: Report) -> None:
         report.findings.append(Finding("nothing of a preset is removed", "note", told))
         return
     if against not in preset_names() or kind == "task":
-        from mergesec.errors import nearest
-
         raise UsageError(
-            f"{FILE}: against", f"no preset {brief(against)!r} for a {kind}{nearest(against, preset_names())}"
+            f"{FILE}: against", f"no preset {brief(against)!r} for a {kind}{nearest_preset(against)}"
         )
     preset = resolve(load_grid(against, _places(session)), session.catalog)
     report.told("nothing of a preset is removed", claims.removed(session.grid, preset, kind))
