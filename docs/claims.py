@@ -125,7 +125,6 @@ RELEASED = "dam(adamerging_steps=100, adv_lr=0.001, granularity=task, lr=0.01, m
 ABLATION = "dam(adamerging_steps=100, adv_lr=0.001, adv_weight=0, granularity=task, *"
 LEARNT = "adamerging(granularity=task, *"
 UNTUNED = "one threshold, the default u 3, and what CLP takes turns on it"
-AGAIN = "measured once with too few steps or too much told, and not yet again"
 
 
 def _drop(defense: str, board: str = PROTECTION, **rows: str) -> Query:
@@ -505,11 +504,9 @@ CLAIMS: Sequence[Claim] = (
             ("ft", "Fine-tuning", "ft(batch_size=32)"), ("ft_sam", "Sharpness-aware fine-tuning", "ft_sam(batch_size=32)"),
             ("nad", "Attention distillation", "nad(batch_size=32)"), ("ibau", "I-BAU", "ibau(batch_size=20)"),
             ("fine_pruning", "Fine-pruning", "fine_pruning(batch_size=32, lr=0.003)"),
-            ("awm", "AWM", "awm(batch_size=32)"),
+            ("awm", "AWM", "awm(batch_size=32)"), ("sau", "SAU", "sau(batch_size=32)"),
         )
     ),
-    Claim("sau", "defenses", "SAU on clean rows removes a backdoor", "BackdoorBench 2.2", _MEMORY,
-          void=f"{AGAIN}: `mini-backdoor-repairs`"),
     Claim("spectral", "defenses", "Spectral signatures find a poisoned contribution: ASR they take away",
           "Spectral Signatures, arXiv 1811.00636", _MEMORY, _taken("spectral_signature*"), least(50, 5)),
     Claim("weight-screen", "defenses",
