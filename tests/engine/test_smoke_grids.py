@@ -20,6 +20,8 @@ MINI = {
     "mini-backdoor-siblings-smoke": ("backdoor", {"none", "badmerging", "badmerging_adaptive"}),
     "mini-backdoor-coefficients-smoke": ("backdoor", {"trojvit", "badmerging"}),
     "mini-backdoor-masks-smoke": ("backdoor", {"trojvit"}),
+    "mini-backdoor-colluding-smoke": ("backdoor", {"colluding_pair"}),
+    "mini-protection-frontier-smoke": ("protection_cells", {"none", "coupled", "scale_sweep", "distill"}),
 }
 MODELS = {
     "real-llm-secrets-smoke": "secrets",
@@ -49,9 +51,6 @@ def test_every_smoke_grid_is_run_somewhere() -> None:
         "real-llm-smoke",  # below
         "real-llm-many-smoke",
         "real-smoke",  # its data sets are real: by hand
-        # by hand, for their time: a minute or two of a core each
-        "mini-backdoor-colluding-smoke",
-        "mini-protection-frontier-smoke",
     }
     assert {name for name in preset_names() if name.endswith("-smoke")} == {*MINI, *MODELS, *elsewhere}
 
