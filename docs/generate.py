@@ -304,8 +304,10 @@ def _table(marker: Marker, frame: pd.DataFrame) -> str:
 def _spread(
     head: list[str], rows: list[list[str]], seen: list[str], cells: list[str]
 ) -> tuple[list[str], list[list[str]]]:
-    """One row for rows with the same beginning, and a column for each value seen."""
+    """One row for rows with the same beginning, and a column for each value seen; numbers from the least on."""
     values = list(dict.fromkeys(seen))
+    if all(value.isdecimal() for value in values):
+        values.sort(key=int)
     found: dict[tuple[str, ...], dict[str, str]] = {}
     for row, value, cell in zip(rows, seen, cells, strict=True):
         found.setdefault(tuple(row), {})[value] = cell
