@@ -18,7 +18,7 @@ from mergesec.evidence.boards import make_boards
 from mergesec.evidence.estimates import Board
 from mergesec.evidence.records import Count, Record, count, read_records
 from mergesec.evidence.statistics import DRAWS, FEWEST_SEEDS, Bootstrap, Estimate, mean, nothing, ratio, tiers
-from mergesec.evidence.tables import display, escaped, markdown, write_boards
+from mergesec.evidence.tables import cell_text, display, escaped, markdown, write_boards
 
 # --------------------------------------------------------------------------- statistics
 
@@ -551,3 +551,18 @@ def test_what_a_grid_took_counts_each_step_once() -> None:
     assert dict(told["peak_mb"]) == {"clean experts": 20, "attacks": 50, "defenses": 20, "merges": 20,
                                      "evaluations": 10, "all": 50}  # fmt: skip
     assert "cost_total" not in _frames(_backdoor("none", (72, 27), (78, 68)))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (2543.0, "2540"),
+        (999_400.0, "999000"),
+        (999_600.0, "1e+06"),
+        (999.6, "1000"),
+        (61.04, "61"),
+        (0.0123, "0.0123"),
+    ],
+)
+def test_seconds_and_sizes_have_three_digits_and_no_exponent_below_a_million(value: float, text: str) -> None:
+    assert cell_text({"seconds": value}, "seconds", ()) == text

@@ -111,7 +111,7 @@ def cell_text(row: Any, column: str, measures: Sequence[str]) -> str:
     if value is None or pd.isna(value):
         return "–"
     if column in _PLAIN or column.startswith("to_") or column.endswith("seconds"):
-        return f"{value:.3g}"
+        return _three_digits(value)
     if column.endswith("rows"):
         return f"{value:.0f}"
     if column in measures:
@@ -122,6 +122,12 @@ def cell_text(row: Any, column: str, measures: Sequence[str]) -> str:
     if isinstance(value, float):
         return f"{100 * value:.1f}"
     return str(value)
+
+
+def _three_digits(value: float) -> str:
+    """As the site writes them: 2540, not 2.54e+03; from a million on with an exponent."""
+    text = f"{value:.3g}"
+    return f"{float(text):.0f}" if 1000 <= abs(float(text)) < 1e6 else text
 
 
 def few_seeds(row: Any, column: str) -> bool:
