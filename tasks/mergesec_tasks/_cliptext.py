@@ -13,7 +13,7 @@ from mergesec.errors import UsageError
 from mergesec.files import brief
 from mergesec.modelfiles import CONFIG, Stored, header, read_json, shown, stored_tensors
 from mergesec_tasks._configs import Values, check_tensors, checked, tower
-from mergesec_tasks._words import TOKENIZER, check_words, read_tokenizer
+from mergesec_tasks._words import TOKENIZER, check_old_words, check_words, encoded, read_tokenizer
 
 OPEN_CONFIG, OPEN_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 OPEN_CONTEXT = 77
@@ -33,9 +33,8 @@ def check_text_tower(folder: Path, who: str) -> Values:
     stored = stored_tensors(folder, who)
     check_tensors(values, stored, path, who)
     _check_projections(stored, TEXT_PROJECTION, (0, 1), values["hidden_size"], VISUAL_PROJECTION, 0, who)
-    if (folder / TOKENIZER).exists():
-        words = check_words(folder, values["vocab_size"], who)
-        _check_end(words, values["vocab_size"], values["eos_token_id"], folder / TOKENIZER, who)
+    check, size = check_words if (folder / TOKENIZER).exists() else check_old_words, values["vocab_size"]
+    _check_end(check(folder, size, who), size, values["eos_token_id"], folder / TOKENIZER, who)
     return values
 
 
@@ -60,7 +59,7 @@ def inspect_prompts(parameters: Mapping[str, Any], where: str, prompts: Mapping[
     words = read_tokenizer(place, f"{where}.model")
     for task, sentences in prompts.items():
         for sentence in sentences:
-            tokens = 2 + len(words.encode(sentence, add_special_tokens=False).ids)  # a start and an end
+            tokens = 2 + len(encoded(words, sentence, f"{where}.model").ids)  # a start and an end
             check_context(sentence, tokens, most, f"{where}.model ({task})")
 
 

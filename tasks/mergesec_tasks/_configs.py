@@ -142,7 +142,7 @@ TABLES: dict[str, dict[str, Field]] = {
         **_CLIP, "hidden_size": size(512, WIDTH), "intermediate_size": size(2048, 16 * WIDTH),
         "num_attention_heads": size(8, HEADS), "vocab_size": size(49408, WORDS),
         "max_position_embeddings": size(77, POSITIONS), "pad_token_id": token(1), "bos_token_id": token(49406),
-        "eos_token_id": token(49407, decides=True),
+        "eos_token_id": Field(49407, "the number of a token", lambda v: _whole(v) and 0 <= v <= WORDS),
     },
     "bert": _BERT,
     "roberta": {**_BERT, "vocab_size": size(50265, WORDS), "pad_token_id": token(1, decides=True)},

@@ -19,7 +19,7 @@ from mergesec_tasks._adapterfit import check_factors
 from mergesec_tasks._cliptext import check_text_tower
 from mergesec_tasks._configs import Values, check_same_function, check_tensors, read_config
 from mergesec_tasks._preprocessing import check_same_pixels, read_pixels
-from mergesec_tasks._words import check_same_words, check_words
+from mergesec_tasks._words import check_many_words, check_same_words, check_words
 
 IMAGES = ("vit", "deit", "dinov2", "clip_vision_model")
 ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert")
@@ -82,7 +82,8 @@ def inspect(backbone: str, parameters: Mapping[str, Any], where: str, experts: M
         if parameters.get("head") == "zero-shot":
             check_text_tower(base, f"{where}.{name}")
     else:
-        check_words(base, int(values["vocab_size"]), f"{where}.{name}")
+        words = check_words(base, int(values["vocab_size"]), f"{where}.{name}")
+        check_many_words(base, words, int(values["vocab_size"]), f"{where}.{name}")
     for field, source in experts.items():
         place = Path(source).expanduser()
         if source and place.exists():

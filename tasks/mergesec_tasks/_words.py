@@ -11,6 +11,10 @@ from mergesec.files import brief, is_file
 from mergesec.modelfiles import CONFIG, LONGEST, read_json, shown
 
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+OLD = ("vocab.json", "merges.txt")
+FEWEST = 0.75
+"""Share of a network's vocabulary that its tokenizer has at least; published ones have 97 % or more, the rest being
+padding."""
 _STAGES = ("normalizer", "pre_tokenizer", "post_processor")
 _SETTINGS = (
     "add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case", "strip_accents", "tokenize_chinese_chars",
@@ -21,29 +25,111 @@ _SETTINGS = (
 
 def check_words(folder: Path, size: int, who: str) -> dict[str, int]:
     """The words of a folder's tokenizer.json with their numbers; UsageError, naming file and field, unless all of them
-    are below ``size``, the network's vocabulary."""
+    have numbers of their own below ``size``, the network's vocabulary."""
     path = folder / TOKENIZER
-    words = _vocabulary(read_json(path, who), path, who)
-    beyond = next((word for word, number in words.items() if number >= size), None)
-    if beyond is not None:
-        raise UsageError(
-            who, f"{brief(str(path))!r}: the token {shown(beyond)} has the number {words[beyond]}, config.json has a "
-            f"vocab_size of {size}",
-        )  # fmt: skip
-    if (folder / SETTINGS).exists() or (folder / SETTINGS).is_symlink():
-        read_json(folder / SETTINGS, who)
+    raw = read_json(path, who)
+    words = _vocabulary(raw, path, who)
+    _check_numbers(words, size, path, who)
+    _check_ends(raw.get("post_processor"), words, path, who)
+    if _there(folder / SETTINGS):
+        _check_room(words, read_json(folder / SETTINGS, who), size, folder / SETTINGS, who)
     return words
 
 
+def check_old_words(folder: Path, size: int, who: str) -> dict[str, int]:
+    """As ``check_words``, of a folder with the older vocab.json and merges.txt. Without them the library would make a
+    tokenizer that knows no word."""
+    if not (is_file(folder / OLD[0]) and is_file(folder / OLD[1])):
+        raise UsageError(who, f"no {TOKENIZER}, nor {OLD[0]} and {OLD[1]}, in {brief(str(folder))!r}")
+    path, words = next(_older(folder, who))
+    _check_numbers(words, size, path, who)
+    return words
+
+
+def check_many_words(folder: Path, words: Mapping[str, int], size: int, who: str) -> None:
+    """UsageError for a tokenizer with far fewer words than the network: it was made for a smaller one."""
+    if len(words) < FEWEST * size:
+        raise UsageError(
+            who, f"{brief(str(folder / TOKENIZER))!r} has {len(words)} words, config.json has a vocab_size of {size}: the "
+            "tokenizer is another network's",
+        )  # fmt: skip
+
+
+def _check_numbers(words: Mapping[str, int], size: int, path: Path, who: str) -> None:
+    by_number: dict[int, str] = {}
+    for word, number in words.items():
+        if number >= size:
+            raise UsageError(
+                who, f"{brief(str(path))!r}: the token {shown(word)} has the number {number}, config.json has a "
+                f"vocab_size of {size}",
+            )  # fmt: skip
+        if number in by_number:
+            raise UsageError(
+                who, f"{brief(str(path))!r}: the tokens {shown(by_number[number])} and {shown(word)} have the same number "
+                f"{number}",
+            )  # fmt: skip
+        by_number[number] = word
+
+
+def _check_ends(processor: Any, words: Mapping[str, int], path: Path, who: str) -> None:
+    """UsageError unless what is put around every text are words of the vocabulary under their own numbers."""
+    for word, number in _put_around(processor):
+        if words.get(word) != number:
+            raise UsageError(
+                who, f"{brief(str(path))!r}: post_processor puts {shown(word)} with the number {shown(number)} around "
+                f"texts, in the vocabulary it is {shown(words.get(word))}",
+            )  # fmt: skip
+
+
+def _put_around(processor: Any) -> Iterator[tuple[str, Any]]:
+    if not isinstance(processor, dict):
+        return
+    for part in processor.get("processors") or []:
+        yield from _put_around(part)
+    pairs = [processor.get(name) for name in ("sep", "cls")]
+    for told in (processor.get("special_tokens") or {}).values():
+        pairs += (
+            zip(told.get("tokens", []), told.get("ids", []), strict=False) if isinstance(told, dict) else ()
+        )
+    yield from (
+        (str(pair[0]), pair[1]) for pair in pairs if isinstance(pair, (list, tuple)) and len(pair) == 2
+    )
+
+
+def _check_room(words: Mapping[str, int], told: Mapping[str, Any], size: int, path: Path, who: str) -> None:
+    """UsageError for special tokens that the library would add behind a vocabulary that is full."""
+    for name in (n for n in told if n.endswith("_token")):
+        word = _content(told[name])
+        if isinstance(word, str) and word not in words and len(words) >= size:
+            raise UsageError(
+                who, f"{brief(str(path))!r}: {name} gives the token {shown(word)} the number {len(words)}, config.json has a "
+                f"vocab_size of {size}; the tokenizer has no such word",
+            )  # fmt: skip
+
+
 def read_tokenizer(folder: Path, who: str) -> Any:
-    """The tokenizer of a folder's tokenizer.json; UsageError if the library cannot read it."""
+    """The tokenizer of a folder's tokenizer.json, which cuts and fills up nothing; UsageError if the library cannot
+    read it."""
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_file(str(folder / TOKENIZER))
+        found = Tokenizer.from_file(str(folder / TOKENIZER))
     except Exception as error:  # whatever the library calls it
         raise UsageError(
             who, f"{brief(str(folder / TOKENIZER))!r} cannot be read ({brief(str(error))})"
+        ) from None
+    found.no_truncation()  # both may be set in the file, and are set anew when texts are read
+    found.no_padding()
+    return found
+
+
+def encoded(words: Any, text: str, who: str) -> Any:
+    """The tokens of a text, without special ones; UsageError if the tokenizer has none for a part of it."""
+    try:
+        return words.encode(text, add_special_tokens=False)
+    except Exception as error:  # whatever the library calls it
+        raise UsageError(
+            who, f"the folder's tokenizer takes no text {brief(text)!r} ({brief(str(error))})"
         ) from None
 
 
@@ -147,8 +233,8 @@ def _model(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _older(folder: Path, who: str) -> Iterator[tuple[Path, dict[str, int]]]:
     """Words in the files of slow tokenizers."""
-    if _there(folder / "vocab.json"):
-        path = folder / "vocab.json"
+    if _there(folder / OLD[0]):
+        path = folder / OLD[0]
         words = read_json(path, who)
         if not all(map(_entry, words.items())):
             raise UsageError(who, f"{brief(str(path))!r} is not words with numbers")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from extras import needs
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mergesec.contracts import Context, ContractError, DataContext, Model, load_network
 from mergesec.errors import UsageError
@@ -202,6 +202,79 @@ def test_a_tokenizer_of_another_network_is_told_by_its_first_word(folders: Any, 
         looked_at(tmp_path / "m")
     with pytest.raises(UsageError, match=rf"hf-causal: .*{message}"):
         causal(tmp_path / "m").tokenise(["i"])
+
+
+def told(folder: Path, **changes: Any) -> None:
+    """Fields of the folder's tokenizer.json, changed."""
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_how_texts_are_cut_and_filled_up_is_not_the_tokenizers(folders: Any, tmp_path: Path) -> None:
+    """Both are set anew when texts are read, so the plan may not count by them either."""
+    folder = shutil.copytree(folders["tied"][0], tmp_path / "m")
+    cut = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+    filled = {
+        "strategy": {"Fixed": 20}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+        "pad_token": "[PAD]",
+    }  # fmt: skip
+    told(folder, padding=filled)
+    looked_at(folder, {"t": ("negative", "neutral")})
+    told(folder, padding=None, truncation=cut)
+    with pytest.raises(UsageError, match="'not good' is split into 2 tokens"):
+        looked_at(folder, {"t": ("negative", "not good")})
+
+
+def test_a_tokenizer_that_cannot_say_a_word_is_named(folders: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["tied"][0], tmp_path / "m")
+    vocab = {word: i for i, word in enumerate(WORDS) if word != "[UNK]"}
+    told(folder, model={"type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]"}, added_tokens=[])
+    with pytest.raises(
+        UsageError, match=r"suite\.backbone\.path: the folder's tokenizer takes no text 'maybe'"
+    ):
+        looked_at(folder, {"t": ("maybe",)}, label_prefix="")
+
+
+def test_a_prompt_behind_the_first_word_leaves_room(folders: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["tied"][0], tmp_path / "m")
+    write_words(folder, bos_token="<s>")
+    told(folder, post_processor={
+        "type": "TemplateProcessing", "pair": [],
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [2], "tokens": ["<s>"]}},
+    })  # fmt: skip
+    for look in (looked_at, lambda place, **given: causal(place, **given).tokenise(["i"])):
+        look(folder, max_length=4)
+        with pytest.raises(UsageError, match="its 3 tokens leave no room for a text in max_length 3"):
+            look(folder, max_length=3)
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_weights_that_are_not_finite_give_no_answer(folders: Any, kind: str, tmp_path: Path) -> None:
+    """The largest of NaN is the first, and would be counted."""
+    folder = shutil.copytree(folders[kind][0], tmp_path / "m")
+    name = "lm_head.weight" if kind == "untied" else "model.embed_tokens.weight"
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name][LABELS.index("place") + 5] = math.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    if kind == "tied":
+        with pytest.raises(ContractError, match=r"base: tensor 'embed_tokens\.weight' holds 32 non-finite"):
+            made(folder, tmp_path, "base")
+    else:
+        backbone = causal(folder)
+        with pytest.raises(UsageError, match=r"'lm_head\.weight' in .* holds values that are not finite"):
+            backbone.answered(loaded(backbone), ["who"], ["not"])
+        with pytest.raises(UsageError, match=r"'lm_head\.weight' in .* holds values that are not finite"):
+            backbone.label_rows(loaded(backbone), LABELS)
+
+
+def made(folder: Path, home: Path, kind: str) -> None:
+    """The first step of a kind, of a grid on this folder."""
+    catalog = load_catalog()
+    raw = {**_grid(folder), "axes": {"merging": ["ties"]}, "threats": ["clean"]}
+    steps = make_plan(resolve(parse_grid(raw, "grid"), catalog), lambda task: "").steps
+    step = next(step for step in steps.values() if step.kind == kind)
+    run(step, Bench(Store(home / "store"), catalog, CPU), {})
 
 
 def test_cards_name_the_classes_that_tasks_have() -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +287,42 @@ def test_a_bases_words_fit_its_network(bases: dict[str, Path], tmp_path: Path) -
             plan("bert", tmp_path / "m", bases["bert"])
 
 
+def broken(folder: Path, change: Callable[[Any], Any]) -> None:
+    """The folder's tokenizer.json, changed."""
+    path = folder / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
+
+
+def processor(number: int) -> dict[str, Any]:
+    return {
+        "type": "TemplateProcessing", "pair": [], "special_tokens": {"i": {"id": "i", "ids": [number], "tokens": ["i"]}},
+        "single": [{"SpecialToken": {"id": "i", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw["model"]["vocab"].update(sad=5), "the tokens 'sad' and 'happy' have the same number 5"),
+        (lambda raw: raw["added_tokens"].append({**raw["added_tokens"][0], "id": 3, "content": "x"}), "the tokens 'am' and 'x' have the same number 3"),
+        (lambda raw: raw.update(post_processor=processor(7)), "post_processor puts 'i' with the number 7 around texts, in the vocabulary it is 2"),
+        (lambda raw: raw["model"].update(vocab={"[PAD]": 0, "[UNK]": 1, "i": 2}), "has 3 words, config.json has a vocab_size of 8: the tokenizer is another network's"),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_that_contradicts_itself_or_the_network(
+    bases: dict[str, Path], change: Callable[[Any], Any], message: str, tmp_path: Path
+) -> None:
+    """Each of these is read without a word by the library."""
+    folder = shutil.copytree(bases["bert"], tmp_path / "m")
+    broken(folder, change)
+    with pytest.raises(UsageError, match=rf"^suite\.backbone\.path: .*{message}"):
+        plan("bert", folder, bases["bert"])
+    with pytest.raises(UsageError, match=rf"hf-text: .*{message}"):
+        subject("bert", folder).tokenise(["i"])
+
+
 def test_tokens_that_settings_add_fit_the_network(bases: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(bases["llama"], tmp_path / "m")
     edit(tmp_path / "m" / "tokenizer_config.json", unk_token="<new>")
@@ -293,6 +330,8 @@ def test_tokens_that_settings_add_fit_the_network(bases: dict[str, Path], tmp_pa
         UsageError, match=r"the token '<new>' the number 8, config.json has a vocab_size of 8"
     ):
         subject("llama", tmp_path / "m").tokenise(["sad"])
+    with pytest.raises(UsageError, match=r"^suite\.backbone\.path: .*unk_token gives the token '<new>'"):
+        plan("llama", tmp_path / "m", bases["llama"])
 
 
 def test_looking_at_folders_loads_no_torch(bases: dict[str, Path]) -> None:

@@ -22,7 +22,7 @@ from mergesec_tasks._configs import Values, layers_name, layers_of
 from mergesec_tasks._hub import model_folder
 from mergesec_tasks._modelfolders import KINDS, check_base, check_expert
 from mergesec_tasks._transformers import built, config_of, filled, hollow, loaded, shapes_of, tokenizer_of
-from mergesec_tasks._words import check_beginning, check_words
+from mergesec_tasks._words import check_beginning, check_many_words, check_words
 
 OPTIONAL = ("pooler.", "position_ids", "rotary_emb.inv_freq")
 """Tensors that a checkpoint may lack, since features do not pass through them or they are computed."""
@@ -124,7 +124,8 @@ class HfFolder(TextBackbone):
     @property
     def tokeniser(self) -> Any:
         if self._words is None:
-            check_words(self.path, self.told["vocab_size"], self.who)
+            words = check_words(self.path, self.told["vocab_size"], self.who)
+            check_many_words(self.path, words, self.told["vocab_size"], self.who)
             check_beginning(self.path, self.who)
             self._words = tokenizer_of(self.path, self.told["vocab_size"], self.who)
         return self._words

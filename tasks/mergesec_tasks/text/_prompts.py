@@ -13,7 +13,7 @@ from mergesec.errors import UsageError
 from mergesec.files import brief
 from mergesec_tasks._configs import layers_of
 from mergesec_tasks._modelfolders import KINDS, check_base
-from mergesec_tasks._words import check_beginning, read_tokenizer
+from mergesec_tasks._words import check_beginning, encoded, read_tokenizer
 
 SLOT = "{text}"
 WHOLE, FIRST = "whole", "first"
@@ -79,11 +79,11 @@ def inspect(parameters: Mapping[str, Any], where: str, classes: Mapping[str, Seq
     words = read_tokenizer(folder, f"{where}.path")
     positions = _positions(values)
     parts = parameters["template"].split(SLOT)
-    prompt = sum(len(words.encode(part, add_special_tokens=False).ids) for part in parts)
-    check_room(prompt, parameters["max_length"] or positions, positions, where)
+    prompt = sum(len(encoded(words, part, f"{where}.path").ids) for part in parts)
+    check_room(_begins(words) + prompt, parameters["max_length"] or positions, positions, where)
     prefix = parameters["label_prefix"]
     for task, names in classes.items():
-        tokens = {n: words.encode(prefix + n, add_special_tokens=False).tokens for n in names}
+        tokens = {n: encoded(words, prefix + n, f"{where}.path").tokens for n in names}
         check_labels(tokens, prefix, parameters["labels"], f"{where}.label_prefix ({task})")
 
 
@@ -97,14 +97,19 @@ def inspect_answers(
     values = check_base(folder, f"{where}.path", KINDS["hf-causal"])
     words = read_tokenizer(folder, f"{where}.path")
     most = parameters["max_length"] or _positions(values)
-    begins = len(words.encode("").ids[:1])
+    begins = _begins(words)
     for task, written in rows.items():
         lengths = (
-            len(words.encode(prompt, add_special_tokens=False).ids)
-            + len(words.encode(answer, add_special_tokens=False).ids)
+            len(encoded(words, prompt, f"{where}.path").ids)
+            + len(encoded(words, answer, f"{where}.path").ids)
             for prompt, answer in written
         )
         check_answers(begins + max(lengths, default=0), most, f"{where}.max_length ({task})")
+
+
+def _begins(words: Any) -> int:
+    """How many tokens stand before every text."""
+    return len(words.encode("").ids[:1])
 
 
 def _positions(values: Mapping[str, Any]) -> int:

@@ -212,8 +212,12 @@ class HfCausal(HfFolder):
                     self.who,
                     f"'{OUTPUT}' in '{file}' has the shape {part.get_shape()}, by config.json it would be {wanted}",
                 )
-            rows = part[:] if tokens is None else torch.cat([part[t : t + 1] for t in tokens])
-            return rows.float()
+            rows: Tensor = part[:] if tokens is None else torch.cat([part[t : t + 1] for t in tokens])
+        if not bool(
+            rows.isfinite().all()
+        ):  # no answer would be the likeliest, which would count as a wrong one
+            raise UsageError(self.who, f"'{OUTPUT}' in '{file}' holds values that are not finite")
+        return rows.float()
 
 
 def _losses(states: Tensor, table: Tensor, targets: Tensor) -> Tensor:

@@ -141,6 +141,9 @@ class Clip(HfVit):
                 self.who,
                 f"{names} in '{self.path}' have the shapes {shapes}; expected [d, {width}], [d, h] and one number",
             )
+        wrong = next((name for name, tensor in found.items() if not bool(tensor.isfinite().all())), "")
+        if wrong:  # every class would be as likely as the first
+            raise UsageError(self.who, f"'{wrong}' in '{self.path}' holds values that are not finite")
 
     def features(self, network: nn.Module, inputs: Any) -> Tensor:
         """Image embeddings ``[N, d]`` of images float32 in [0, 1] ``[N, 3, H, W]``."""
