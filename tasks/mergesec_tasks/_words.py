@@ -98,8 +98,11 @@ def _put_around(processor: Any) -> Iterator[tuple[str, Any]]:
 
 def _check_room(words: Mapping[str, int], told: Mapping[str, Any], size: int, path: Path, who: str) -> None:
     """UsageError for special tokens that the library would add behind a vocabulary that is full."""
-    for name in (n for n in told if n.endswith("_token")):
-        word = _content(told[name])
+    named = [(name, value) for name, value in told.items() if name.endswith("_token")]
+    listed = told.get("added_tokens_decoder")
+    named += [("added_tokens_decoder", v) for v in listed.values()] if isinstance(listed, dict) else []
+    for name, value in named:
+        word = _content(value)
         if isinstance(word, str) and word not in words and len(words) >= size:
             raise UsageError(
                 who, f"{brief(str(path))!r}: {name} gives the token {shown(word)} the number {len(words)}, config.json has a "

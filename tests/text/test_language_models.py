@@ -338,6 +338,49 @@ def test_an_adapter_of_more_blocks_or_with_maps_missing_is_refused_by_the_plan(
         inspect("hf-causal", base, "suite.backbone", {"suite.experts.t": str(cut)})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"r": 8},
+            r"'model\.layers\.0\.self_attn\.q_proj' has factors of rank 2, by r and rank_pattern it is 8",
+        ),
+        ({"rank_pattern": {"q_proj": 4}}, "has factors of rank 2, by r and rank_pattern it is 4"),
+        ({"target_modules": ["k_proj"]}, "has factors, but is none of target_modules: peft leaves it out"),
+        ({"layers_to_transform": [99]}, "has factors, but is none of target_modules: peft leaves it out"),
+    ],
+)
+def test_an_adapter_that_contradicts_its_options_is_refused_by_the_plan(
+    folders: Any, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    from mergesec_tasks._modelfolders import inspect
+
+    place = adapter(tmp_path / "adapter", 3, 32)
+    told = json.loads((place / "adapter_config.json").read_text())
+    (place / "adapter_config.json").write_text(json.dumps({**told, **options}))
+    with pytest.raises(UsageError, match=rf"^suite\.experts\.t: .*{message}"):
+        inspect(
+            "hf-causal", {"path": str(folders["tied"][0])}, "suite.backbone", {"suite.experts.t": str(place)}
+        )
+
+
+def test_an_output_layer_is_looked_for_before_anything_runs(folders: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["untied"][0], tmp_path / "m")
+    looked_at(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for kept, message in (
+        ({"lm_head.weight": torch.ones(3, 32)}, r"'lm_head\.weight' in .* has the shape \[3, 32\]"),
+        ({}, r"has no lm_head\.weight, and its embeddings are not tied"),
+    ):
+        body = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+        save_file({**body, **kept}, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UsageError, match=rf"^suite\.backbone\.path: .*{message}"):
+            looked_at(folder)
+        backbone = causal(folder)
+        with pytest.raises(UsageError, match=rf"^hf-causal: .*{message}"):
+            backbone.label_rows(loaded(backbone), LABELS)
+
+
 def test_an_adapter_of_one_tower_needs_no_factors_for_the_other(tmp_path: Path) -> None:
     from mergesec.adapterconfig import read_lora
     from mergesec.modelfiles import header

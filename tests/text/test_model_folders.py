@@ -183,6 +183,63 @@ def test_a_config_says_only_what_is_known(
         subject("bert", tmp_path / "m").build()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor is missing, which linear needs"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing, which llama3 needs"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor is 0; expected a number above 0"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": True}}, "factor is True; expected a number above 0"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_theta is 0; expected a number above 0"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5; default has no such field"),
+        ({"rope_parameters": {"rope_type": "linear", "facter": 2.0, "factor": 2.0}}, "facter is 2.0; linear has no such field; did you mean 'factor'"),
+        ({"rope_parameters": {"rope_type": "default", "type": "linear", "factor": 2.0}}, "type and rope_type differ"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}, "rope_theta": 1e4}, "rope_theta is told twice, as 10000.0 and 100000.0"),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is .*linear.* and rope_parameters is .*default"),
+        ({"bos_token_id": "1"}, "bos_token_id is '1'; expected null or the number of a token"),
+    ],
+)  # fmt: skip
+def test_positions_are_told_once_and_wholly(
+    bases: dict[str, Path], changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """The library would choose, divide by nothing, or turn all of what is to be turned in part."""
+    folder = shutil.copytree(bases["llama"], tmp_path / "m")
+    edit(folder / "config.json", **changes)
+    with pytest.raises(UsageError, match=rf"^suite\.backbone\.path: .*config\.json.*{message}"):
+        plan("llama", folder, bases["llama"])
+
+
+def test_positions_as_published_are_read(bases: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(bases["llama"], tmp_path / "m")
+    stretched = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 12,
+    }
+    for scaling in (
+        {"rope_type": "llama3", **stretched},
+        {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 12, "finetuned": True},
+        {"rope_type": "dynamic", "factor": 2.0, "attention_factor": None},
+        {"rope_type": "default", "partial_rotary_factor": 1.0},
+    ):
+        edit(folder / "config.json", rope_parameters=None, rope_theta=5e5, rope_scaling=scaling)
+        assert subject("llama", folder).build()
+
+
+def test_blocks_that_lack_a_tensor_are_named_by_the_plan(bases: dict[str, Path], tmp_path: Path) -> None:
+    network("llama", num_hidden_layers=3).save_pretrained(tmp_path)
+    write_words(tmp_path)
+    plan("llama", tmp_path, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        UsageError, match=r"block 1 has no tensor like 'model\.layers\.2\.mlp\.up_proj\.weight', which 2"
+    ):
+        plan("llama", tmp_path, bases["llama"])
+
+
 def test_fields_of_heads_and_of_training_change_nothing(bases: dict[str, Path], tmp_path: Path) -> None:
     """``num_labels`` alone would make transformers write that many names of labels."""
     shutil.copytree(bases["bert"], tmp_path / "m")
@@ -331,6 +388,15 @@ def test_tokens_that_settings_add_fit_the_network(bases: dict[str, Path], tmp_pa
     ):
         subject("llama", tmp_path / "m").tokenise(["sad"])
     with pytest.raises(UsageError, match=r"^suite\.backbone\.path: .*unk_token gives the token '<new>'"):
+        plan("llama", tmp_path / "m", bases["llama"])
+    edit(
+        tmp_path / "m" / "tokenizer_config.json",
+        unk_token="[UNK]",
+        added_tokens_decoder={"9": {"content": "<x>"}},
+    )
+    with pytest.raises(
+        UsageError, match=r"^suite\.backbone\.path: .*added_tokens_decoder gives the token '<x>'"
+    ):
         plan("llama", tmp_path / "m", bases["llama"])
 
 

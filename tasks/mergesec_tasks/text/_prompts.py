@@ -11,12 +11,14 @@ from typing import Any
 
 from mergesec.errors import UsageError
 from mergesec.files import brief
-from mergesec_tasks._configs import layers_of
+from mergesec.modelfiles import stored_tensors
+from mergesec_tasks._configs import layers_of, width_of
 from mergesec_tasks._modelfolders import KINDS, check_base
 from mergesec_tasks._words import check_beginning, encoded, read_tokenizer
 
 SLOT = "{text}"
 WHOLE, FIRST = "whole", "first"
+OUTPUT = "lm_head.weight"
 
 
 def check_template(template: str, who: str) -> None:
@@ -73,6 +75,7 @@ def inspect(parameters: Mapping[str, Any], where: str, classes: Mapping[str, Seq
         return
     values = check_base(folder, f"{where}.path", KINDS["hf-causal"])
     check_beginning(folder, f"{where}.path")
+    check_output(folder, values, f"{where}.path")
     own = layers_of(values)
     if parameters["layers"] > own:
         raise UsageError(f"{where}.layers", f"{parameters['layers']} exceed the {own} of the model")
@@ -85,6 +88,21 @@ def inspect(parameters: Mapping[str, Any], where: str, classes: Mapping[str, Seq
     for task, names in classes.items():
         tokens = {n: encoded(words, prefix + n, f"{where}.path").tokens for n in names}
         check_labels(tokens, prefix, parameters["labels"], f"{where}.label_prefix ({task})")
+
+
+def check_output(folder: Path, values: Mapping[str, Any], who: str) -> None:
+    """UsageError unless there is an output layer, from which tokens are read: the embeddings where they are tied."""
+    if values["tie_word_embeddings"]:
+        return
+    stored = stored_tensors(folder, who)
+    if OUTPUT not in stored:
+        raise UsageError(who, f"'{folder}' has no {OUTPUT}, and its embeddings are not tied")
+    wanted = (values["vocab_size"], width_of(values))
+    if stored[OUTPUT].shape != wanted:
+        raise UsageError(
+            who, f"'{OUTPUT}' in '{stored[OUTPUT].file}' has the shape {list(stored[OUTPUT].shape)}, by config.json it "
+            f"would be {list(wanted)}",
+        )  # fmt: skip
 
 
 def inspect_answers(

@@ -13,7 +13,16 @@ from mergesec.errors import UsageError
 from mergesec.modelfiles import file_of
 from mergesec_tasks._transformers import numbers_of
 from mergesec_tasks.text._hf import HfFolder, padded
-from mergesec_tasks.text._prompts import SLOT, WHOLE, check_answers, check_labels, check_room, check_template
+from mergesec_tasks.text._prompts import (
+    OUTPUT,
+    SLOT,
+    WHOLE,
+    check_answers,
+    check_labels,
+    check_output,
+    check_room,
+    check_template,
+)
 
 CARD = {
     "name": "hf-causal",
@@ -88,7 +97,6 @@ CARD = {
         },
     },
 }
-OUTPUT = "lm_head.weight"
 LOSS_ROWS, LOSS_TOKENS = 32, 256
 """Texts, and tokens of them, that are scored at a time."""
 
@@ -201,17 +209,10 @@ class HfCausal(HfFolder):
     def _stored_rows(self, tokens: Sequence[int] | None) -> Tensor:
         from safetensors import safe_open
 
+        check_output(self.path, self.told, self.who)
         file = file_of(self.path, OUTPUT, self.who)
-        if file is None:
-            raise UsageError(self.who, f"'{self.path}' has no {OUTPUT}, and its embeddings are not tied")
-        wanted = [self.told["vocab_size"], self.config.hidden_size]
-        with safe_open(file, framework="pt") as opened:
+        with safe_open(str(file), framework="pt") as opened:
             part = opened.get_slice(OUTPUT)
-            if list(part.get_shape()) != wanted:
-                raise UsageError(
-                    self.who,
-                    f"'{OUTPUT}' in '{file}' has the shape {part.get_shape()}, by config.json it would be {wanted}",
-                )
             rows: Tensor = part[:] if tokens is None else torch.cat([part[t : t + 1] for t in tokens])
         if not bool(
             rows.isfinite().all()
