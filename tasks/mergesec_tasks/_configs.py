@@ -363,6 +363,12 @@ def layers_of(values: Values) -> int:
     return int(values[layers_name(values)])
 
 
+def positions_of(values: Values) -> int:
+    """Tokens that a text may have. RoBERTa's positions begin after the padding's number."""
+    places = int(values["n_positions" if values["model_type"] == "gpt2" else "max_position_embeddings"])
+    return places - (values["pad_token_id"] + 1 if values["model_type"] in ("roberta", "xlm-roberta") else 0)
+
+
 def settings(values: Values) -> Values:
     """What transformers' config of this type is made with; rotary parameters as releases 4 and 5 both read them."""
     turned = ("model_type", "rope_theta", "rope_scaling", "rope_parameters")

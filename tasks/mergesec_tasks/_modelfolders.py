@@ -16,8 +16,15 @@ from mergesec.errors import UsageError
 from mergesec.files import brief
 from mergesec.modelfiles import CONFIG, stored_tensors
 from mergesec_tasks._adapterfit import check_factors
-from mergesec_tasks._cliptext import check_text_tower
-from mergesec_tasks._configs import Values, check_same_function, check_tensors, read_config
+from mergesec_tasks._cliptext import check_text_tower, check_whole
+from mergesec_tasks._configs import (
+    Values,
+    check_same_function,
+    check_tensors,
+    layers_of,
+    positions_of,
+    read_config,
+)
 from mergesec_tasks._preprocessing import check_same_pixels, read_pixels
 from mergesec_tasks._words import check_many_words, check_same_words, check_words
 
@@ -77,6 +84,9 @@ def inspect(backbone: str, parameters: Mapping[str, Any], where: str, experts: M
     if not parameters[name] or not base.exists():
         return
     values = check_base(base, f"{where}.{name}", kinds)
+    _check_asked(values, parameters, where)
+    if backbone == "clip":
+        check_whole(base, int(values["hidden_size"]), f"{where}.{name}")
     if kinds.images:
         read_pixels(base, str(values["model_type"]), f"{where}.{name}")
         if parameters.get("head") == "zero-shot":
@@ -88,3 +98,21 @@ def inspect(backbone: str, parameters: Mapping[str, Any], where: str, experts: M
         place = Path(source).expanduser()
         if source and place.exists():
             check_expert(place, base, values, field, kinds)
+
+
+def _check_asked(values: Values, parameters: Mapping[str, Any], where: str) -> None:
+    """UsageError, naming the grid's field, for more layers or places than the network has, or a part of a patch."""
+    own, asked = layers_of(values), parameters.get("layers", 0)
+    if asked > own:
+        raise UsageError(f"{where}.layers", f"{asked} exceed the {own} of the model")
+    side = parameters.get("resolution", 0)
+    if side and side % values["patch_size"]:
+        raise UsageError(
+            f"{where}.resolution", f"{side} is not a multiple of the patch size {values['patch_size']}"
+        )
+    longest = parameters.get("max_length", 0)
+    if longest and longest > positions_of(values):
+        raise UsageError(
+            f"{where}.max_length",
+            f"{longest} exceeds the {positions_of(values)} positions of the model's context",
+        )

@@ -152,6 +152,15 @@ def test_another_architecture_is_refused_by_file_and_tensor(bases: dict[str, Pat
     )
 
 
+def test_the_plan_asks_for_no_more_than_there_is(bases: dict[str, Path]) -> None:
+    for asked, message in (
+        ({"layers": 3}, "layers: 3 exceed the 2 of the model"),
+        ({"max_length": 25}, "max_length: 25 exceeds the 24 positions of the model's context"),
+    ):
+        with pytest.raises(UsageError, match=rf"^suite\.backbone\.{message}"):
+            inspect("hf-text", {"path": str(bases["bert"]), **asked}, "suite.backbone", {})
+
+
 def test_a_file_with_more_layers_than_its_config_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     network("bert", num_hidden_layers=3).save_pretrained(tmp_path)
     edit(tmp_path / "config.json", num_hidden_layers=2)

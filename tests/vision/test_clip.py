@@ -160,3 +160,40 @@ def test_an_end_token_is_a_number(tiny_clip: Path, tmp_path: Path) -> None:
         (folder / "config.json").write_text(json.dumps(raw))
         with pytest.raises(UsageError, match=r"eos_token_id is .*; expected the number of a token"):
             clip(folder).zero_shot(PROMPTS, CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("logit_scale", None, "no tensor 'logit_scale' in .*; a whole CLIP is needed"),
+        ("text_projection.weight", None, "no tensor 'text_projection.weight' in .*; a whole CLIP is needed"),
+        ("logit_scale", torch.ones(3), r"have the shapes \[\[24, 32\], \[24, 16\], \[3\]\]; expected \[d, 32\], \[d, h\] and one"),
+        ("visual_projection.weight", torch.ones(24, 31), r"have the shapes \[\[24, 31\], \[24, 16\], \[\]\]"),
+    ],
+)  # fmt: skip
+def test_the_plan_looks_for_a_whole_clip(
+    tiny_clip: Path, name: str, tensor: torch.Tensor | None, message: str, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_clip, tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    kept = {n: t for n, t in tensors.items() if n != name} | ({} if tensor is None else {name: tensor})
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    for head in ("zero-shot", "probe"):
+        with pytest.raises(UsageError, match=rf"^suite\.backbone\.model: .*{message}"):
+            inspect("clip", {"model": str(folder), "head": head}, "suite.backbone", {})
+    with pytest.raises(UsageError, match=f"^clip: .*{message}"):
+        clip(folder).frozen()
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"layers": 4}, "layers: 4 exceed the 3 of the model"),
+        ({"resolution": 36}, "resolution: 36 is not a multiple of the patch size 8"),
+    ],
+)
+def test_the_plan_asks_for_no_more_than_there_is(
+    tiny_clip: Path, asked: dict[str, int], message: str
+) -> None:
+    with pytest.raises(UsageError, match=rf"^suite\.backbone\.{message}"):
+        inspect("clip", {"model": str(tiny_clip), "head": "zero-shot", **asked}, "suite.backbone", {})

@@ -12,7 +12,7 @@ from typing import Any
 from mergesec.errors import UsageError
 from mergesec.files import brief
 from mergesec.modelfiles import stored_tensors
-from mergesec_tasks._configs import layers_of, width_of
+from mergesec_tasks._configs import layers_of, positions_of, width_of
 from mergesec_tasks._modelfolders import KINDS, check_base
 from mergesec_tasks._words import check_beginning, encoded, read_tokenizer
 
@@ -80,7 +80,7 @@ def inspect(parameters: Mapping[str, Any], where: str, classes: Mapping[str, Seq
     if parameters["layers"] > own:
         raise UsageError(f"{where}.layers", f"{parameters['layers']} exceed the {own} of the model")
     words = read_tokenizer(folder, f"{where}.path")
-    positions = _positions(values)
+    positions = positions_of(values)
     parts = parameters["template"].split(SLOT)
     prompt = sum(len(encoded(words, part, f"{where}.path").ids) for part in parts)
     check_room(_begins(words) + prompt, parameters["max_length"] or positions, positions, where)
@@ -114,7 +114,7 @@ def inspect_answers(
         return
     values = check_base(folder, f"{where}.path", KINDS["hf-causal"])
     words = read_tokenizer(folder, f"{where}.path")
-    most = parameters["max_length"] or _positions(values)
+    most = parameters["max_length"] or positions_of(values)
     begins = _begins(words)
     for task, written in rows.items():
         lengths = (
@@ -128,8 +128,3 @@ def inspect_answers(
 def _begins(words: Any) -> int:
     """How many tokens stand before every text."""
     return len(words.encode("").ids[:1])
-
-
-def _positions(values: Mapping[str, Any]) -> int:
-    """The context of the model, in tokens."""
-    return int(values["n_positions" if values["model_type"] == "gpt2" else "max_position_embeddings"])
