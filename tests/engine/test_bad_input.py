@@ -75,6 +75,10 @@ def _one_line(code: int, err: str, *expected: str) -> None:
         (GOOD.replace("tasks: [", "tasks: ['${nowhere}', "), "nowhere"),
         (GOOD.replace("micro/vit", "'???'"), "suite.backbone: needs a value"),
         ("defaults: [{suite: nosuch}, _self_]\n" + GOOD, "suite/nosuch"),
+        (GOOD.replace("[ties]", "[{name: weighted_task_arithmetic, coefficients: [a, b]}]"), "axes.merging[0].coefficients: takes numbers in [-10.0, 10.0], got 'a'"),
+        (GOOD.replace("[ties]", "[{name: weighted_task_arithmetic, coefficients: [true, 1.0]}]"), "axes.merging[0].coefficients: takes numbers in [-10.0, 10.0], got True"),
+        (GOOD.replace("[ties]", "[{name: task_arithmetic, grid: [low, high]}]"), "axes.merging[0].grid: takes numbers, got 'low'"),
+        (GOOD.replace("[ties]", "[{name: task_arithmetic, grid: []}]"), "axes.merging[0].grid: takes numbers, got an empty list"),
         (GOOD + "recipe: {epochs: many}\n", "recipe.epochs: expected int, got 'many'"),
         (GOOD + "recipe: {lora_alpha: 0}\n", "recipe.lora_alpha: must be positive, got 0"),
         (GOOD + "recipe: {lora_rank: -1}\n", "recipe.lora_rank: must not be negative, got -1"),
@@ -124,6 +128,13 @@ def test_wrong_arguments(
 ) -> None:
     (tmp_path / "g.yaml").write_text(GOOD)
     _one_line(*invoke("run", "--plugin", micro, *arguments), expected)
+
+
+def test_a_home_in_an_override_is_read(invoke: Invoke, micro: Path, tmp_path: Path) -> None:
+    """No shell replaces it behind a dotted name."""
+    (tmp_path / "g.yaml").write_text(GOOD.replace("micro/vit", "{name: hf-vit, path: x}"))
+    found = invoke("plan", "--grid", "g.yaml", "--plugin", micro, "suite.backbone.path=~/not here")
+    _one_line(*found, "suite.backbone.path: no file or folder", "not here")
 
 
 def test_an_unwritable_store(

@@ -235,6 +235,17 @@ def test_a_tokenizer_that_cannot_say_a_word_is_named(folders: Any, tmp_path: Pat
         looked_at(folder, {"t": ("maybe",)}, label_prefix="")
 
 
+def test_a_text_without_tokens_has_no_features(folders: Any) -> None:
+    """They would be those of a padded place."""
+    for template, message in (("{text}", "the text '' has no token"), ("{text} label :", "")):
+        backbone = causal(folders["tied"][0], template=template)
+        if message:
+            with pytest.raises(UsageError, match=message):
+                backbone.features(loaded(backbone), ["the film", ""])
+        else:
+            assert backbone.features(loaded(backbone), ["the film", ""]).isfinite().all()
+
+
 def test_a_prompt_behind_the_first_word_leaves_room(folders: Any, tmp_path: Path) -> None:
     folder = shutil.copytree(folders["tied"][0], tmp_path / "m")
     write_words(folder, bos_token="<s>")

@@ -140,7 +140,11 @@ def _may_add(override: str) -> str:
 
     ``suite=NAME`` stays as it is: it picks a file of the group.
     """
-    key = override.partition("=")[0]
+    key, _, value = override.partition("=")
+    if re.fullmatch(
+        r"~(?:/[^'\\]*)?", value
+    ):  # one's home, which Hydra cannot read and no shell puts in here
+        override = f"{key}='{value}'"
     return f"++{override}" if re.fullmatch(r"[A-Za-z_][\w.]*", key) and key != "suite" else override
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mergesec.anatomy import Anatomy, describe
 from mergesec.contracts import Weights
 from mergesec.errors import UsageError
+from mergesec.modelfiles import shown
 from mergesec.text import TextBackbone
 from mergesec_tasks._adapters import expert_weights
 from mergesec_tasks._configs import Values, layers_name, layers_of
@@ -192,6 +193,12 @@ class HfFolder(TextBackbone):
     def states(self, network: nn.Module, inputs: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Hidden states after the last block and norm ``[N, T, d]``, and the mask ``[N, T]``."""
         device = next(network.parameters()).device
-        numbers, mask = (part.to(device) for part in self.tokenise(inputs))
+        numbers, mask = self.tokenise(inputs)
+        if not bool(mask.any(dim=1).all()):  # features would be those of padding
+            empty = inputs[int(mask.any(dim=1).logical_not().nonzero()[0])]
+            raise UsageError(
+                self.who, f"the text {shown(empty)} has no token, and no prompt stands around it"
+            )
+        numbers, mask = numbers.to(device), mask.to(device)
         output = network(input_ids=numbers, attention_mask=mask.long())
         return output.last_hidden_state, mask

@@ -12,7 +12,7 @@ from typing import Any
 from mergesec.errors import UsageError
 from mergesec.files import brief
 from mergesec.modelfiles import stored_tensors
-from mergesec_tasks._configs import layers_of, positions_of, width_of
+from mergesec_tasks._configs import Values, layers_of, positions_of, width_of
 from mergesec_tasks._modelfolders import KINDS, check_base
 from mergesec_tasks._words import check_beginning, encoded, read_tokenizer
 
@@ -90,7 +90,7 @@ def inspect(parameters: Mapping[str, Any], where: str, classes: Mapping[str, Seq
         check_labels(tokens, prefix, parameters["labels"], f"{where}.label_prefix ({task})")
 
 
-def check_output(folder: Path, values: Mapping[str, Any], who: str) -> None:
+def check_output(folder: Path, values: Values, who: str) -> None:
     """UsageError unless there is an output layer, from which tokens are read: the embeddings where they are tied."""
     if values["tie_word_embeddings"]:
         return
