@@ -26,7 +26,13 @@ from mergesec_tasks._configs import (
     read_config,
 )
 from mergesec_tasks._preprocessing import check_same_pixels, read_pixels
-from mergesec_tasks._words import check_many_words, check_same_words, check_words
+from mergesec_tasks._words import (
+    check_between,
+    check_many_words,
+    check_same_words,
+    check_words,
+    tokens_around,
+)
 
 IMAGES = ("vit", "deit", "dinov2", "clip_vision_model")
 ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert")
@@ -94,6 +100,9 @@ def inspect(backbone: str, parameters: Mapping[str, Any], where: str, experts: M
     else:
         words = check_words(base, int(values["vocab_size"]), f"{where}.{name}")
         check_many_words(base, words, int(values["vocab_size"]), f"{where}.{name}")
+    if backbone == "hf-text":
+        longest = parameters.get("max_length") or positions_of(values)
+        check_between(longest, tokens_around(base, f"{where}.{name}"), where)
     for field, source in experts.items():
         place = Path(source).expanduser()
         if source and place.exists():

@@ -136,6 +136,38 @@ def encoded(words: Any, text: str, who: str) -> Any:
         ) from None
 
 
+def unknown_word(folder: Path, who: str) -> str:
+    """What a tokenizer puts where it has no word; empty if it says nothing."""
+    model = read_json(folder / TOKENIZER, who).get("model")
+    told = model if isinstance(model, dict) else {}
+    number, vocab = told.get("unk_id"), told.get("vocab")
+    if isinstance(vocab, list):  # of pieces with scores, checked before
+        return str(vocab[number][0]) if type(number) is int and 0 <= number < len(vocab) else ""
+    return str(told.get("unk_token") or "")
+
+
+def tokens_around(folder: Path, who: str) -> int:
+    """How many tokens a folder's tokenizer.json puts around every text."""
+    return _count_around(read_json(folder / TOKENIZER, who).get("post_processor"))
+
+
+def check_between(longest: int, around: int, who: str) -> None:
+    """UsageError unless ``longest`` tokens leave room for one of the text: all texts would be the same."""
+    if longest <= around:
+        raise UsageError(
+            f"{who}.max_length", f"{longest} leaves no room for a text between the {around} tokens around it"
+        )
+
+
+def _count_around(processor: Any) -> int:
+    if not isinstance(processor, dict):
+        return 0
+    if processor.get("type") in ("BertProcessing", "RobertaProcessing"):
+        return 2
+    around = sum("SpecialToken" in part for part in processor.get("single") or [] if isinstance(part, dict))
+    return around + sum(map(_count_around, processor.get("processors") or []))
+
+
 def check_beginning(folder: Path, who: str) -> None:
     """UsageError if tokenizer_config.json begins texts with a word that has another number than config.json's
     ``bos_token_id``: a tokenizer of another network, however many words it has."""

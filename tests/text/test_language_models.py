@@ -235,6 +235,23 @@ def test_a_tokenizer_that_cannot_say_a_word_is_named(folders: Any, tmp_path: Pat
         looked_at(folder, {"t": ("maybe",)}, label_prefix="")
 
 
+def test_a_label_that_the_tokenizer_does_not_know_is_named(folders: Any, tmp_path: Path) -> None:
+    """One such label is read by the token of all that is unknown, two of them alike."""
+    folder = folders["tied"][0]
+    message = r"label_prefix.*: the tokenizer does not know the class name 'neither' after label_prefix ' ' \('\[UNK\]'\)"
+    with pytest.raises(UsageError, match=rf"^suite\.backbone\.{message}"):
+        looked_at(folder, {"t": ("negative", "neither")})
+    backbone = causal(folder)
+    with pytest.raises(UsageError, match=rf"^hf-causal\.{message}"):
+        backbone.label_rows(loaded(backbone), ["negative", "neither"])
+    pieces = shutil.copytree(folder, tmp_path / "m")
+    told(pieces, model={"type": "Unigram", "unk_id": 1, "vocab": [[word, -1.0] for word in WORDS]})
+    with pytest.raises(
+        UsageError, match=r"does not know the class name 'yes' after label_prefix '' \('\[UNK\]'\)"
+    ):
+        looked_at(pieces, {"t": ("yes", "no")}, label_prefix="")
+
+
 def test_a_text_without_tokens_has_no_features(folders: Any) -> None:
     """They would be those of a padded place."""
     for template, message in (("{text}", "the text '' has no token"), ("{text} label :", "")):

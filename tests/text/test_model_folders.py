@@ -161,6 +161,19 @@ def test_the_plan_asks_for_no_more_than_there_is(bases: dict[str, Path]) -> None
             inspect("hf-text", {"path": str(bases["bert"]), **asked}, "suite.backbone", {})
 
 
+def test_texts_have_room_between_what_stands_around_them(bases: dict[str, Path], tmp_path: Path) -> None:
+    """All of them would be the same two tokens."""
+    folder = shutil.copytree(bases["bert"], tmp_path / "m")
+    ends = {"type": "BertProcessing", "sep": ["label", 6], "cls": ["i", 2]}
+    edit(folder / "tokenizer.json", post_processor=ends)
+    message = "max_length: 2 leaves no room for a text between the 2 tokens around it"
+    with pytest.raises(UsageError, match=rf"^suite\.backbone\.{message}"):
+        inspect("hf-text", {"path": str(folder), "max_length": 2}, "suite.backbone", {})
+    with pytest.raises(UsageError, match=rf"^hf-text\.{message}"):
+        HfText(str(folder), 0, 2, "mean").tokenise(["sad"])
+    assert HfText(str(folder), 0, 3, "mean").tokenise(["sad happy"])[0].tolist() == [[2, 4, 6]]
+
+
 def test_a_file_with_more_layers_than_its_config_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     network("bert", num_hidden_layers=3).save_pretrained(tmp_path)
     edit(tmp_path / "config.json", num_hidden_layers=2)

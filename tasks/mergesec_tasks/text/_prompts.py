@@ -14,7 +14,7 @@ from mergesec.files import brief
 from mergesec.modelfiles import stored_tensors
 from mergesec_tasks._configs import Values, layers_of, positions_of, width_of
 from mergesec_tasks._modelfolders import KINDS, check_base
-from mergesec_tasks._words import check_beginning, encoded, read_tokenizer
+from mergesec_tasks._words import check_beginning, encoded, read_tokenizer, unknown_word
 
 SLOT = "{text}"
 WHOLE, FIRST = "whole", "first"
@@ -45,9 +45,11 @@ def check_answers(longest: int, most: int, who: str) -> None:
         raise UsageError(who, f"{most} is less than the {longest} tokens of a prompt and its answer")
 
 
-def check_labels(tokens: Mapping[str, Sequence[str]], prefix: str, labels: str, who: str) -> None:
+def check_labels(
+    tokens: Mapping[str, Sequence[str]], prefix: str, labels: str, who: str, unknown: str = ""
+) -> None:
     """UsageError unless the tokens of the classes' names tell them apart: one token each, or with ``labels: first``
-    different first ones."""
+    different first ones; none of them ``unknown``, what stands for what the tokenizer does not know."""
     first: dict[str, str] = {}
     for name, found in tokens.items():
         shown = " ".join(repr(token) for token in found)
@@ -62,6 +64,11 @@ def check_labels(tokens: Mapping[str, Sequence[str]], prefix: str, labels: str, 
             raise UsageError(
                 who,
                 f"{first[found[0]]!r} and {name!r} begin with the same token ({found[0]!r}); set label_prefix",
+            )
+        if found[0] == unknown:
+            raise UsageError(
+                who,
+                f"the tokenizer does not know the class name {name!r} after label_prefix {prefix!r} ({unknown!r})",
             )
         first[found[0]] = name
 
@@ -84,10 +91,11 @@ def inspect(parameters: Mapping[str, Any], where: str, classes: Mapping[str, Seq
     parts = parameters["template"].split(SLOT)
     prompt = sum(len(encoded(words, part, f"{where}.path").ids) for part in parts)
     check_room(_begins(words) + prompt, parameters["max_length"] or positions, positions, where)
-    prefix = parameters["label_prefix"]
+    prefix, unknown = parameters["label_prefix"], unknown_word(folder, f"{where}.path")
     for task, names in classes.items():
-        tokens = {n: encoded(words, prefix + n, f"{where}.path").tokens for n in names}
-        check_labels(tokens, prefix, parameters["labels"], f"{where}.label_prefix ({task})")
+        numbers = {n: encoded(words, prefix + n, f"{where}.path").ids for n in names}
+        tokens = {n: [words.id_to_token(number) for number in found] for n, found in numbers.items()}
+        check_labels(tokens, prefix, parameters["labels"], f"{where}.label_prefix ({task})", unknown)
 
 
 def check_output(folder: Path, values: Values, who: str) -> None:

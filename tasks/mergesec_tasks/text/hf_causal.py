@@ -12,6 +12,7 @@ from torch.nn import functional
 from mergesec.errors import UsageError
 from mergesec.modelfiles import file_of
 from mergesec_tasks._transformers import numbers_of
+from mergesec_tasks._words import unknown_word
 from mergesec_tasks.text._hf import HfFolder, padded
 from mergesec_tasks.text._prompts import (
     OUTPUT,
@@ -152,7 +153,8 @@ class HfCausal(HfFolder):
         """
         numbers = {name: self._plain(self.label_prefix + name) for name in classes}
         shown = {name: self.tokeniser.convert_ids_to_tokens(found) for name, found in numbers.items()}
-        check_labels(shown, self.label_prefix, self.labels, f"{self.who}.label_prefix")
+        unknown = unknown_word(self.path, self.who)
+        check_labels(shown, self.label_prefix, self.labels, f"{self.who}.label_prefix", unknown)
         tokens = [found[0] for found in numbers.values()]
         return self._output_rows(network, tokens)
 
