@@ -12,6 +12,7 @@ from mergesec.modelfiles import CONFIG, LONGEST, read_json, shown
 
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 OLD = ("vocab.json", "merges.txt")
+SPECIAL = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 FEWEST = 0.75
 """Share of a network's vocabulary that its tokenizer has at least; published ones have 97 % or more, the rest being
 padding."""
@@ -103,6 +104,8 @@ def _check_room(words: Mapping[str, int], told: Mapping[str, Any], size: int, pa
     named += [("added_tokens_decoder", v) for v in listed.values()] if isinstance(listed, dict) else []
     for name, value in named:
         word = _content(value)
+        if name in SPECIAL and not (value is None or isinstance(word, str)):
+            raise UsageError(who, f"{brief(str(path))!r}: {name} is {shown(value)}; expected a word, or null")
         if isinstance(word, str) and word not in words and len(words) >= size:
             raise UsageError(
                 who, f"{brief(str(path))!r}: {name} gives the token {shown(word)} the number {len(words)}, config.json has a "

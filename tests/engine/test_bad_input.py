@@ -96,6 +96,8 @@ def _one_line(code: int, err: str, *expected: str) -> None:
         (GOOD.replace("micro/vit", "{name: hf-text, layers: [1, 2], path: '.'}").replace("micro/bars, micro/blobs", "mini/topic"), "suite.backbone.layers: [1, 2] makes 2 backbones, a grid has one"),
         (GOOD.replace("micro/bars, micro/blobs", "{name: image-folder, path: '.'}, micro/bars").replace("[ties]", "[ties], target_class: drawn"), "axes.target_class: 'drawn' needs the number of classes of every task, and that of image-folder lies in its data"),
         (GOOD.replace("micro/bars, micro/blobs", "{name: image-folder, path: '.'}, micro/bars").replace("[ties]", "[ties], target_class: [99]"), "axes.target_class: 99 is outside [0, 3]"),
+        ("threats: [clean]\n" + GOOD.replace("[ties]", "[ties], experts: [[micro/bars]]"), "no cell is left to run (1× one expert is nothing to merge"),
+        ("threats: [clean]\n" + GOOD.replace(", micro/blobs", ""), "no cell is left to run (1× one expert is nothing to merge"),
         (GOOD + "threats: [protection]\nexclude: [{threat: protection}]\n", "no cell is left to run"),
     ],
 )  # fmt: skip

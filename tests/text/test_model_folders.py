@@ -411,6 +411,12 @@ def test_tokens_that_settings_add_fit_the_network(bases: dict[str, Path], tmp_pa
         subject("llama", tmp_path / "m").tokenise(["sad"])
     with pytest.raises(UsageError, match=r"^suite\.backbone\.path: .*unk_token gives the token '<new>'"):
         plan("llama", tmp_path / "m", bases["llama"])
+    for wrong in (["[UNK]"], {"x": 1}, 5):
+        edit(tmp_path / "m" / "tokenizer_config.json", unk_token=wrong)
+        with pytest.raises(
+            UsageError, match=r"^suite\.backbone\.path: .*unk_token is .*; expected a word, or null"
+        ):
+            plan("llama", tmp_path / "m", bases["llama"])
     edit(
         tmp_path / "m" / "tokenizer_config.json",
         unk_token="[UNK]",
