@@ -31,6 +31,9 @@ def check_words(folder: Path, size: int, who: str) -> dict[str, int]:
     raw = read_json(path, who)
     words = _vocabulary(raw, path, who)
     _check_numbers(words, size, path, who)
+    unknown = _unknown(raw)
+    if unknown and unknown not in words:
+        raise UsageError(who, f"{brief(str(path))!r}: model.unk_token {shown(unknown)} is none of its words")
     _check_ends(raw.get("post_processor"), words, path, who)
     if _there(folder / SETTINGS):
         _check_room(words, read_json(folder / SETTINGS, who), size, folder / SETTINGS, who)
@@ -83,18 +86,20 @@ def _check_ends(processor: Any, words: Mapping[str, int], path: Path, who: str) 
 
 
 def _put_around(processor: Any) -> Iterator[tuple[str, Any]]:
-    if not isinstance(processor, dict):
-        return
-    for part in processor.get("processors") or []:
+    """Words and the numbers they are put around texts with, by a file that nobody has checked yet."""
+    told = processor if isinstance(processor, dict) else {}
+    for part in _listed(told, "processors"):
         yield from _put_around(part)
-    pairs = [processor.get(name) for name in ("sep", "cls")]
-    for told in (processor.get("special_tokens") or {}).values():
-        pairs += (
-            zip(told.get("tokens", []), told.get("ids", []), strict=False) if isinstance(told, dict) else ()
-        )
-    yield from (
-        (str(pair[0]), pair[1]) for pair in pairs if isinstance(pair, (list, tuple)) and len(pair) == 2
-    )
+    pairs = [told.get(name) for name in ("sep", "cls")]
+    special = told.get("special_tokens")
+    for one in special.values() if isinstance(special, dict) else ():
+        pairs += zip(_listed(one, "tokens"), _listed(one, "ids"), strict=False)
+    yield from ((str(p[0]), p[1]) for p in pairs if isinstance(p, (list, tuple)) and len(p) == 2)
+
+
+def _listed(told: Any, name: str) -> list[Any]:
+    found = told.get(name) if isinstance(told, dict) else None
+    return found if isinstance(found, list) else []
 
 
 def _check_room(words: Mapping[str, int], told: Mapping[str, Any], size: int, path: Path, who: str) -> None:
@@ -141,7 +146,11 @@ def encoded(words: Any, text: str, who: str) -> Any:
 
 def unknown_word(folder: Path, who: str) -> str:
     """What a tokenizer puts where it has no word; empty if it says nothing."""
-    model = read_json(folder / TOKENIZER, who).get("model")
+    return _unknown(read_json(folder / TOKENIZER, who))
+
+
+def _unknown(raw: Mapping[str, Any]) -> str:
+    model = raw.get("model")
     told = model if isinstance(model, dict) else {}
     number, vocab = told.get("unk_id"), told.get("vocab")
     if isinstance(vocab, list):  # of pieces with scores, checked before
@@ -163,12 +172,12 @@ def check_between(longest: int, around: int, who: str) -> None:
 
 
 def _count_around(processor: Any) -> int:
-    if not isinstance(processor, dict):
-        return 0
-    if processor.get("type") in ("BertProcessing", "RobertaProcessing"):
+    if isinstance(processor, dict) and processor.get("type") in ("BertProcessing", "RobertaProcessing"):
         return 2
-    around = sum("SpecialToken" in part for part in processor.get("single") or [] if isinstance(part, dict))
-    return around + sum(map(_count_around, processor.get("processors") or []))
+    single, parts = (_listed(processor, name) for name in ("single", "processors"))
+    return sum(isinstance(part, dict) and "SpecialToken" in part for part in single) + sum(
+        map(_count_around, parts)
+    )
 
 
 def check_beginning(folder: Path, who: str) -> None:

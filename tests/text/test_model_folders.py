@@ -386,6 +386,7 @@ def processor(number: int) -> dict[str, Any]:
     [
         (lambda raw: raw["model"]["vocab"].update(sad=5), "the tokens 'sad' and 'happy' have the same number 5"),
         (lambda raw: raw["added_tokens"].append({**raw["added_tokens"][0], "id": 3, "content": "x"}), "the tokens 'am' and 'x' have the same number 3"),
+        (lambda raw: raw["model"].update(unk_token="[NEW]"), r"model\.unk_token '\[NEW\]' is none of its words"),
         (lambda raw: raw.update(post_processor=processor(7)), "post_processor puts 'i' with the number 7 around texts, in the vocabulary it is 2"),
         (lambda raw: raw["model"].update(vocab={"[PAD]": 0, "[UNK]": 1, "i": 2}), "has 3 words, config.json has a vocab_size of 8: the tokenizer is another network's"),
     ],
@@ -400,6 +401,27 @@ def test_a_tokenizer_that_contradicts_itself_or_the_network(
         plan("bert", folder, bases["bert"])
     with pytest.raises(UsageError, match=rf"hf-text: .*{message}"):
         subject("bert", folder).tokenise(["i"])
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        5, [], {"processors": 5}, {"processors": [5]}, {"special_tokens": [5]}, {"special_tokens": {"a": 5}}, {"single": 5},
+        {"special_tokens": {"a": {"tokens": 5, "ids": {}}}}, {"type": [], "sep": 5, "cls": [[], {}]}, {"single": [5]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_tokenizer_in_no_shape_at_all(bases: dict[str, Path], told: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(bases["bert"], tmp_path / "m")
+    edit(folder / "tokenizer.json", post_processor=told)
+    with pytest.raises(UsageError, match=r"post_processor puts|cannot be read"):
+        planned_and_read(folder)
+
+
+def planned_and_read(folder: Path) -> None:
+    """The plan leaves to the library what it cannot make sense of."""
+    inspect("hf-text", {"path": str(folder)}, "suite.backbone", {})
+    subject("bert", folder).tokenise(["i"])
 
 
 def test_tokens_that_settings_add_fit_the_network(bases: dict[str, Path], tmp_path: Path) -> None:
