@@ -18,6 +18,10 @@ def _at_least_one(default: float) -> Any:
     return field(default=default, metadata={"positive": True})
 
 
+def _share(default: float) -> Any:
+    return field(default=default, metadata={"most": 1})
+
+
 def _later(default: Any, *choices: str) -> Any:
     """Added after results were stored: at its default it is left out of the keys, so they stay valid."""
     return field(default=default, metadata={"later": True, "choices": choices})
@@ -31,7 +35,7 @@ class Recipe:
     learning_rate: float = _at_least_one(3e-4)
     weight_decay: float = 0.01
     schedule: str = _one_of("cosine", "constant")
-    warmup: float = 0.1
+    warmup: float = _share(0.1)
     """Share of the steps in which the learning rate rises."""
     epochs: int = _at_least_one(8)
     batch_size: int = _at_least_one(64)
@@ -42,7 +46,7 @@ class Recipe:
     """0 = every training row."""
     lora_rank: int = 0
     """0 = full fine-tuning; else only an update of this rank per linear map of the blocks is trained."""
-    lora_alpha: float = 16.0
+    lora_alpha: float = _at_least_one(16.0)
     """The low-rank update counts ``lora_alpha / lora_rank`` times."""
     steps: int = _later(0)
     """Optimizer steps; 0 = as many as ``epochs`` make."""
@@ -77,8 +81,12 @@ def _check(where: str, name: str, value: Any) -> Any:
     if number:
         if not math.isfinite(value):
             raise UsageError(spot, f"must be finite, got {value!r}")
-        if value < 0 or (value == 0 and facts.get("positive")):
+        if value <= 0 and facts.get("positive"):
             raise UsageError(spot, f"must be positive, got {value!r}")
+        if value < 0:
+            raise UsageError(spot, f"must not be negative, got {value!r}")
+        if value > facts.get("most", math.inf):
+            raise UsageError(spot, f"is a share, at most {facts['most']}, got {value!r}")
     return kind(value)
 
 

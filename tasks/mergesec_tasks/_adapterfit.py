@@ -31,6 +31,8 @@ def check_factors(folder: Path, base: Mapping[str, Stored], lora: Lora, who: str
         plain = module.removeprefix(PREFIX)
         target = _held(f"{plain}.weight", base)
         if target:
+            _check_options(plain, first, second, folder, lora, who)
+        if target:
             held[plain] = target
         elif _held(_numbered(f"{plain}.weight"), known):
             raise _refused(folder, who, f"the base has no '{brief(plain)}': an adapter for another base")
@@ -45,6 +47,22 @@ def check_factors(folder: Path, base: Mapping[str, Stored], lora: Lora, who: str
     module = without_factors(held, beside, lora)
     if module:
         raise _refused(folder, who, f"no factors for '{brief(module)}', which target_modules names")
+
+
+def _check_options(module: str, first: Stored, second: Stored, folder: Path, lora: Lora, who: str) -> None:
+    """UsageError unless a map's factors are what the options say."""
+    if not lora.takes(module):
+        raise _refused(
+            folder, who, f"'{brief(module)}' has factors, but is none of target_modules: peft leaves it out"
+        )
+    ranks, wanted = (first.shape[0], second.shape[1]), lora.rank_of(module)
+    wrong = next((rank for rank in ranks if rank != wanted), wanted)
+    if wrong != wanted:
+        raise _refused(
+            folder,
+            who,
+            f"'{brief(module)}' has factors of rank {wrong}, by r and rank_pattern it is {wanted}",
+        )
 
 
 def _refused(folder: Path, who: str, message: str) -> UsageError:

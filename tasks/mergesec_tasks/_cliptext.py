@@ -5,6 +5,7 @@ No torch: ``bench plan`` looks at local folders with this before anything runs, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from typing import Any
 from mergesec.errors import UsageError
 from mergesec.files import brief
 from mergesec.modelfiles import CONFIG, Stored, header, read_json, shown, stored_tensors
-from mergesec_tasks._configs import Values, check_tensors, checked, tower
-from mergesec_tasks._words import TOKENIZER, check_words, read_tokenizer
+from mergesec_tasks._configs import WIDTH, WORDS, Values, check_fields, check_tensors, checked, size, tower
+from mergesec_tasks._words import TOKENIZER, check_old_words, check_words, encoded, read_tokenizer
 
 OPEN_CONFIG, OPEN_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 OPEN_CONTEXT = 77
@@ -21,7 +22,15 @@ OPEN_CONTEXT = 77
 END = ("<|endoftext|>", "<end_of_text>")
 OLD_END = 2
 """What configs of old releases call the end token: the tower looks for the largest number instead."""
-TEXT_PROJECTION, VISUAL_PROJECTION = "text_projection.weight", "visual_projection.weight"
+TEXT_PROJECTION, VISUAL_PROJECTION, SCALE = (
+    "text_projection.weight",
+    "visual_projection.weight",
+    "logit_scale",
+)
+OPEN_SIZES = {
+    "vocab_size": size(49408, WORDS), "context_length": size(OPEN_CONTEXT, WIDTH), "width": size(512, WIDTH),
+}  # fmt: skip
+"""Of a release's text_cfg: what its tensors are held against."""
 
 
 def check_text_tower(folder: Path, who: str) -> Values:
@@ -33,10 +42,29 @@ def check_text_tower(folder: Path, who: str) -> Values:
     stored = stored_tensors(folder, who)
     check_tensors(values, stored, path, who)
     _check_projections(stored, TEXT_PROJECTION, (0, 1), values["hidden_size"], VISUAL_PROJECTION, 0, who)
-    if (folder / TOKENIZER).exists():
-        words = check_words(folder, values["vocab_size"], who)
-        _check_end(words, values["vocab_size"], values["eos_token_id"], folder / TOKENIZER, who)
+    check, size = check_words if (folder / TOKENIZER).exists() else check_old_words, values["vocab_size"]
+    _check_end(check(folder, size, who), size, values["eos_token_id"], folder / TOKENIZER, who)
     return values
+
+
+def check_whole(folder: Path, width: int, who: str) -> dict[str, Stored]:
+    """The projections of both towers and the logit scale; UsageError if a folder of transformers lacks one, or a vision
+    tower of ``width`` and they are not of one CLIP."""
+    stored, names = stored_tensors(folder, who), (VISUAL_PROJECTION, TEXT_PROJECTION, SCALE)
+    lost = next((name for name in names if name not in stored), "")
+    if lost:
+        raise UsageError(
+            who, f"no tensor '{lost}' in {str(folder)!r}; a whole CLIP is needed, not its vision tower alone (that is a "
+            "backbone for hf-vit, or an expert)",
+        )  # fmt: skip
+    visual, text, scale = shapes = [stored[name].shape for name in names]
+    fits = len(visual) == len(text) == 2 and visual[0] == text[0] and visual[1] == width
+    if not fits or math.prod(scale) != 1:
+        raise UsageError(
+            who, f"'{VISUAL_PROJECTION}', '{TEXT_PROJECTION}' and '{SCALE}' in {str(folder)!r} have the shapes "
+            f"{[list(shape) for shape in shapes]}; expected [d, {width}], [d, h] and one number",
+        )  # fmt: skip
+    return {name: stored[name] for name in names}
 
 
 def check_context(prompt: str, tokens: int, most: int, who: str) -> None:
@@ -60,7 +88,7 @@ def inspect_prompts(parameters: Mapping[str, Any], where: str, prompts: Mapping[
     words = read_tokenizer(place, f"{where}.model")
     for task, sentences in prompts.items():
         for sentence in sentences:
-            tokens = 2 + len(words.encode(sentence, add_special_tokens=False).ids)  # a start and an end
+            tokens = 2 + len(encoded(words, sentence, f"{where}.model").ids)  # a start and an end
             check_context(sentence, tokens, most, f"{where}.model ({task})")
 
 
@@ -133,10 +161,12 @@ def inspect_open(
     who = f"{where}.model"
     model = read_json(config, who).get("model_cfg")
     text = model.get("text_cfg") if isinstance(model, dict) else None
-    if isinstance(text, dict) and all(
-        type(text.get(n)) is int for n in ("vocab_size", "context_length", "width")
-    ):
-        check_open_text(place, text, header(file, who), who)
+    if not isinstance(text, dict):
+        return
+    sizes = {name: text[name] for name in OPEN_SIZES if name in text}
+    check_fields(sizes, OPEN_SIZES, (), f"{brief(str(config))!r}: text_cfg", who)
+    told = {name: field.default for name, field in OPEN_SIZES.items()}
+    check_open_text(place, {**told, **text}, header(file, who), who)
 
 
 def check_open_text(folder: Path, text: Mapping[str, Any], stored: Mapping[str, Stored], who: str) -> None:

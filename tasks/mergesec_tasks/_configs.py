@@ -7,13 +7,14 @@ A table per model type holds every field that decides the function, with the def
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mergesec.errors import UsageError, nearest
 from mergesec.files import brief
-from mergesec.modelfiles import CONFIG, Stored, read_json, shown
+from mergesec.modelfiles import COMPUTED, CONFIG, Stored, read_json, shown
 
 Values = dict[str, Any]
 
@@ -96,6 +97,19 @@ def _rotation(value: Any) -> bool:
     return known and all(v is None or isinstance(v, bool) or (_finite(v) and v >= 0) for v in numbers)
 
 
+ROTATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ("original_max_position_embeddings",)),
+    "dynamic": (("factor",), ("original_max_position_embeddings",)),
+    "yarn": (("factor",), (
+        "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+        "truncate", "finetuned",
+    )),
+    "llama3": (
+        ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), (),
+    ),
+}  # fmt: skip
+"""What each kind of rotary positions needs, and what else it may have."""
 ROTATION = "null, or a rope_type default, linear, dynamic, yarn or llama3 with numbers"
 
 
@@ -142,7 +156,7 @@ TABLES: dict[str, dict[str, Field]] = {
         **_CLIP, "hidden_size": size(512, WIDTH), "intermediate_size": size(2048, 16 * WIDTH),
         "num_attention_heads": size(8, HEADS), "vocab_size": size(49408, WORDS),
         "max_position_embeddings": size(77, POSITIONS), "pad_token_id": token(1), "bos_token_id": token(49406),
-        "eos_token_id": token(49407, decides=True),
+        "eos_token_id": Field(49407, "the number of a token", lambda v: _whole(v) and 0 <= v <= WORDS),
     },
     "bert": _BERT,
     "roberta": {**_BERT, "vocab_size": size(50265, WORDS), "pad_token_id": token(1, decides=True)},
@@ -177,9 +191,9 @@ TABLES: dict[str, dict[str, Field]] = {
 FIXED: dict[str, Field] = {
     "is_decoder": one_of(False, None), "add_cross_attention": one_of(False, None), "is_encoder_decoder": one_of(False, None),
     "cross_attention_hidden_size": one_of(None), "pruned_heads": one_of({}, None), "attention_type": one_of("original_full"),
-    "rope_interleaved": one_of(False), "is_llama_config": flag(True),
+    "rope_interleaved": one_of(False), "is_llama_config": flag(True), "bos_token_id": token(None), "eos_token_id": token(None),
 }  # fmt: skip
-"""Fields that any type may have, with the one value that is understood."""
+"""Fields that any type may have, with the values that are understood."""
 IDLE = frozenset({
     "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_model_name_or_path", "_name_or_path",
     "_num_labels", "apply_layernorm", "architectures", "bad_words_ids", "begin_suppress_tokens", "bos_token_id",
@@ -287,11 +301,46 @@ def _together(values: Values, raw: Values) -> Iterator[str]:
         yield f"pad_token_id {shown(pad)} is not one of the {values['vocab_size']} tokens of vocab_size"
     if values["model_type"] in ("roberta", "xlm-roberta") and (pad is None or pad < 0):
         yield f"pad_token_id is {shown(pad)}; the first position is the one behind it"
+    if "rope_scaling" in values:
+        yield from _rotations(values)
     kinds = raw.get("layer_types")
     full = values.get("sliding_window") is None or values.get("use_sliding_window") is False
     wanted = ["full_attention" if full else "sliding_attention"] * layers_of(values)
     if kinds is not None and kinds != wanted:
         yield f"layer_types is {shown(kinds)}; expected {layers_of(values)} × {wanted[0]}, or null"
+
+
+def _rotations(values: Values) -> Iterator[str]:
+    """What rotary parameters lack, say twice in different ways, or say to nobody: the library would choose."""
+    names = ("rope_scaling", "rope_parameters")
+    given = {name: values[name] for name in names if values[name]}
+    for name, told in given.items():
+        yield from (f"{name} {shown(told)}: {mistake}" for mistake in _turned(told))
+    bases = [values["rope_theta"], *(told.get("rope_theta") for told in given.values())]
+    thetas = sorted({base for base in bases if base is not None})
+    if len(thetas) > 1:
+        yield f"rope_theta is told twice, as {' and '.join(map(str, thetas))}"
+    alone = [rotation({**values, **dict.fromkeys(names), name: told})[1] for name, told in given.items()]
+    if any(scaling != alone[0] for scaling in alone):
+        yield " and ".join(f"{name} is {shown(told)}" for name, told in given.items())
+
+
+def _turned(told: Values) -> Iterator[str]:
+    """What is wrong with one mapping of rotary parameters."""
+    kinds = {str(told[key]) for key in ("rope_type", "type") if told.get(key) is not None} or {"default"}
+    if len(kinds) > 1:
+        yield f"type and rope_type differ ({' and '.join(sorted(kinds))})"
+    kind = min(kinds)
+    needed, others = ROTATIONS[kind]
+    yield from (f"{name} is missing, which {kind} needs" for name in needed if told.get(name) is None)
+    known = ("rope_theta", *needed, *others)
+    for name, value in told.items():
+        if name in ("rope_type", "type") or value is None or (name, value) == ("partial_rotary_factor", 1):
+            continue
+        if name not in known:
+            yield f"{brief(name)} is {shown(value)}; {kind} has no such field{nearest(brief(name), known)}"
+        elif name not in others and (isinstance(value, bool) or value <= 0):
+            yield f"{name} is {shown(value)}; expected a number above 0"
 
 
 def width_of(values: Values) -> int:
@@ -312,6 +361,12 @@ def layers_name(values: Values) -> str:
 def layers_of(values: Values) -> int:
     """How many layers there are."""
     return int(values[layers_name(values)])
+
+
+def positions_of(values: Values) -> int:
+    """Tokens that a text may have. RoBERTa's positions begin after the padding's number."""
+    places = int(values["n_positions" if values["model_type"] == "gpt2" else "max_position_embeddings"])
+    return places - (values["pad_token_id"] + 1 if values["model_type"] in ("roberta", "xlm-roberta") else 0)
 
 
 def settings(values: Values) -> Values:
@@ -435,6 +490,7 @@ def check_tensors(values: Values, stored: Mapping[str, Stored], path: Path, who:
     own = {n: t for n, t in stored.items() if other not in n} if kind.startswith("clip") else dict(stored)
     for known in _shapes(values):
         _check_shapes(known, own, stored, path, who)
+    _check_blocks(own, who)
     numbers = {int(m[1]): n for n in own if (m := _LAYER.search(n))}
     held, wanted = max(numbers, default=-1) + 1, layers_of(values)
     if held != wanted:
@@ -443,6 +499,23 @@ def check_tensors(values: Values, stored: Mapping[str, Stored], path: Path, who:
             who, f"{brief(str(path))!r}: {layers_name(values)} is {wanted}, the weights beside it have {held} "
             f"layers{last}",
         )  # fmt: skip
+
+
+def _check_blocks(own: Mapping[str, Stored], who: str) -> None:
+    """UsageError, naming the tensor, if a block of a network lacks what most of them have."""
+    blocks: dict[str, dict[str, str]] = {}
+    for name in own:
+        if (found := _LAYER.search(name)) and not COMPUTED.search(name):
+            blocks.setdefault(found[1], {})[name[: found.start(1)] + name[found.end(1) :]] = name
+    held = Counter(kind for block in blocks.values() for kind in block)
+    every = {kind: name for block in blocks.values() for kind, name in block.items()}
+    for kind, count in held.items():
+        if len(blocks) / 2 < count < len(blocks):
+            number = next(number for number, block in blocks.items() if kind not in block)
+            raise UsageError(
+                who, f"{brief(str(own[every[kind]].file))!r}: block {number} has no tensor like {brief(every[kind])!r}, "
+                f"which {count} others have",
+            )  # fmt: skip
 
 
 def _check_shapes(

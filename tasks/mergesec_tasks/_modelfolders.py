@@ -16,10 +16,23 @@ from mergesec.errors import UsageError
 from mergesec.files import brief
 from mergesec.modelfiles import CONFIG, stored_tensors
 from mergesec_tasks._adapterfit import check_factors
-from mergesec_tasks._cliptext import check_text_tower
-from mergesec_tasks._configs import Values, check_same_function, check_tensors, read_config
+from mergesec_tasks._cliptext import check_text_tower, check_whole
+from mergesec_tasks._configs import (
+    Values,
+    check_same_function,
+    check_tensors,
+    layers_of,
+    positions_of,
+    read_config,
+)
 from mergesec_tasks._preprocessing import check_same_pixels, read_pixels
-from mergesec_tasks._words import check_same_words, check_words
+from mergesec_tasks._words import (
+    check_between,
+    check_many_words,
+    check_same_words,
+    check_words,
+    tokens_around,
+)
 
 IMAGES = ("vit", "deit", "dinov2", "clip_vision_model")
 ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert")
@@ -77,13 +90,38 @@ def inspect(backbone: str, parameters: Mapping[str, Any], where: str, experts: M
     if not parameters[name] or not base.exists():
         return
     values = check_base(base, f"{where}.{name}", kinds)
+    _check_asked(values, parameters, where)
+    if backbone == "clip":
+        check_whole(base, int(values["hidden_size"]), f"{where}.{name}")
     if kinds.images:
         read_pixels(base, str(values["model_type"]), f"{where}.{name}")
         if parameters.get("head") == "zero-shot":
             check_text_tower(base, f"{where}.{name}")
     else:
-        check_words(base, int(values["vocab_size"]), f"{where}.{name}")
+        words = check_words(base, int(values["vocab_size"]), f"{where}.{name}")
+        check_many_words(base, words, int(values["vocab_size"]), f"{where}.{name}")
+    if backbone == "hf-text":
+        longest = parameters.get("max_length") or positions_of(values)
+        check_between(longest, tokens_around(base, f"{where}.{name}"), where)
     for field, source in experts.items():
         place = Path(source).expanduser()
         if source and place.exists():
             check_expert(place, base, values, field, kinds)
+
+
+def _check_asked(values: Values, parameters: Mapping[str, Any], where: str) -> None:
+    """UsageError, naming the grid's field, for more layers or places than the network has, or a part of a patch."""
+    own, asked = layers_of(values), parameters.get("layers", 0)
+    if asked > own:
+        raise UsageError(f"{where}.layers", f"{asked} exceed the {own} of the model")
+    side = parameters.get("resolution", 0)
+    if side and side % values["patch_size"]:
+        raise UsageError(
+            f"{where}.resolution", f"{side} is not a multiple of the patch size {values['patch_size']}"
+        )
+    longest = parameters.get("max_length", 0)
+    if longest and longest > positions_of(values):
+        raise UsageError(
+            f"{where}.max_length",
+            f"{longest} exceeds the {positions_of(values)} positions of the model's context",
+        )

@@ -20,6 +20,7 @@ from mergesec.modelfiles import COMPUTED, shown
 from mergesec.weights import OUTPUTS
 from mergesec_tasks._cliptext import check_context
 from mergesec_tasks._configs import settings
+from mergesec_tasks._words import TOKENIZER, check_old_words
 
 
 @contextmanager
@@ -162,7 +163,9 @@ def tokenizer_of(folder: Path, size: int, who: str) -> Any:
 
 
 def clip_tokenizer(folder: Path, size: int, who: str) -> Any:
-    """A CLIP's tokenizer, from tokenizer.json or the older vocab.json and merges.txt."""
+    """A CLIP's tokenizer, from tokenizer.json or the older vocab.json and merges.txt; UsageError without either."""
+    if not (folder / TOKENIZER).exists():
+        check_old_words(folder, size, who)
     ensure_torchvision()
     import transformers
 

@@ -75,7 +75,29 @@ def _one_line(code: int, err: str, *expected: str) -> None:
         (GOOD.replace("tasks: [", "tasks: ['${nowhere}', "), "nowhere"),
         (GOOD.replace("micro/vit", "'???'"), "suite.backbone: needs a value"),
         ("defaults: [{suite: nosuch}, _self_]\n" + GOOD, "suite/nosuch"),
+        (GOOD.replace("[ties]", "[{name: weighted_task_arithmetic, coefficients: [a, b]}]"), "axes.merging[0].coefficients: takes numbers in [-10.0, 10.0], got 'a'"),
+        (GOOD.replace("[ties]", "[{name: weighted_task_arithmetic, coefficients: [true, 1.0]}]"), "axes.merging[0].coefficients: takes numbers in [-10.0, 10.0], got True"),
+        (GOOD.replace("[ties]", "[{name: task_arithmetic, grid: [low, high]}]"), "axes.merging[0].grid: takes numbers, got 'low'"),
+        (GOOD.replace("[ties]", "[{name: task_arithmetic, grid: []}]"), "axes.merging[0].grid: takes numbers, got an empty list"),
         (GOOD + "recipe: {epochs: many}\n", "recipe.epochs: expected int, got 'many'"),
+        (GOOD + "recipe: {lora_alpha: 0}\n", "recipe.lora_alpha: must be positive, got 0"),
+        (GOOD + "recipe: {lora_rank: -1}\n", "recipe.lora_rank: must not be negative, got -1"),
+        (GOOD + "recipe: {warmup: 10}\n", "recipe.warmup: is a share, at most 1, got 10"),
+        (GOOD + "seeds: [true]\n", "seeds.0: Input should be a valid integer, got True"),
+        (GOOD + "seeds: ['1']\n", "seeds.0: Input should be a valid integer, got '1'"),
+        (GOOD.replace("[ties]", "[ties], target_class: [true]"), "axes.target_class.0: Input should be a valid integer, got True"),
+        (GOOD.replace("[ties]", "[ties], experts: [2.0]"), "axes.experts.0: Input should be a valid integer, got 2.0"),
+        (GOOD.replace("[ties]", "[ties], protected: [3]"), "axes.protected[0]: 3 is outside [1, 2]"),
+        (GOOD.replace("[ties]", "[ties], attacks: []"), "axes.attacks: is an empty list"),
+        ("threats: []\n" + GOOD, "threats: is an empty list"),
+        (GOOD.replace("[ties]", "[ties], experts: [[]]"), "axes.experts[0]: is an empty list; list tasks of the suite: micro/bars, micro/blobs"),
+        (GOOD.replace("[ties]", "[ties], experts: [[micro/bars, micro/bars]]"), "axes.experts[0]: 'micro/bars' is named twice"),
+        (GOOD.replace("[ties]", "[ties, {name: task_arithmetic, scaling: []}]"), "axes.merging[1].scaling: is an empty list"),
+        (GOOD.replace("micro/vit", "{name: hf-text, layers: [1, 2], path: '.'}").replace("micro/bars, micro/blobs", "mini/topic"), "suite.backbone.layers: [1, 2] makes 2 backbones, a grid has one"),
+        (GOOD.replace("micro/bars, micro/blobs", "{name: image-folder, path: '.'}, micro/bars").replace("[ties]", "[ties], target_class: drawn"), "axes.target_class: 'drawn' needs the number of classes of every task, and that of image-folder lies in its data"),
+        (GOOD.replace("micro/bars, micro/blobs", "{name: image-folder, path: '.'}, micro/bars").replace("[ties]", "[ties], target_class: [99]"), "axes.target_class: 99 is outside [0, 3]"),
+        ("threats: [clean]\n" + GOOD.replace("[ties]", "[ties], experts: [[micro/bars]]"), "no cell is left to run (1× one expert is nothing to merge"),
+        ("threats: [clean]\n" + GOOD.replace(", micro/blobs", ""), "no cell is left to run (1× one expert is nothing to merge"),
         (GOOD + "threats: [protection]\nexclude: [{threat: protection}]\n", "no cell is left to run"),
     ],
 )  # fmt: skip
@@ -108,6 +130,13 @@ def test_wrong_arguments(
 ) -> None:
     (tmp_path / "g.yaml").write_text(GOOD)
     _one_line(*invoke("run", "--plugin", micro, *arguments), expected)
+
+
+def test_a_home_in_an_override_is_read(invoke: Invoke, micro: Path, tmp_path: Path) -> None:
+    """No shell replaces it behind a dotted name."""
+    (tmp_path / "g.yaml").write_text(GOOD.replace("micro/vit", "{name: hf-vit, path: x}"))
+    found = invoke("plan", "--grid", "g.yaml", "--plugin", micro, "suite.backbone.path=~/not here")
+    _one_line(*found, "suite.backbone.path: no file or folder", "not here")
 
 
 def test_an_unwritable_store(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -151,3 +153,13 @@ def test_a_trigger_on_text_keeps_the_number_of_samples() -> None:
         task.check_triggered(["a x"], ["a", "b"], "bad")
     with pytest.raises(ContractError, match="not a list of strings"):
         task.check_triggered("ab", ["a", "b"], "bad")
+
+
+def test_a_head_that_is_not_finite_is_no_head() -> None:
+    """The largest of NaN is the first class: an accuracy would come out of it."""
+    shipped = {"weight": torch.tensor([[1.0], [math.nan]]), "scale": torch.tensor(1.0)}
+    work: Any = SimpleNamespace(
+        component=lambda role: SimpleNamespace(name="t"), args={}, backbone=SimpleNamespace(head=lambda task: shipped)
+    )  # fmt: skip
+    with pytest.raises(ContractError, match="head of t: tensor 'weight' holds 1 non-finite values of 2"):
+        steps.head(work)

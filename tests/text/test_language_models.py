@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from extras import needs
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mergesec.contracts import Context, ContractError, DataContext, Model, load_network
 from mergesec.errors import UsageError
@@ -204,6 +204,107 @@ def test_a_tokenizer_of_another_network_is_told_by_its_first_word(folders: Any, 
         causal(tmp_path / "m").tokenise(["i"])
 
 
+def told(folder: Path, **changes: Any) -> None:
+    """Fields of the folder's tokenizer.json, changed."""
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_how_texts_are_cut_and_filled_up_is_not_the_tokenizers(folders: Any, tmp_path: Path) -> None:
+    """Both are set anew when texts are read, so the plan may not count by them either."""
+    folder = shutil.copytree(folders["tied"][0], tmp_path / "m")
+    cut = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+    filled = {
+        "strategy": {"Fixed": 20}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+        "pad_token": "[PAD]",
+    }  # fmt: skip
+    told(folder, padding=filled)
+    looked_at(folder, {"t": ("negative", "neutral")})
+    told(folder, padding=None, truncation=cut)
+    with pytest.raises(UsageError, match="'not good' is split into 2 tokens"):
+        looked_at(folder, {"t": ("negative", "not good")})
+
+
+def test_a_tokenizer_that_cannot_say_a_word_is_named(folders: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["tied"][0], tmp_path / "m")
+    vocab = {word: i for i, word in enumerate(WORDS) if word != "[UNK]"}
+    told(folder, model={"type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]"}, added_tokens=[])
+    with pytest.raises(
+        UsageError, match=r"suite\.backbone\.path: the folder's tokenizer takes no text 'maybe'"
+    ):
+        looked_at(folder, {"t": ("maybe",)}, label_prefix="")
+
+
+def test_a_label_that_the_tokenizer_does_not_know_is_named(folders: Any, tmp_path: Path) -> None:
+    """One such label is read by the token of all that is unknown, two of them alike."""
+    folder = folders["tied"][0]
+    message = r"label_prefix.*: the tokenizer does not know the class name 'neither' after label_prefix ' ' \('\[UNK\]'\)"
+    with pytest.raises(UsageError, match=rf"^suite\.backbone\.{message}"):
+        looked_at(folder, {"t": ("negative", "neither")})
+    backbone = causal(folder)
+    with pytest.raises(UsageError, match=rf"^hf-causal\.{message}"):
+        backbone.label_rows(loaded(backbone), ["negative", "neither"])
+    pieces = shutil.copytree(folder, tmp_path / "m")
+    told(pieces, model={"type": "Unigram", "unk_id": 1, "vocab": [[word, -1.0] for word in WORDS]})
+    with pytest.raises(
+        UsageError, match=r"does not know the class name 'yes' after label_prefix '' \('\[UNK\]'\)"
+    ):
+        looked_at(pieces, {"t": ("yes", "no")}, label_prefix="")
+
+
+def test_a_text_without_tokens_has_no_features(folders: Any) -> None:
+    """They would be those of a padded place."""
+    for template, message in (("{text}", "the text '' has no token"), ("{text} label :", "")):
+        backbone = causal(folders["tied"][0], template=template)
+        if message:
+            with pytest.raises(UsageError, match=message):
+                backbone.features(loaded(backbone), ["the film", ""])
+        else:
+            assert backbone.features(loaded(backbone), ["the film", ""]).isfinite().all()
+
+
+def test_a_prompt_behind_the_first_word_leaves_room(folders: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["tied"][0], tmp_path / "m")
+    write_words(folder, bos_token="<s>")
+    told(folder, post_processor={
+        "type": "TemplateProcessing", "pair": [],
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [2], "tokens": ["<s>"]}},
+    })  # fmt: skip
+    for look in (looked_at, lambda place, **given: causal(place, **given).tokenise(["i"])):
+        look(folder, max_length=4)
+        with pytest.raises(UsageError, match="its 3 tokens leave no room for a text in max_length 3"):
+            look(folder, max_length=3)
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_weights_that_are_not_finite_give_no_answer(folders: Any, kind: str, tmp_path: Path) -> None:
+    """The largest of NaN is the first, and would be counted."""
+    folder = shutil.copytree(folders[kind][0], tmp_path / "m")
+    name = "lm_head.weight" if kind == "untied" else "model.embed_tokens.weight"
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name][LABELS.index("place") + 5] = math.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    if kind == "tied":
+        with pytest.raises(ContractError, match=r"base: tensor 'embed_tokens\.weight' holds 32 non-finite"):
+            made(folder, tmp_path, "base")
+    else:
+        backbone = causal(folder)
+        with pytest.raises(UsageError, match=r"'lm_head\.weight' in .* holds values that are not finite"):
+            backbone.answered(loaded(backbone), ["who"], ["not"])
+        with pytest.raises(UsageError, match=r"'lm_head\.weight' in .* holds values that are not finite"):
+            backbone.label_rows(loaded(backbone), LABELS)
+
+
+def made(folder: Path, home: Path, kind: str) -> None:
+    """The first step of a kind, of a grid on this folder."""
+    catalog = load_catalog()
+    raw = {**_grid(folder), "axes": {"merging": ["ties"]}, "threats": ["clean"]}
+    steps = make_plan(resolve(parse_grid(raw, "grid"), catalog), lambda task: "").steps
+    step = next(step for step in steps.values() if step.kind == kind)
+    run(step, Bench(Store(home / "store"), catalog, CPU), {})
+
+
 def test_cards_name_the_classes_that_tasks_have() -> None:
     catalog, named = load_catalog(), []
     for entry in catalog.entries["task"].values():
@@ -263,6 +364,49 @@ def test_an_adapter_of_more_blocks_or_with_maps_missing_is_refused_by_the_plan(
         UsageError, match=r"no factors for 'model\.layers\.2\.self_attn\.q_proj', which target_m"
     ):
         inspect("hf-causal", base, "suite.backbone", {"suite.experts.t": str(cut)})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"r": 8},
+            r"'model\.layers\.0\.self_attn\.q_proj' has factors of rank 2, by r and rank_pattern it is 8",
+        ),
+        ({"rank_pattern": {"q_proj": 4}}, "has factors of rank 2, by r and rank_pattern it is 4"),
+        ({"target_modules": ["k_proj"]}, "has factors, but is none of target_modules: peft leaves it out"),
+        ({"layers_to_transform": [99]}, "has factors, but is none of target_modules: peft leaves it out"),
+    ],
+)
+def test_an_adapter_that_contradicts_its_options_is_refused_by_the_plan(
+    folders: Any, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    from mergesec_tasks._modelfolders import inspect
+
+    place = adapter(tmp_path / "adapter", 3, 32)
+    told = json.loads((place / "adapter_config.json").read_text())
+    (place / "adapter_config.json").write_text(json.dumps({**told, **options}))
+    with pytest.raises(UsageError, match=rf"^suite\.experts\.t: .*{message}"):
+        inspect(
+            "hf-causal", {"path": str(folders["tied"][0])}, "suite.backbone", {"suite.experts.t": str(place)}
+        )
+
+
+def test_an_output_layer_is_looked_for_before_anything_runs(folders: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["untied"][0], tmp_path / "m")
+    looked_at(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for kept, message in (
+        ({"lm_head.weight": torch.ones(3, 32)}, r"'lm_head\.weight' in .* has the shape \[3, 32\]"),
+        ({}, r"has no lm_head\.weight, and its embeddings are not tied"),
+    ):
+        body = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+        save_file({**body, **kept}, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UsageError, match=rf"^suite\.backbone\.path: .*{message}"):
+            looked_at(folder)
+        backbone = causal(folder)
+        with pytest.raises(UsageError, match=rf"^hf-causal: .*{message}"):
+            backbone.label_rows(loaded(backbone), LABELS)
 
 
 def test_an_adapter_of_one_tower_needs_no_factors_for_the_other(tmp_path: Path) -> None:

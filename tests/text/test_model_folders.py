@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,28 @@ def test_another_architecture_is_refused_by_file_and_tensor(bases: dict[str, Pat
     )
 
 
+def test_the_plan_asks_for_no_more_than_there_is(bases: dict[str, Path]) -> None:
+    for asked, message in (
+        ({"layers": 3}, "layers: 3 exceed the 2 of the model"),
+        ({"max_length": 25}, "max_length: 25 exceeds the 24 positions of the model's context"),
+    ):
+        with pytest.raises(UsageError, match=rf"^suite\.backbone\.{message}"):
+            inspect("hf-text", {"path": str(bases["bert"]), **asked}, "suite.backbone", {})
+
+
+def test_texts_have_room_between_what_stands_around_them(bases: dict[str, Path], tmp_path: Path) -> None:
+    """All of them would be the same two tokens."""
+    folder = shutil.copytree(bases["bert"], tmp_path / "m")
+    ends = {"type": "BertProcessing", "sep": ["label", 6], "cls": ["i", 2]}
+    edit(folder / "tokenizer.json", post_processor=ends)
+    message = "max_length: 2 leaves no room for a text between the 2 tokens around it"
+    with pytest.raises(UsageError, match=rf"^suite\.backbone\.{message}"):
+        inspect("hf-text", {"path": str(folder), "max_length": 2}, "suite.backbone", {})
+    with pytest.raises(UsageError, match=rf"^hf-text\.{message}"):
+        HfText(str(folder), 0, 2, "mean").tokenise(["sad"])
+    assert HfText(str(folder), 0, 3, "mean").tokenise(["sad happy"])[0].tolist() == [[2, 4, 6]]
+
+
 def test_a_file_with_more_layers_than_its_config_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     network("bert", num_hidden_layers=3).save_pretrained(tmp_path)
     edit(tmp_path / "config.json", num_hidden_layers=2)
@@ -180,6 +203,63 @@ def test_a_config_says_only_what_is_known(
     edit(tmp_path / "m" / "config.json", **{field: value})
     with pytest.raises(UsageError, match=rf"hf-text: .*config\.json.*{message}"):
         subject("bert", tmp_path / "m").build()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor is missing, which linear needs"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing, which llama3 needs"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor is 0; expected a number above 0"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": True}}, "factor is True; expected a number above 0"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_theta is 0; expected a number above 0"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5; default has no such field"),
+        ({"rope_parameters": {"rope_type": "linear", "facter": 2.0, "factor": 2.0}}, "facter is 2.0; linear has no such field; did you mean 'factor'"),
+        ({"rope_parameters": {"rope_type": "default", "type": "linear", "factor": 2.0}}, "type and rope_type differ"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}, "rope_theta": 1e4}, "rope_theta is told twice, as 10000.0 and 100000.0"),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is .*linear.* and rope_parameters is .*default"),
+        ({"bos_token_id": "1"}, "bos_token_id is '1'; expected null or the number of a token"),
+    ],
+)  # fmt: skip
+def test_positions_are_told_once_and_wholly(
+    bases: dict[str, Path], changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """The library would choose, divide by nothing, or turn all of what is to be turned in part."""
+    folder = shutil.copytree(bases["llama"], tmp_path / "m")
+    edit(folder / "config.json", **changes)
+    with pytest.raises(UsageError, match=rf"^suite\.backbone\.path: .*config\.json.*{message}"):
+        plan("llama", folder, bases["llama"])
+
+
+def test_positions_as_published_are_read(bases: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(bases["llama"], tmp_path / "m")
+    stretched = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 12,
+    }
+    for scaling in (
+        {"rope_type": "llama3", **stretched},
+        {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 12, "finetuned": True},
+        {"rope_type": "dynamic", "factor": 2.0, "attention_factor": None},
+        {"rope_type": "default", "partial_rotary_factor": 1.0},
+    ):
+        edit(folder / "config.json", rope_parameters=None, rope_theta=5e5, rope_scaling=scaling)
+        assert subject("llama", folder).build()
+
+
+def test_blocks_that_lack_a_tensor_are_named_by_the_plan(bases: dict[str, Path], tmp_path: Path) -> None:
+    network("llama", num_hidden_layers=3).save_pretrained(tmp_path)
+    write_words(tmp_path)
+    plan("llama", tmp_path, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        UsageError, match=r"block 1 has no tensor like 'model\.layers\.2\.mlp\.up_proj\.weight', which 2"
+    ):
+        plan("llama", tmp_path, bases["llama"])
 
 
 def test_fields_of_heads_and_of_training_change_nothing(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -286,6 +366,64 @@ def test_a_bases_words_fit_its_network(bases: dict[str, Path], tmp_path: Path) -
             plan("bert", tmp_path / "m", bases["bert"])
 
 
+def broken(folder: Path, change: Callable[[Any], Any]) -> None:
+    """The folder's tokenizer.json, changed."""
+    path = folder / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
+
+
+def processor(number: int) -> dict[str, Any]:
+    return {
+        "type": "TemplateProcessing", "pair": [], "special_tokens": {"i": {"id": "i", "ids": [number], "tokens": ["i"]}},
+        "single": [{"SpecialToken": {"id": "i", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw["model"]["vocab"].update(sad=5), "the tokens 'sad' and 'happy' have the same number 5"),
+        (lambda raw: raw["added_tokens"].append({**raw["added_tokens"][0], "id": 3, "content": "x"}), "the tokens 'am' and 'x' have the same number 3"),
+        (lambda raw: raw["model"].update(unk_token="[NEW]"), r"model\.unk_token '\[NEW\]' is none of its words"),
+        (lambda raw: raw.update(post_processor=processor(7)), "post_processor puts 'i' with the number 7 around texts, in the vocabulary it is 2"),
+        (lambda raw: raw["model"].update(vocab={"[PAD]": 0, "[UNK]": 1, "i": 2}), "has 3 words, config.json has a vocab_size of 8: the tokenizer is another network's"),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_that_contradicts_itself_or_the_network(
+    bases: dict[str, Path], change: Callable[[Any], Any], message: str, tmp_path: Path
+) -> None:
+    """Each of these is read without a word by the library."""
+    folder = shutil.copytree(bases["bert"], tmp_path / "m")
+    broken(folder, change)
+    with pytest.raises(UsageError, match=rf"^suite\.backbone\.path: .*{message}"):
+        plan("bert", folder, bases["bert"])
+    with pytest.raises(UsageError, match=rf"hf-text: .*{message}"):
+        subject("bert", folder).tokenise(["i"])
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        5, [], {"processors": 5}, {"processors": [5]}, {"special_tokens": [5]}, {"special_tokens": {"a": 5}}, {"single": 5},
+        {"special_tokens": {"a": {"tokens": 5, "ids": {}}}}, {"type": [], "sep": 5, "cls": [[], {}]}, {"single": [5]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_tokenizer_in_no_shape_at_all(bases: dict[str, Path], told: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(bases["bert"], tmp_path / "m")
+    edit(folder / "tokenizer.json", post_processor=told)
+    with pytest.raises(UsageError, match=r"post_processor puts|cannot be read"):
+        planned_and_read(folder)
+
+
+def planned_and_read(folder: Path) -> None:
+    """The plan leaves to the library what it cannot make sense of."""
+    inspect("hf-text", {"path": str(folder)}, "suite.backbone", {})
+    subject("bert", folder).tokenise(["i"])
+
+
 def test_tokens_that_settings_add_fit_the_network(bases: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(bases["llama"], tmp_path / "m")
     edit(tmp_path / "m" / "tokenizer_config.json", unk_token="<new>")
@@ -293,6 +431,23 @@ def test_tokens_that_settings_add_fit_the_network(bases: dict[str, Path], tmp_pa
         UsageError, match=r"the token '<new>' the number 8, config.json has a vocab_size of 8"
     ):
         subject("llama", tmp_path / "m").tokenise(["sad"])
+    with pytest.raises(UsageError, match=r"^suite\.backbone\.path: .*unk_token gives the token '<new>'"):
+        plan("llama", tmp_path / "m", bases["llama"])
+    for wrong in (["[UNK]"], {"x": 1}, 5):
+        edit(tmp_path / "m" / "tokenizer_config.json", unk_token=wrong)
+        with pytest.raises(
+            UsageError, match=r"^suite\.backbone\.path: .*unk_token is .*; expected a word, or null"
+        ):
+            plan("llama", tmp_path / "m", bases["llama"])
+    edit(
+        tmp_path / "m" / "tokenizer_config.json",
+        unk_token="[UNK]",
+        added_tokens_decoder={"9": {"content": "<x>"}},
+    )
+    with pytest.raises(
+        UsageError, match=r"^suite\.backbone\.path: .*added_tokens_decoder gives the token '<x>'"
+    ):
+        plan("llama", tmp_path / "m", bases["llama"])
 
 
 def test_looking_at_folders_loads_no_torch(bases: dict[str, Path]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from mergesec.contracts import load_network
 from mergesec.errors import UsageError
+from mergesec_tasks._modelfolders import inspect
 from mergesec_tasks.vision.clip import Clip
 
 transformers = needs("transformers")
@@ -117,3 +120,80 @@ def test_offline_absence_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_pat
         _ = clip(name).config
     with pytest.raises(UsageError, match="no folder 'nowhere'"):
         _ = clip("nowhere").config
+
+
+def test_a_clip_without_words_knows_none(tiny_clip: Path, tmp_path: Path) -> None:
+    """Where no word is known, the library reads every prompt as the same."""
+    folder = shutil.copytree(tiny_clip, tmp_path / "m")
+    words = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    (folder / "tokenizer.json").unlink()
+    message = r"no tokenizer\.json, nor vocab\.json and merges\.txt"
+    with pytest.raises(UsageError, match=rf"^suite\.backbone\.model: {message}"):
+        inspect("clip", {"model": str(folder), "head": "zero-shot"}, "suite.backbone", {})
+    with pytest.raises(UsageError, match=rf"^clip: {message}"):
+        clip(folder).zero_shot(PROMPTS, CPU)
+    (folder / "vocab.json").write_text(json.dumps(words))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    found, wanted = clip(folder).zero_shot(PROMPTS, CPU), clip(tiny_clip).zero_shot(PROMPTS, CPU)
+    assert found is not None and wanted is not None
+    assert torch.equal(found["weight"], wanted["weight"])
+    (folder / "vocab.json").write_text(json.dumps({**words, "<|endoftext|>": 3, "\u0103": 513}))
+    with pytest.raises(UsageError, match=r"have the same number|the end token has the number"):
+        clip(folder).zero_shot(PROMPTS, CPU)
+
+
+@pytest.mark.parametrize("name", ["visual_projection.weight", "text_projection.weight", "logit_scale"])
+def test_frozen_parts_are_finite(tiny_clip: Path, name: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_clip, tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = torch.full_like(tensors[name], float("nan"))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match=f"'{name}' in .* holds values that are not finite"):
+        clip(folder).frozen()
+
+
+def test_an_end_token_is_a_number(tiny_clip: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_clip, tmp_path / "m")
+    raw = json.loads((folder / "config.json").read_text())
+    for value in (None, [513]):
+        raw["text_config"]["eos_token_id"] = value
+        (folder / "config.json").write_text(json.dumps(raw))
+        with pytest.raises(UsageError, match=r"eos_token_id is .*; expected the number of a token"):
+            clip(folder).zero_shot(PROMPTS, CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("logit_scale", None, "no tensor 'logit_scale' in .*; a whole CLIP is needed"),
+        ("text_projection.weight", None, "no tensor 'text_projection.weight' in .*; a whole CLIP is needed"),
+        ("logit_scale", torch.ones(3), r"have the shapes \[\[24, 32\], \[24, 16\], \[3\]\]; expected \[d, 32\], \[d, h\] and one"),
+        ("visual_projection.weight", torch.ones(24, 31), r"have the shapes \[\[24, 31\], \[24, 16\], \[\]\]"),
+    ],
+)  # fmt: skip
+def test_the_plan_looks_for_a_whole_clip(
+    tiny_clip: Path, name: str, tensor: torch.Tensor | None, message: str, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_clip, tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    kept = {n: t for n, t in tensors.items() if n != name} | ({} if tensor is None else {name: tensor})
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    for head in ("zero-shot", "probe"):
+        with pytest.raises(UsageError, match=rf"^suite\.backbone\.model: .*{message}"):
+            inspect("clip", {"model": str(folder), "head": head}, "suite.backbone", {})
+    with pytest.raises(UsageError, match=f"^clip: .*{message}"):
+        clip(folder).frozen()
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"layers": 4}, "layers: 4 exceed the 3 of the model"),
+        ({"resolution": 36}, "resolution: 36 is not a multiple of the patch size 8"),
+    ],
+)
+def test_the_plan_asks_for_no_more_than_there_is(
+    tiny_clip: Path, asked: dict[str, int], message: str
+) -> None:
+    with pytest.raises(UsageError, match=rf"^suite\.backbone\.{message}"):
+        inspect("clip", {"model": str(tiny_clip), "head": "zero-shot", **asked}, "suite.backbone", {})

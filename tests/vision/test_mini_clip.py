@@ -194,6 +194,19 @@ def test_towers_that_were_not_trained_together_end_the_plan(
         open_session("mini-clip-smoke", words)
 
 
+@pytest.mark.parametrize("name", ["vocab_size", "context_length", "width"])
+def test_sizes_of_a_release_are_numbers(name: str, tmp_path: Path) -> None:
+    folder = copied("open-clip", tmp_path)
+    told = json.loads((folder / "open_clip_config.json").read_text())
+    told["model_cfg"]["text_cfg"][name] = "64"
+    (folder / "open_clip_config.json").write_text(json.dumps(told))
+    words = ["suite.backbone.name=open-clip", f"suite.backbone.model={folder}"]
+    with pytest.raises(
+        UsageError, match=rf"^suite\.backbone\.model: .*text_cfg: {name} is '64'; expected a whole"
+    ):
+        open_session("mini-clip-smoke", words)
+
+
 def test_an_open_clip_release_without_its_tokenizer(tmp_path: Path) -> None:
     folder = copied("open-clip", tmp_path)
     (folder / "tokenizer.json").unlink()

@@ -29,6 +29,7 @@ from mergesec.contracts import (
     RecoverContext,
     Screened,
     Task,
+    Weights,
     load_network,
 )
 from mergesec.execution.allocation import returned_blocks
@@ -82,11 +83,14 @@ def head(work: Work) -> Result:
     if shipped is None and work.args.get("templates"):
         work.splits("data", task)  # brings the names of the classes that are there
         shipped = work.backbone.zero_shot(task.prompts(work.args["templates"]), work.device)
-    if shipped is not None:
-        return Result(dict(shipped), {"fitted": False})
+    found = dict(_fitted_head(work, task) if shipped is None else shipped)
+    check_finite(found, f"head of {task.name}")  # the largest of NaN is the first class, and would be counted
+    return Result(found, {"fitted": shipped is None})
+
+
+def _fitted_head(work: Work, task: Task) -> Weights:
     model = Model(work.backbone, load_network(work.backbone, work.tensors("base")).to(work.device))
-    ctx = DataContext(work.device, work.seed)
-    return Result(dict(task.fit_head(model, work.splits("data", task)["train"], ctx)), {"fitted": True})
+    return task.fit_head(model, work.splits("data", task)["train"], DataContext(work.device, work.seed))
 
 
 # --------------------------------------------------------------------------- training-time hooks

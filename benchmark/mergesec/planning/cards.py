@@ -83,17 +83,20 @@ class Parameter:
         return list(value) if self.type in ("list", "attacks") else value
 
     def _check_list(self, where: str, value: Any) -> None:
-        """Finite; of a list with a range at least one number, and every one in the range."""
+        """Finite; of a list with a range, or of numbers by default, only numbers in the range, and one at least unless
+        there is none by default."""
         if not all(_finite(v) for v in value):
             raise UsageError(where, f"holds a number that is not finite: {value!r}")
-        if self.min is None and self.max is None:
+        ranged = self.min is not None or self.max is not None
+        if not ranged and not (self.default and all(type(v) in (int, float) for v in self.default)):
             return
         low = -math.inf if self.min is None else self.min
         high = math.inf if self.max is None else self.max
         bad = [v for v in value if type(v) not in (int, float) or not low <= v <= high]
-        if bad or not value:
+        if bad or not (value or self.default == []):
             got = f"{bad[0]!r}" if bad else "an empty list"
-            raise UsageError(where, f"takes numbers in [{self.min}, {self.max}], got {got}")
+            within = f" in [{self.min}, {self.max}]" if ranged else ""
+            raise UsageError(where, f"takes numbers{within}, got {got}")
 
 
 @dataclass(frozen=True)

@@ -241,6 +241,8 @@ def _merges(grid: Grid, threat: str, seed: int) -> list[Contributed]:
                 company = grid.spec.axes.company if subject else "next"
                 sets = _companions(experts, whose, names, company, seed)
             merges += [Contributed(subject, target, s) for s in sets if len(s) > 1]
+            if any(len(s) < 2 for s in sets):
+                grid.left_out["one expert is nothing to merge"] += 1
     return list(dict.fromkeys(merges))
 
 

@@ -23,6 +23,9 @@ class _Strict(BaseModel):
 
 
 Named = str | dict[str, Any]
+Whole = Annotated[int, Field(strict=True)]
+"""A number that is written as one: neither true nor 2.0 nor '2'."""
+Count = Annotated[int, Field(strict=True, ge=1)]
 
 
 class Suite(_Strict):
@@ -44,13 +47,13 @@ class Axes(_Strict):
     defenses: tuple[Named, ...] = ("none",)
     victim: tuple[str, ...] | Literal["all"] = "all"
     adversary: tuple[str, ...] | Literal["all"] = "all"
-    target_class: tuple[int, ...] | Literal["drawn"] = (0,)
+    target_class: tuple[Whole, ...] | Literal["drawn"] = (0,)
     """``drawn``: one class for each adversary and seed."""
-    experts: tuple[int | str | tuple[str, ...], ...] = ("all",)
+    experts: tuple[Whole | str | tuple[str, ...], ...] = ("all",)
     company: Company = "next"
-    protected: tuple[Annotated[int, Field(ge=1)], ...] = (1,)
+    protected: tuple[Count, ...] = (1,)
     secrets: tuple[Secrets, ...] = ("own",)
-    adversaries: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1,), min_length=1)
+    adversaries: tuple[Count, ...] = Field(default=(1,), min_length=1)
     target_task: tuple[str, ...] = Field(default=("",), min_length=1)
 
 
@@ -62,7 +65,7 @@ class GridSpec(_Strict):
     suite: Suite
     axes: Axes
     threats: tuple[Literal["clean", "protection", "backdoor"], ...] = ("clean", "protection", "backdoor")
-    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    seeds: tuple[Whole, ...] = Field(default=(0,), min_length=1)
     protocol: Literal["inductive", "transductive"] = "inductive"
     plugins: tuple[str, ...] = ()
     """Files with components and their cards, beside those of ``--plugin``."""
@@ -137,7 +140,11 @@ def _may_add(override: str) -> str:
 
     ``suite=NAME`` stays as it is: it picks a file of the group.
     """
-    key = override.partition("=")[0]
+    key, _, value = override.partition("=")
+    if re.fullmatch(
+        r"~(?:/[^'\\]*)?", value
+    ):  # one's home, which Hydra cannot read and no shell puts in here
+        override = f"{key}='{value}'"
     return f"++{override}" if re.fullmatch(r"[A-Za-z_][\w.]*", key) and key != "suite" else override
 
 

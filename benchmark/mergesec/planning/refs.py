@@ -224,7 +224,7 @@ def expand(items: Iterable[Named], kind: str, where: str, catalog: Catalog) -> l
         entry = catalog.get(kind, name, spot)
         choices = [
             [(key, v) for v in values]
-            for key, values in ((k, _values(entry, k, v)) for k, v in given.items())
+            for key, values in ((k, _values(entry, k, v, spot)) for k, v in given.items())
         ]
         refs += [make_ref(entry, dict(combo), spot, catalog) for combo in itertools.product(*choices)]
     doubled = [r for r, n in Counter(refs).items() if n > 1]
@@ -236,10 +236,12 @@ def expand(items: Iterable[Named], kind: str, where: str, catalog: Catalog) -> l
     return refs
 
 
-def _values(entry: Entry, name: str, value: Any) -> list[Any]:
+def _values(entry: Entry, name: str, value: Any, where: str) -> list[Any]:
     parameter = entry.card.parameters.get(name)
     if not isinstance(value, list):
         return [value]
     takes_lists = parameter is not None and parameter.type in ("list", "attacks")
     single = takes_lists and not any(isinstance(v, list) for v in value)
+    if not single and not value:  # the product would be empty, and the component gone without a word
+        raise UsageError(f"{where}.{name}", "is an empty list: no value is left to run")
     return [value] if single else value

@@ -46,7 +46,7 @@ class Grid:
 
 def resolve(spec: GridSpec, catalog: Catalog) -> Grid:
     """Bind every name and parameter; UsageError names the field that does not fit."""
-    (backbone,) = expand([spec.suite.backbone], "backbone", "suite.backbone", catalog)
+    backbone = _one_backbone(spec.suite.backbone, catalog)
     tasks = expand(spec.suite.tasks, "task", "suite.tasks", catalog)
     names = [t.name for t in tasks]
     modalities = catalog.get("backbone", backbone.name).card.modalities
@@ -63,6 +63,7 @@ def resolve(spec: GridSpec, catalog: Catalog) -> Grid:
     _inspect_tasks(backbone, {n: catalog.get("task", n).card for n in names}, catalog)
     _inspect_answers(backbone, tasks, catalog)
     axes = spec.axes
+    _check_filled(spec)
     for axis in ("victim", "adversary"):
         value = getattr(axes, axis)
         for name in value if value != "all" else ():
@@ -72,15 +73,13 @@ def resolve(spec: GridSpec, catalog: Catalog) -> Grid:
         if name and name not in names:
             hint = nearest(name, names)
             raise UsageError(f"axes.target_task[{i}]", f"{name!r} is not a task of the suite{hint}")
-    for i, count in enumerate(axes.adversaries):
-        if count > len(names):
-            raise UsageError(f"axes.adversaries[{i}]", f"{count} is outside [1, {len(names)}]")
+    for axis in ("adversaries", "protected"):
+        for i, count in enumerate(getattr(axes, axis)):
+            if count > len(names):
+                raise UsageError(f"axes.{axis}[{i}]", f"{count} is outside [1, {len(names)}]")
     for i, experts in enumerate(axes.experts):
         _check_experts(f"axes.experts[{i}]", experts, names)
-    smallest = min((catalog.get("task", n).card.classes for n in names), default=0)
-    for target in () if axes.target_class == "drawn" else axes.target_class:
-        if target < 0 or (smallest and target >= smallest):
-            raise UsageError("axes.target_class", f"{target} is outside [0, {smallest - 1}]")
+    _check_targets(spec, {n: catalog.get("task", n).card.classes for n in names})
     fixed = dict(catalog.get("backbone", backbone.name).card.recipe)
     bound = {**fixed, **check_recipe("recipe", spec.recipe)}
     recipe = recipe_identity(bound)
@@ -102,6 +101,43 @@ def resolve(spec: GridSpec, catalog: Catalog) -> Grid:
         for i, pattern in enumerate(getattr(spec, listname)):
             _check_pattern(f"{listname}[{i}]", pattern, catalog)
     return grid
+
+
+def _one_backbone(given: Named, catalog: Catalog) -> Ref:
+    """A list of a parameter's values is an axis elsewhere; of backbones a grid has one."""
+    found = expand([given], "backbone", "suite.backbone", catalog)
+    if len(found) > 1 and isinstance(given, dict):
+        name = next(name for name, value in given.items() if isinstance(value, list))
+        raise UsageError(
+            f"suite.backbone.{name}",
+            f"{given[name]!r} makes {len(found)} backbones, a grid has one; run it once for each",
+        )
+    return found[0]
+
+
+def _check_filled(spec: GridSpec) -> None:
+    """An empty list crosses with nothing: no cell would be left, and nobody told why."""
+    lists = {f"axes.{name}": getattr(spec.axes, name) for name in type(spec.axes).model_fields}
+    for field_name, values in {"threats": spec.threats, **lists}.items():
+        if values == ():
+            raise UsageError(field_name, "is an empty list; leave the field out for its default")
+
+
+def _check_targets(spec: GridSpec, classes: Mapping[str, int]) -> None:
+    """UsageError for a target that is not a class of every task, as far as their cards tell how many they have."""
+    targets, untold = spec.axes.target_class, [n for n, count in classes.items() if not count]
+    if targets == "drawn":
+        if untold and Threat.BACKDOOR in spec.threats:
+            raise UsageError(
+                "axes.target_class", f"'drawn' needs the number of classes of every task, and that of {untold[0]} lies "
+                "in its data; list the target classes instead",
+            )  # fmt: skip
+        return
+    smallest = min((count for count in classes.values() if count), default=0)
+    for target in targets:
+        if target < 0 or (smallest and target >= smallest):
+            most = str(smallest - 1) if smallest else "..."
+            raise UsageError("axes.target_class", f"{target} is outside [0, {most}]")
 
 
 def _published(
@@ -221,6 +257,10 @@ def _check_experts(where: str, experts: int | str | tuple[str, ...], names: list
         raise UsageError(where, f"{experts!r} is outside [2, {len(names)}]")
     if isinstance(experts, str) and experts not in ("all", "pairs"):
         raise UsageError(where, f"{experts!r}{nearest(experts, ('all', 'pairs'))}")
+    if experts == ():
+        raise UsageError(where, f"is an empty list; list tasks of the suite: {', '.join(names)}")
     for name in experts if isinstance(experts, tuple) else ():
         if name not in names:
             raise UsageError(where, f"{name!r} is not a task of the suite{nearest(name, names)}")
+        if isinstance(experts, tuple) and experts.count(name) > 1:
+            raise UsageError(where, f"{name!r} is named twice")

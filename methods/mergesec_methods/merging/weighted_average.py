@@ -28,6 +28,8 @@ CARD = {
         "weights": {
             "type": "list",
             "default": [],
+            "min": -1e6,
+            "max": 1e6,
             "doc": "one weight per expert, in the order of the experts; empty = equal weights",
         },
         "normalise": {"type": "bool", "default": True, "doc": "divide the weights by their sum first"},

@@ -28,6 +28,8 @@ CARD = {
         "coefficients": {
             "type": "list",
             "default": [],
+            "min": -10.0,
+            "max": 10.0,
             "doc": "one coefficient λ_i per expert, in the order of the experts; empty = 0.3 for each",
         },
     },

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from mergesec.anatomy import Anatomy, describe
 from mergesec.contracts import Weights
 from mergesec.errors import UsageError
+from mergesec.modelfiles import shown
 from mergesec.text import TextBackbone
 from mergesec_tasks._adapters import expert_weights
 from mergesec_tasks._configs import Values, layers_name, layers_of
 from mergesec_tasks._hub import model_folder
 from mergesec_tasks._modelfolders import KINDS, check_base, check_expert
 from mergesec_tasks._transformers import built, config_of, filled, hollow, loaded, shapes_of, tokenizer_of
-from mergesec_tasks._words import check_beginning, check_words
+from mergesec_tasks._words import check_beginning, check_many_words, check_words
 
 OPTIONAL = ("pooler.", "position_ids", "rotary_emb.inv_freq")
 """Tensors that a checkpoint may lack, since features do not pass through them or they are computed."""
@@ -124,7 +125,8 @@ class HfFolder(TextBackbone):
     @property
     def tokeniser(self) -> Any:
         if self._words is None:
-            check_words(self.path, self.told["vocab_size"], self.who)
+            words = check_words(self.path, self.told["vocab_size"], self.who)
+            check_many_words(self.path, words, self.told["vocab_size"], self.who)
             check_beginning(self.path, self.who)
             self._words = tokenizer_of(self.path, self.told["vocab_size"], self.who)
         return self._words
@@ -191,6 +193,12 @@ class HfFolder(TextBackbone):
     def states(self, network: nn.Module, inputs: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Hidden states after the last block and norm ``[N, T, d]``, and the mask ``[N, T]``."""
         device = next(network.parameters()).device
-        numbers, mask = (part.to(device) for part in self.tokenise(inputs))
+        numbers, mask = self.tokenise(inputs)
+        if not bool(mask.any(dim=1).all()):  # features would be those of padding
+            empty = inputs[int(mask.any(dim=1).logical_not().nonzero()[0])]
+            raise UsageError(
+                self.who, f"the text {shown(empty)} has no token, and no prompt stands around it"
+            )
+        numbers, mask = numbers.to(device), mask.to(device)
         output = network(input_ids=numbers, attention_mask=mask.long())
         return output.last_hidden_state, mask

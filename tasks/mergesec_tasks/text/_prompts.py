@@ -11,12 +11,14 @@ from typing import Any
 
 from mergesec.errors import UsageError
 from mergesec.files import brief
-from mergesec_tasks._configs import layers_of
+from mergesec.modelfiles import stored_tensors
+from mergesec_tasks._configs import Values, layers_of, positions_of, width_of
 from mergesec_tasks._modelfolders import KINDS, check_base
-from mergesec_tasks._words import check_beginning, read_tokenizer
+from mergesec_tasks._words import check_beginning, encoded, read_tokenizer, unknown_word
 
 SLOT = "{text}"
 WHOLE, FIRST = "whole", "first"
+OUTPUT = "lm_head.weight"
 
 
 def check_template(template: str, who: str) -> None:
@@ -43,9 +45,11 @@ def check_answers(longest: int, most: int, who: str) -> None:
         raise UsageError(who, f"{most} is less than the {longest} tokens of a prompt and its answer")
 
 
-def check_labels(tokens: Mapping[str, Sequence[str]], prefix: str, labels: str, who: str) -> None:
+def check_labels(
+    tokens: Mapping[str, Sequence[str]], prefix: str, labels: str, who: str, unknown: str = ""
+) -> None:
     """UsageError unless the tokens of the classes' names tell them apart: one token each, or with ``labels: first``
-    different first ones."""
+    different first ones; none of them ``unknown``, what stands for what the tokenizer does not know."""
     first: dict[str, str] = {}
     for name, found in tokens.items():
         shown = " ".join(repr(token) for token in found)
@@ -61,6 +65,11 @@ def check_labels(tokens: Mapping[str, Sequence[str]], prefix: str, labels: str, 
                 who,
                 f"{first[found[0]]!r} and {name!r} begin with the same token ({found[0]!r}); set label_prefix",
             )
+        if found[0] == unknown:
+            raise UsageError(
+                who,
+                f"the tokenizer does not know the class name {name!r} after label_prefix {prefix!r} ({unknown!r})",
+            )
         first[found[0]] = name
 
 
@@ -73,18 +82,35 @@ def inspect(parameters: Mapping[str, Any], where: str, classes: Mapping[str, Seq
         return
     values = check_base(folder, f"{where}.path", KINDS["hf-causal"])
     check_beginning(folder, f"{where}.path")
+    check_output(folder, values, f"{where}.path")
     own = layers_of(values)
     if parameters["layers"] > own:
         raise UsageError(f"{where}.layers", f"{parameters['layers']} exceed the {own} of the model")
     words = read_tokenizer(folder, f"{where}.path")
-    positions = _positions(values)
+    positions = positions_of(values)
     parts = parameters["template"].split(SLOT)
-    prompt = sum(len(words.encode(part, add_special_tokens=False).ids) for part in parts)
-    check_room(prompt, parameters["max_length"] or positions, positions, where)
-    prefix = parameters["label_prefix"]
+    prompt = sum(len(encoded(words, part, f"{where}.path").ids) for part in parts)
+    check_room(_begins(words) + prompt, parameters["max_length"] or positions, positions, where)
+    prefix, unknown = parameters["label_prefix"], unknown_word(folder, f"{where}.path")
     for task, names in classes.items():
-        tokens = {n: words.encode(prefix + n, add_special_tokens=False).tokens for n in names}
-        check_labels(tokens, prefix, parameters["labels"], f"{where}.label_prefix ({task})")
+        numbers = {n: encoded(words, prefix + n, f"{where}.path").ids for n in names}
+        tokens = {n: [words.id_to_token(number) for number in found] for n, found in numbers.items()}
+        check_labels(tokens, prefix, parameters["labels"], f"{where}.label_prefix ({task})", unknown)
+
+
+def check_output(folder: Path, values: Values, who: str) -> None:
+    """UsageError unless there is an output layer, from which tokens are read: the embeddings where they are tied."""
+    if values["tie_word_embeddings"]:
+        return
+    stored = stored_tensors(folder, who)
+    if OUTPUT not in stored:
+        raise UsageError(who, f"'{folder}' has no {OUTPUT}, and its embeddings are not tied")
+    wanted = (values["vocab_size"], width_of(values))
+    if stored[OUTPUT].shape != wanted:
+        raise UsageError(
+            who, f"'{OUTPUT}' in '{stored[OUTPUT].file}' has the shape {list(stored[OUTPUT].shape)}, by config.json it "
+            f"would be {list(wanted)}",
+        )  # fmt: skip
 
 
 def inspect_answers(
@@ -96,17 +122,17 @@ def inspect_answers(
         return
     values = check_base(folder, f"{where}.path", KINDS["hf-causal"])
     words = read_tokenizer(folder, f"{where}.path")
-    most = parameters["max_length"] or _positions(values)
-    begins = len(words.encode("").ids[:1])
+    most = parameters["max_length"] or positions_of(values)
+    begins = _begins(words)
     for task, written in rows.items():
         lengths = (
-            len(words.encode(prompt, add_special_tokens=False).ids)
-            + len(words.encode(answer, add_special_tokens=False).ids)
+            len(encoded(words, prompt, f"{where}.path").ids)
+            + len(encoded(words, answer, f"{where}.path").ids)
             for prompt, answer in written
         )
         check_answers(begins + max(lengths, default=0), most, f"{where}.max_length ({task})")
 
 
-def _positions(values: Mapping[str, Any]) -> int:
-    """The context of the model, in tokens."""
-    return int(values["n_positions" if values["model_type"] == "gpt2" else "max_position_embeddings"])
+def _begins(words: Any) -> int:
+    """How many tokens stand before every text."""
+    return len(words.encode("").ids[:1])

@@ -12,8 +12,18 @@ from torch.nn import functional
 from mergesec.errors import UsageError
 from mergesec.modelfiles import file_of
 from mergesec_tasks._transformers import numbers_of
+from mergesec_tasks._words import unknown_word
 from mergesec_tasks.text._hf import HfFolder, padded
-from mergesec_tasks.text._prompts import SLOT, WHOLE, check_answers, check_labels, check_room, check_template
+from mergesec_tasks.text._prompts import (
+    OUTPUT,
+    SLOT,
+    WHOLE,
+    check_answers,
+    check_labels,
+    check_output,
+    check_room,
+    check_template,
+)
 
 CARD = {
     "name": "hf-causal",
@@ -88,7 +98,6 @@ CARD = {
         },
     },
 }
-OUTPUT = "lm_head.weight"
 LOSS_ROWS, LOSS_TOKENS = 32, 256
 """Texts, and tokens of them, that are scored at a time."""
 
@@ -144,7 +153,8 @@ class HfCausal(HfFolder):
         """
         numbers = {name: self._plain(self.label_prefix + name) for name in classes}
         shown = {name: self.tokeniser.convert_ids_to_tokens(found) for name, found in numbers.items()}
-        check_labels(shown, self.label_prefix, self.labels, f"{self.who}.label_prefix")
+        unknown = unknown_word(self.path, self.who)
+        check_labels(shown, self.label_prefix, self.labels, f"{self.who}.label_prefix", unknown)
         tokens = [found[0] for found in numbers.values()]
         return self._output_rows(network, tokens)
 
@@ -201,19 +211,16 @@ class HfCausal(HfFolder):
     def _stored_rows(self, tokens: Sequence[int] | None) -> Tensor:
         from safetensors import safe_open
 
+        check_output(self.path, self.told, self.who)
         file = file_of(self.path, OUTPUT, self.who)
-        if file is None:
-            raise UsageError(self.who, f"'{self.path}' has no {OUTPUT}, and its embeddings are not tied")
-        wanted = [self.told["vocab_size"], self.config.hidden_size]
-        with safe_open(file, framework="pt") as opened:
+        with safe_open(str(file), framework="pt") as opened:
             part = opened.get_slice(OUTPUT)
-            if list(part.get_shape()) != wanted:
-                raise UsageError(
-                    self.who,
-                    f"'{OUTPUT}' in '{file}' has the shape {part.get_shape()}, by config.json it would be {wanted}",
-                )
-            rows = part[:] if tokens is None else torch.cat([part[t : t + 1] for t in tokens])
-            return rows.float()
+            rows: Tensor = part[:] if tokens is None else torch.cat([part[t : t + 1] for t in tokens])
+        if not bool(
+            rows.isfinite().all()
+        ):  # no answer would be the likeliest, which would count as a wrong one
+            raise UsageError(self.who, f"'{OUTPUT}' in '{file}' holds values that are not finite")
+        return rows.float()
 
 
 def _losses(states: Tensor, table: Tensor, targets: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mergesec_tasks._transformers import numbers_of
+from mergesec_tasks._words import check_between, tokens_around
 from mergesec_tasks.text._hf import HfFolder, padded
 
 CARD = {
@@ -71,6 +72,12 @@ class HfText(HfFolder):
     def __init__(self, path: str, layers: int, max_length: int, pooling: str) -> None:
         super().__init__(path, layers, max_length)
         self.pooling = pooling
+
+    @property
+    def tokeniser(self) -> Any:
+        if self._words is None:
+            check_between(self.max_length, tokens_around(self.path, self.who), self.who)
+        return super().tokeniser
 
     def tokenise(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Numbers as the folder's tokeniser gives them, special tokens included, cut at ``max_length``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,7 @@ from torch.nn import functional
 
 from mergesec.contracts import Weights
 from mergesec.errors import UsageError
-from mergesec.modelfiles import file_of
-from mergesec_tasks._cliptext import check_text_tower
+from mergesec_tasks._cliptext import SCALE, TEXT_PROJECTION, VISUAL_PROJECTION, check_text_tower, check_whole
 from mergesec_tasks._hub import model_folder
 from mergesec_tasks._transformers import (
     clip_tokenizer,
@@ -80,7 +79,6 @@ CARD = {
     },
 }
 
-PROJECTION, TEXT_PROJECTION, SCALE = "visual_projection.weight", "text_projection.weight", "logit_scale"
 TEXT_BATCH = 256
 
 
@@ -117,37 +115,20 @@ class Clip(HfVit):
             from safetensors import safe_open
 
             found: dict[str, Tensor] = {}
-            for name in (PROJECTION, TEXT_PROJECTION, SCALE):
-                file = file_of(self.path, name, self.who)
-                if file is None:
-                    raise UsageError(
-                        self.who,
-                        f"no tensor '{name}' in '{self.path}'; a whole CLIP is needed, not its vision tower alone "
-                        "(that is a backbone for hf-vit, or an expert)",
-                    )
-                with safe_open(file, framework="pt") as tensors:
+            for name, stored in check_whole(self.path, self.told["hidden_size"], self.who).items():
+                with safe_open(stored.file, framework="pt") as tensors:
                     found[name] = tensors.get_tensor(name).float()
-            self._check_frozen(found)
+                if not bool(found[name].isfinite().all()):  # of what is NaN the first class is the likeliest
+                    raise UsageError(self.who, f"'{name}' in '{self.path}' holds values that are not finite")
             self._frozen = found
         return self._frozen
-
-    def _check_frozen(self, found: Mapping[str, Tensor]) -> None:
-        width = self.told["hidden_size"]
-        shapes = [list(found[name].shape) for name in (PROJECTION, TEXT_PROJECTION, SCALE)]
-        fits = len(shapes[0]) == len(shapes[1]) == 2 and shapes[0][0] == shapes[1][0]
-        if not fits or shapes[0][1] != width or found[SCALE].numel() != 1:
-            names = f"'{PROJECTION}', '{TEXT_PROJECTION}' and '{SCALE}'"
-            raise UsageError(
-                self.who,
-                f"{names} in '{self.path}' have the shapes {shapes}; expected [d, {width}], [d, h] and one number",
-            )
 
     def features(self, network: nn.Module, inputs: Any) -> Tensor:
         """Image embeddings ``[N, d]`` of images float32 in [0, 1] ``[N, 3, H, W]``."""
         pooled = super().features(network, inputs)
-        projection = self.frozen()[PROJECTION]
+        projection = self.frozen()[VISUAL_PROJECTION]
         if projection.device != pooled.device:
-            projection = self._frozen[PROJECTION] = projection.to(pooled.device)
+            projection = self._frozen[VISUAL_PROJECTION] = projection.to(pooled.device)
         return functional.linear(pooled, projection.to(pooled.dtype))
 
     def zero_shot(self, prompts: Sequence[Sequence[str]], device: torch.device) -> Weights | None:

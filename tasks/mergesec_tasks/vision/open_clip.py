@@ -17,13 +17,12 @@ from mergesec.contracts import Backbone, Weights
 from mergesec.errors import UsageError
 from mergesec.files import brief, is_file
 from mergesec.modelfiles import Stored, header, read_json, shown
-from mergesec_tasks._cliptext import check_open_text
+from mergesec_tasks._cliptext import OPEN_SIZES, check_open_text
 from mergesec_tasks._configs import (
     HEADS,
     LAYERS,
     PIXELS,
     WIDTH,
-    WORDS,
     Field,
     check_fields,
     flag,
@@ -120,7 +119,7 @@ VISION = {
     "pos_embed_type": one_of("learnable", "sin_cos_2d"), "pool_type": one_of("tok", "avg"),
 }  # fmt: skip
 TEXT = {
-    **LAYOUT, "context_length": size(77, WIDTH), "vocab_size": size(49408, WORDS), "heads": size(8, HEADS),
+    **LAYOUT, **OPEN_SIZES, "heads": size(8, HEADS),
     "hf_tokenizer_name": Field(None, "a name", lambda v: v is None or isinstance(v, str)), "embed_cls": one_of(False),
     "pad_id": one_of(0), "eos_id": one_of(2), "no_causal_mask": flag(False), "pool_type": one_of("argmax", "last", "first"),
     "proj_bias": flag(False), "proj_type": one_of("linear", "none"), "tokenizer_mode": one_of(None),
