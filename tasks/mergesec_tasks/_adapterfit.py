@@ -32,7 +32,6 @@ def check_factors(folder: Path, base: Mapping[str, Stored], lora: Lora, who: str
         target = _held(f"{plain}.weight", base)
         if target:
             _check_options(plain, first, second, folder, lora, who)
-        if target:
             held[plain] = target
         elif _held(_numbered(f"{plain}.weight"), known):
             raise _refused(folder, who, f"the base has no '{brief(plain)}': an adapter for another base")
