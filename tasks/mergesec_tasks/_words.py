@@ -14,8 +14,7 @@ TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 OLD = ("vocab.json", "merges.txt")
 SPECIAL = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 FEWEST = 0.75
-"""Share of a network's vocabulary that its tokenizer has at least; published ones have 97 % or more, the rest being
-padding."""
+"""Share of a network's vocabulary that its tokenizer has at least: some vocabularies are padded, none by as much."""
 _STAGES = ("normalizer", "pre_tokenizer", "post_processor")
 _SETTINGS = (
     "add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case", "strip_accents", "tokenize_chinese_chars",

@@ -141,9 +141,8 @@ def _may_add(override: str) -> str:
     ``suite=NAME`` stays as it is: it picks a file of the group.
     """
     key, _, value = override.partition("=")
-    if re.fullmatch(
-        r"~(?:/[^'\\]*)?", value
-    ):  # one's home, which Hydra cannot read and no shell puts in here
+    # one's home, which Hydra cannot read and no shell puts in here
+    if re.fullmatch(r"~(?:/[^'\\]*)?", value):
         override = f"{key}='{value}'"
     return f"++{override}" if re.fullmatch(r"[A-Za-z_][\w.]*", key) and key != "suite" else override
 

@@ -216,9 +216,8 @@ class HfCausal(HfFolder):
         with safe_open(str(file), framework="pt") as opened:
             part = opened.get_slice(OUTPUT)
             rows: Tensor = part[:] if tokens is None else torch.cat([part[t : t + 1] for t in tokens])
-        if not bool(
-            rows.isfinite().all()
-        ):  # no answer would be the likeliest, which would count as a wrong one
+        # with NaN no answer would be the likeliest, which would count as a wrong one
+        if not bool(rows.isfinite().all()):
             raise UsageError(self.who, f"'{OUTPUT}' in '{file}' holds values that are not finite")
         return rows.float()
 
