@@ -74,10 +74,14 @@ def test_where_it_is_held_nothing_is_raised_but_in_rests() -> None:
 
 
 def test_who_ignores_ctrl_c_goes_on_ignoring_it() -> None:
+    with EAR.listening(), EAR.held():
+        _press()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with EAR.listening():
+        assert EAR.heard == 0  # it was an earlier listener's
         _press()
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert EAR.heard == 0
 
 
 # --------------------------------------------------------------------------- the scheduler

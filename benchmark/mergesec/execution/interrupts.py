@@ -39,10 +39,16 @@ class Ear:
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Hear Ctrl-C, in the main thread of a process that does not ignore it; inside another one, go on."""
-        if not _in_main_thread() or signal.getsignal(signal.SIGINT) in (None, signal.SIG_IGN, self):
+        handler = signal.getsignal(signal.SIGINT)
+        if not _in_main_thread() or handler is self:
             yield
             return
-        self.heard = 0
+        self.heard = (
+            0  # what an earlier listener heard is nothing to this one, though it may hear nothing itself
+        )
+        if handler in (None, signal.SIG_IGN):
+            yield
+            return
         before = signal.signal(signal.SIGINT, self)
         try:
             yield
