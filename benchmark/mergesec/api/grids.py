@@ -60,7 +60,7 @@ def run(
     grid: GridLike, *, results: str | Path | None = None, store: str | Path | None = None,
     plugins: str | Path | Iterable[str | Path] = (), data_root: str | Path | None = None, device: str = "auto",
     jobs: int | None = None, step_timeout: float | None = 7200.0, progress: bool = True, contained: bool | None = None,
-    engine: str | Mapping[str, Any] | None = None, **overrides: Any,
+    engine: str | Mapping[str, Any] | None = None, drop_merges: bool = False, **overrides: Any,
 ) -> Run:  # fmt: skip
     """Run a grid: every cell's missing steps, in worker processes; then records and boards under ``results``.
 
@@ -68,7 +68,8 @@ def run(
     ``axes`` not named stay), or with a dot, ``**{"suite.tasks": [...]}``. ``store``: where artifacts are kept,
     by default ``$MERGESEC_CACHE``. ``contained``: plugins see neither store, data nor network (None: where this
     machine can; docs/trust.md). ``engine``: where steps run, a name or ``{"name": "slurm", "workers": 8}``
-    (docs/scaling.md). The same call again resumes. Raises UsageError for anything that names a wrong
+    (docs/scaling.md). ``drop_merges``: merges leave the store once nothing of this run needs them; their facts
+    stay. The same call again resumes. Raises UsageError for anything that names a wrong
     field, value or file; a component that fails is told in ``failed``.
     """
     from mergesec.execution.session import run_session
@@ -80,7 +81,7 @@ def run(
     folder = Path(results) if results is not None else default_results()
     where = engine_spec(session.grid.spec.engine, as_fields(engine) or {})
     finished = run_session(
-        session, folder, _reporter(progress), device, jobs, 1, step_timeout, contained, where
+        session, folder, _reporter(progress), device, jobs, 1, step_timeout, contained, where, drop_merges
     )
     if finished.outcome.interrupted:
         raise KeyboardInterrupt

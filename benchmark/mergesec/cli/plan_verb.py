@@ -33,7 +33,7 @@ def main(
 
 
 def _print_plan(session: Session, jobs: int) -> None:
-    from mergesec.execution.scheduler import History
+    from mergesec.execution.scheduler import MERGED, History
     from mergesec.execution.session import wanted_steps
 
     plan = session.plan
@@ -65,8 +65,10 @@ def _print_plan(session: Session, jobs: int) -> None:
     print(f"left out: {sum(plan.left_out.values())}")
     for reason, n in plan.left_out.most_common():
         print(f"  {n:>6} × {reason}")
-    work = sum(seconds.values())
+    work, merges = sum(seconds.values()), sum(size[kind] for kind in MERGED) / 1e6
     print(
         f"steps to run: {len(wanted)}; work {show.duration(work)}, about {show.duration(work / jobs)} on {jobs} workers; disk {sum(size.values()) / 1e6:.0f} MB"
     )
+    if merges >= 1:
+        print(f"of the disk {merges:.0f} MB are merges, which bench run --drop-merges lets go of as it goes")
     print("times are means of earlier runs of the same step here, or rough defaults before there are any")

@@ -71,6 +71,13 @@ def main(
     time_limit: Annotated[
         str | None, typer.Option(help="slurm: how long a worker's job lasts, as 90s, 30m, 4h, 2d")
     ] = None,
+    drop_merges: Annotated[
+        bool,
+        typer.Option(
+            "--drop-merges",
+            help="merges leave the store once nothing of this run needs them; their facts stay",
+        ),
+    ] = False,
     slurm: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="slurm: an option of sbatch, as partition=gpu"),
@@ -108,6 +115,7 @@ def main(
             step_timeout or None,
             contained,
             where,
+            drop_merges,
         )
     finally:
         progress.stop()

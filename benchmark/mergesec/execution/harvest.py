@@ -170,7 +170,7 @@ class Road:
     def facts(self, key: str) -> dict[str, Any]:
         """A step's facts, verified; CorruptArtifact if they are gone: nothing stands in for what was measured."""
         if key not in self._facts:
-            self._facts[key] = self.store.meta(self.plan.steps[key].kind, key)["info"]
+            self._facts[key] = self.store.facts(self.plan.steps[key].kind, key)
         return self._facts[key]
 
     def inputs(self, key: str) -> dict[str, str]:

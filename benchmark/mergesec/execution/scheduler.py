@@ -31,6 +31,10 @@ POLL = 1.0
 """Seconds between two looks at steps that other runs on this store are at."""
 CHECKS = 5.0
 """Seconds between two looks at whether those runs are still alive."""
+MERGED = ("merge", "repair")
+"""Kinds of step whose results are merges: as many as the grid is wide, and soon made again."""
+FIRST = 1e9
+"""Seconds that no step takes."""
 ATTEMPTS = 3
 """How often a step is tried again when its worker died or its input proved corrupt."""
 
@@ -171,6 +175,8 @@ class Scheduler:
     """As whom steps are claimed, where others have to know."""
     attempt: str = ""
     """What this is part of: a step that failed in it, whoever tried, is not tried again. Empty: only this."""
+    frees: bool = False
+    """Whether merges go once every step that was to read them is done."""
     outcome: Outcome = field(default_factory=Outcome)
     claims: Claims = field(init=False)
     failures: Failures = field(init=False)
@@ -190,6 +196,8 @@ class Scheduler:
     _left_of: Counter[str] = field(default_factory=Counter)
     """How many of those there are, by what history calls alike."""
     _likes: dict[str, Step] = field(default_factory=dict)
+    _readers: dict[str, list[str]] = field(default_factory=dict)
+    """Of each merge the steps of the plan that read it, where merges are let go of."""
     _open: list[set[str]] = field(default_factory=list)
     """Of each cell the evaluations that are still to come."""
     _cells_done: int = 0
@@ -204,6 +212,10 @@ class Scheduler:
     def run(self, wanted: Mapping[str, Step], cached: int) -> Outcome:
         """Do the wanted steps. The first Ctrl-C lets running ones finish; the second kills them, and is raised."""
         self._order = {key: i for i, key in enumerate(self.steps)}
+        for key, step in self.steps.items() if self.frees else ():
+            for _, needed in step.inputs:
+                if self.steps[needed].kind in MERGED:
+                    self._readers.setdefault(needed, []).append(key)
         if not self.attempt:
             self.claims.sweep()
         for key in wanted:
@@ -267,6 +279,8 @@ class Scheduler:
     def _push(self, key: str) -> None:
         # the longest first: trainings must not be what everybody waits for at the end
         seconds, _ = self.history.predict(self.steps[key])
+        if any(needed in self._readers for _, needed in self.steps[key].inputs):
+            seconds += FIRST  # what lets go of a merge comes before what makes another
         self._active.add(key)
         heapq.heappush(self._ready, (-seconds, self._order[key], key))
 
@@ -285,7 +299,7 @@ class Scheduler:
 
     def _claim(self, step: Step) -> bool:
         """Whether the step is ours to do: not if it is done, or another run on this store is at it."""
-        if self.store.has(step.kind, step.key):
+        if self.store.has(step.kind, step.key) or self._over(step):
             self._found(step)
             return False
         if not self.claims.take(step.key):
@@ -296,6 +310,11 @@ class Scheduler:
             self._found(step)
             return False
         return not (self._failed_already(step) or self._kills(step))
+
+    def _over(self, step: Step) -> bool:
+        """Whether another run made a merge, did all that reads it, and let go of it."""
+        readers = [self.steps[key] for key in self._readers.get(step.key, ()) if key in self._remaining]
+        return bool(readers) and all(self.store.has(reader.kind, reader.key) for reader in readers)
 
     def _failed_already(self, step: Step) -> bool:
         """Whether another worker of this attempt saw the step fail."""
@@ -416,6 +435,15 @@ class Scheduler:
             needs.discard(key)
             if not needs and not self.outcome.interrupted:
                 self._push(other)
+        self._let_go(self.steps[key])
+
+    def _let_go(self, step: Step) -> None:
+        """Drop merges that this step read and no other is to read; one that failed will want its again."""
+        waiting = (self._remaining, self.outcome.failed, self.outcome.blocked)
+        for _, needed in step.inputs:
+            readers = self._readers.get(needed)
+            if readers and not any(key in keys for key in readers for keys in waiting):
+                self.store.spend(self.steps[needed].kind, needed)
 
     def _block(self, failure: Failure) -> None:
         """Everything that needs the failed step will not run; say why."""
@@ -435,7 +463,7 @@ def _answer(future: Future[Answer]) -> Answer:
         return Answer("error", *explain(error))
 
 
-def completed(store: Store, steps: Mapping[str, Step]) -> Callable[[str], bool]:
-    """A fast ``has`` over one snapshot of the store."""
-    known = store.keys() & steps.keys()
+def completed(store: Store, steps: Mapping[str, Step], spent: bool = False) -> Callable[[str], bool]:
+    """A fast ``has`` over one snapshot of the store, with ``spent`` also of steps whose facts alone are left."""
+    known = store.keys(spent) & steps.keys()
     return known.__contains__

@@ -135,7 +135,10 @@ def task_fingerprints(root: Path | None, catalog: Catalog) -> Callable[[str], st
 
 def wanted_steps(session: Session) -> dict[str, Step]:
     """What is still to run, by key."""
-    return needed_steps(session.plan, completed(session.store, session.plan.steps))
+    steps = session.plan.steps
+    return needed_steps(
+        session.plan, completed(session.store, steps), completed(session.store, steps, spent=True)
+    )
 
 
 class Pace(NamedTuple):
@@ -186,12 +189,14 @@ def run_session(
     timeout: float | None = None,
     contained: bool | None = None,
     engine: EngineSpec | None = None,
+    drop_merges: bool = False,
 ) -> Finished:
     """Run what is missing, then write records and boards. Full if the disk is. ``engine``: where, if not where the
     grid says.
 
     ``contained``: plugins run behind walls (True: or not at all), do not (False), or do where this machine can
-    (None). Artifacts of plugins that were not contained do not count where they must be.
+    (None). Artifacts of plugins that were not contained do not count where they must be. ``drop_merges``: merges
+    leave the store once every step that was to read them is done; their facts stay.
     """
     check_writable(results, "--results")
     if threads < 1:
@@ -204,7 +209,7 @@ def run_session(
     runs = make_engine(engine or session.grid.spec.engine or EngineSpec(), Ways(device, jobs, timeout))
     session.store.sweep()
     try:
-        outcome = _run(session, runs, place, reporter, contained)
+        outcome = _run(session, runs, place, reporter, contained, drop_merges)
     finally:
         runs.close()
     records = make_records(session.plan, session.store, outcome)
@@ -214,7 +219,12 @@ def run_session(
 
 
 def _run(
-    session: Session, engine: Engine, place: Workplace, reporter: Reporter, contained: bool | None
+    session: Session,
+    engine: Engine,
+    place: Workplace,
+    reporter: Reporter,
+    contained: bool | None,
+    frees: bool,
 ) -> Outcome:
     """Have an engine do what is missing; again, if results turn out corrupt when they are read."""
     plan, store = session.plan, session.store
@@ -229,7 +239,7 @@ def _run(
         if not wanted or outcome.failed:
             break
         fresh = wanted  # the rest was verified in the round before
-        work = Assignment(session.grid.spec.name, plan.steps, wanted, goals, store, place, reporter)
+        work = Assignment(session.grid.spec.name, plan.steps, wanted, goals, store, place, reporter, frees)
         outcome = engine.run(work)
         if outcome.interrupted:
             break
@@ -262,7 +272,7 @@ def walls_of(catalog: Catalog, hidden: Iterable[Path | None]) -> tuple[Walls | N
 def _drop_uncontained(session: Session) -> None:
     """Remove what plugins made where they could see more than they should, and what was made from that."""
     plan, store = session.plan, session.store
-    has = completed(store, plan.steps)
+    has = completed(store, plan.steps, spent=True)
     dropped: set[str] = set()
     for key, step in plan.steps.items():  # in the order of their making
         suspect = any(k in dropped for _, k in step.inputs)
@@ -270,7 +280,7 @@ def _drop_uncontained(session: Session) -> None:
             dropped |= {key} if suspect else set()
             continue
         with contextlib.suppress(CorruptArtifact):
-            if suspect or store.meta(step.kind, key)["info"].get("contained") is not True:
+            if suspect or store.facts(step.kind, key).get("contained") is not True:
                 store.remove(step.kind, key)
                 dropped.add(key)
 
@@ -291,10 +301,10 @@ def _drop_corrupt(session: Session, among: Collection[str]) -> None:
     """Verify what records are read from before trusting the store, as far as it is ``among`` these steps:
     evaluations whole (they are small), of the steps behind them the facts."""
     plan, store = session.plan, session.store
-    has = completed(store, plan.steps)
+    has = completed(store, plan.steps, spent=True)
     evaluations = {k for c in plan.cells for _, k in c.roles}
     for key in evaluations | read_facts(plan):
         if key in among and has(key):
             with contextlib.suppress(CorruptArtifact):  # removed by the store; it is wanted again now
                 kind = plan.steps[key].kind
-                read_evaluation(store, kind, key) if key in evaluations else store.meta(kind, key)
+                read_evaluation(store, kind, key) if key in evaluations else store.facts(kind, key)

@@ -26,6 +26,8 @@ from mergesec.files import write_atomic
 from mergesec.modelfiles import placed
 
 CHECKPOINTS = "checkpoints"
+SPENT = ".spent"
+"""End of the name of an artifact's facts once its tensors were let go of."""
 CHEAP = 1.0
 """Seconds: what took less to make is made again rather than flushed."""
 CHECKPOINT_DAYS = 30
@@ -182,15 +184,16 @@ class Store:
         except OSError:
             return False
 
-    def keys(self) -> set[str]:
-        """Every committed key: one directory scan per kind."""
+    def keys(self, spent: bool = False) -> set[str]:
+        """Every committed key, with ``spent`` also those whose facts alone are left: one directory scan per kind."""
         found: set[str] = set()
         folder = self.root / "artifacts"
         for kind in folder.iterdir() if folder.is_dir() else ():
             if kind.is_dir():
                 with os.scandir(kind) as entries:
                     plain = (e for e in entries if e.is_file(follow_symlinks=False))
-                    found.update(e.name[:-5] for e in plain if e.name.endswith(".json"))
+                    ends = (".json", SPENT) if spent else (".json",)
+                    found.update(e.name.rpartition(".")[0] for e in plain if e.name.endswith(ends))
         return found
 
     def made_since(self, steps: Iterable[tuple[str, str]], seconds: float) -> int:
@@ -216,6 +219,7 @@ class Store:
         meta = {"key": key, "kind": kind, "digests": digests, "bytes": len(blob), "info": facts}
         meta["check"] = _check(meta)
         write_atomic(meta_path, json.dumps(meta, sort_keys=True).encode(), lasting)
+        _unlink(meta_path.with_suffix(SPENT))
         for path in self._checkpoints(key):
             path.unlink(missing_ok=True)
 
@@ -268,11 +272,26 @@ class Store:
     def meta(self, kind: str, key: str) -> dict[str, Any]:
         """The metadata alone, verified, tensors unread. CorruptArtifact if it is absent, or (removed) damaged."""
         meta = self._meta(kind, key)
-        self._mark_used(kind, key)
+        self._mark_used(self._paths(kind, key)[0])
         return meta
 
-    def _meta(self, kind: str, key: str) -> dict[str, Any]:
-        path, _ = self._paths(kind, key)
+    def facts(self, kind: str, key: str) -> dict[str, Any]:
+        """What a step told of itself, verified, also if its tensors were let go of. CorruptArtifact as of ``meta``."""
+        place = self._place(Stored(kind, key, 0, 0.0))
+        facts: dict[str, Any] = self._meta(kind, key, place)["info"]
+        self._mark_used(place)
+        return facts
+
+    def spend(self, kind: str, key: str) -> None:
+        """Let go of an artifact's tensors. Its facts stay; else it is missing, and made again when needed."""
+        meta_path, tensor_path = self._paths(kind, key)
+        if is_plain(meta_path):
+            os.replace(meta_path, meta_path.with_suffix(SPENT))
+        for path in (tensor_path, tensor_path.with_suffix(".checked")):
+            _unlink(path)
+
+    def _meta(self, kind: str, key: str, place: Path | None = None) -> dict[str, Any]:
+        path = place or self._paths(kind, key)[0]
         if not is_plain(path):  # absent, or just being committed by another worker: nothing to remove
             raise CorruptArtifact(key)
         try:
@@ -284,9 +303,9 @@ class Store:
             self._corrupt(kind, key)
         return meta
 
-    def _mark_used(self, kind: str, key: str) -> None:
+    @staticmethod
+    def _mark_used(path: Path) -> None:
         """The time of last access, set by hand: most file systems are mounted so that reading does not."""
-        path = self._paths(kind, key)[0]
         with contextlib.suppress(OSError):  # somebody else's store may be read too
             os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
@@ -339,16 +358,21 @@ class Store:
         return sound
 
     def _is_sound(self, kind: str, key: str) -> bool:
+        place = self._place(Stored(kind, key, 0, 0.0))
         try:
-            meta = self._meta(kind, key)
-            return bool(digests_of(read_plain(self._paths(kind, key)[1])) == meta["digests"])
+            meta = self._meta(kind, key, place)
+            return place.suffix == SPENT or bool(
+                digests_of(read_plain(self._paths(kind, key)[1])) == meta["digests"]
+            )
         except (CorruptArtifact, *UNREADABLE):
             return False
 
     def _place(self, stored: Stored) -> Path:
         if stored.kind == CHECKPOINTS:
             return self.root / CHECKPOINTS / stored.key
-        return self._paths(stored.kind, stored.key)[0]
+        path = self._paths(stored.kind, stored.key)[0]
+        spent = path.with_suffix(SPENT)
+        return spent if is_plain(spent) and not is_plain(path) else path
 
     def drop(self, stored: Stored) -> None:
         """Remove an artifact or a checkpoint."""
@@ -359,7 +383,12 @@ class Store:
 
     def remove(self, kind: str, key: str) -> None:
         meta_path, tensor_path = self._paths(kind, key)
-        for path in (meta_path, tensor_path, tensor_path.with_suffix(".checked")):
+        for path in (
+            meta_path,
+            meta_path.with_suffix(SPENT),
+            tensor_path,
+            tensor_path.with_suffix(".checked"),
+        ):
             _unlink(path)
 
     def _own(self, pattern: str) -> Iterator[Path]:
@@ -400,7 +429,7 @@ class Store:
         return found
 
     def _artifacts(self) -> Iterator[Stored]:
-        for path in self._own("*.json"):
+        for path in (*self._own("*.json"), *self._own(f"*{SPENT}")):
             with contextlib.suppress(FileNotFoundError):  # another process removed it
                 now, tensors = path.stat(), path.with_suffix(".safetensors")
                 size = now.st_size + (tensors.stat().st_size if is_plain(tensors) else 0)
@@ -429,7 +458,7 @@ def _is_own(path: Path) -> bool:
     if _KEY.fullmatch(path.stem):
         return True
     try:
-        meta = json.loads(read_plain(path.with_suffix(".json")))
+        meta = json.loads(read_plain(path if path.suffix == SPENT else path.with_suffix(".json")))
         return bool(meta["key"] == path.stem and meta["kind"] == path.parent.name)
     except UNREADABLE:
         return False

@@ -622,12 +622,14 @@ def read_facts(plan: Plan) -> set[str]:
 
 
 @uncollected()
-def needed_steps(plan: Plan, has: Callable[[str], bool]) -> dict[str, Step]:
+def needed_steps(
+    plan: Plan, has: Callable[[str], bool], told: Callable[[str], bool] | None = None
+) -> dict[str, Step]:
     """The steps to run: those whose result is missing and wanted, directly or through another. Wanted are the
-    evaluations, and what else the records tell of."""
+    evaluations, and what else the records tell of, unless its facts are ``told`` without it."""
     wanted: dict[str, Step] = {}
     stack = [key for cell in plan.cells for _, key in cell.roles]
-    stack += read_facts(plan)
+    stack += [key for key in read_facts(plan) if told is None or not told(key)]
     seen: set[str] = set()
     while stack:
         key = stack.pop()

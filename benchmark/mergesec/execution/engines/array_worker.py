@@ -69,7 +69,7 @@ def work(place: str) -> None:
     executor = LocalExecutor(make_slots(order.device, order.jobs), order.place, order.timeout)
     scheduler = Scheduler(
         steps, store, executor, History(store.root), _Diary(),
-        who=name_of(job.cluster, job.job_id), attempt=order.attempt,
+        who=name_of(job.cluster, job.job_id), attempt=order.attempt, frees=order.frees,
     )  # fmt: skip
     missing = {key: steps[key] for key in wanted if not store.has(steps[key].kind, key)}
     try:

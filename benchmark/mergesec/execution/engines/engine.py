@@ -39,6 +39,8 @@ class Assignment:
     store: Store
     place: Workplace
     reporter: Reporter
+    frees: bool = False
+    """Whether merges go once every step that was to read them is done."""
 
     @property
     def cached(self) -> int:
@@ -72,8 +74,9 @@ class LocalEngine:
 def drive(work: Assignment, executor: Executor) -> Outcome:
     """Have an executor's slots do the steps from here, one after another."""
     scheduler = Scheduler(
-        work.steps, work.store, executor, History(work.store.root), work.reporter, work.goals
-    )
+        work.steps, work.store, executor, History(work.store.root), work.reporter, work.goals,
+        frees=work.frees,
+    )  # fmt: skip
     try:
         return scheduler.run(work.wanted, work.cached)
     finally:

@@ -67,12 +67,13 @@ class SlurmEngine:
         keeper = Keeper(folder, queue, self._spec.workers or WORKERS, work.store)
         attempt = keeper.begin(secrets.token_hex(8))
         order = Order(
-            attempt, work.place, self._ways.device, _jobs(self._spec, self._ways, work.place.threads), self._ways.timeout
+            attempt, work.place, self._ways.device, _jobs(self._spec, self._ways, work.place.threads), self._ways.timeout,
+            work.frees,
         )  # fmt: skip
         orders.write_order(folder, order, work.steps, work.wanted)
         watch = Watch(
             work.steps, work.store, _Nobody(queue), History(work.store.root), work.reporter, work.goals,
-            attempt=attempt, keeper=keeper,
+            attempt=attempt, keeper=keeper, frees=work.frees,
         )  # fmt: skip
         try:
             return watch.run(work.wanted, work.cached)
@@ -292,7 +293,7 @@ class Watch(Scheduler):
 
     def _collect(self) -> None:
         """What was committed since the last look, and what failed for good."""
-        known = self.store.keys() & self._remaining
+        known = self.store.keys(spent=self.frees) & self._remaining
         for key in sorted(known, key=self._order.__getitem__):
             self.outcome.done += 1
             self._found(self.steps[key])

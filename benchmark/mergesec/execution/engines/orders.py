@@ -26,6 +26,7 @@ class Order:
     device: str
     jobs: int | None
     timeout: float | None
+    frees: bool = False
 
 
 def write_order(folder: Path, order: Order, steps: Mapping[str, Step], wanted: Iterable[str]) -> None:
