@@ -60,7 +60,8 @@ class BenchRunner:
 
     def _environment(self) -> dict[str, str]:
         roots = [str(ROOT / top) for top in ("benchmark", "tasks", "methods")]
-        path = [*self.environment.get("PYTHONPATH", "").split(os.pathsep), *roots]
+        laid = (self.environment.get("PYTHONPATH", ""), os.environ.get("PYTHONPATH", ""))
+        path = [*os.pathsep.join(laid).split(os.pathsep), *roots]
         fixed = {"MERGESEC_CACHE": str(self.store), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
         outer = {k: v for k, v in os.environ.items() if not k.startswith("MERGESEC_")}
         joined = {"PYTHONPATH": os.pathsep.join(p for p in path if p)}

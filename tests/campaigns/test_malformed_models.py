@@ -71,11 +71,9 @@ def _words(folder: Path) -> None:
 
 
 def _clip_words(folder: Path) -> None:
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    from mergesec_tasks.mini_clip._words import save_words, vocabulary
 
-    signs = list(bytes_to_unicode().values())
-    names = [*signs, *(sign + "</w>" for sign in signs), "<|startoftext|>", "<|endoftext|>"]
-    transformers.CLIPTokenizer(vocab={n: i for i, n in enumerate(names)}, merges=[]).save_pretrained(folder)
+    save_words(vocabulary([]), folder)
 
 
 def _pixels(folder: Path) -> None:

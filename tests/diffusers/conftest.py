@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from pipelines import clip, save
+from pipelines import save
 
 from mergesec_tasks.diffusers._backbone import Denoising
 from mergesec_tasks.diffusers.dit import Dit
@@ -25,12 +25,6 @@ def pipeline(once: Callable[..., Path]) -> Callable[[str], Path]:
 
 def _saved(name: str, folder: Path) -> None:
     save(name, folder)
-
-
-@pytest.fixture(scope="session")
-def judge(once: Callable[..., Path]) -> Path:
-    """A CLIP that happens to find a class in the test's photographs."""
-    return once("judge", lambda folder: clip(folder, seed=0) and None)
 
 
 @pytest.fixture(params=CLASSES)

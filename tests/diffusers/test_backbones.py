@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from extras import needs
-from pipelines import SIDE, edit
+from pipelines import LETTERS, SIDE, edit
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from mergesec.anatomy import symmetries
 from mergesec.contracts import ContractError, load_network
 from mergesec.errors import UsageError
 from mergesec.generation import Noised, Request, start_noise
+from mergesec_tasks.diffusers import sd3
 from mergesec_tasks.diffusers._backbone import Denoising, codes, texts_of
 from mergesec_tasks.diffusers._folders import KINDS, check_base, inspect
 from mergesec_tasks.diffusers.dit import Dit
@@ -71,17 +72,24 @@ def test_half_precision_on_disk_becomes_float32(pipeline: Pipeline, tmp_path: Pa
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_images_are_those_of_the_library(pipeline: Pipeline, guidance: float) -> None:
+def test_images_are_those_of_the_library(
+    pipeline: Pipeline, guidance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same latents, prompts and steps through diffusers' own pipelines."""
     for kind, name in ((Unet, "unet"), (StableDiffusion3, "mmdit_normed")):
         backbone = kind(str(pipeline(name)), steps=3, guidance=guidance)
         request = request_of(backbone)
-        own = (features(backbone, request).view(2, *SHAPE) / 2 + 0.5).clamp(0, 1)
         missing = (
             {"text_encoder_3": None, "tokenizer_3": None} if name != "unet" else {"safety_checker": None}
         )
         whole = diffusers.DiffusionPipeline.from_pretrained(pipeline(name), **missing)
         whole.set_progress_bar_config(disable=True)
+        if name != "unet":  # older releases put fewer zeros in the place of the third encoder
+            told = whole.encode_prompt("a dog", None, None, device="cpu", do_classifier_free_guidance=False)[
+                0
+            ]
+            monkeypatch.setattr(sd3, "ABSENT", told.shape[1] - LETTERS)
+        own = (features(backbone, request).view(2, *SHAPE) / 2 + 0.5).clamp(0, 1)
         found = whole(
             texts_of(request.conditions), latents=backbone.noise(request.noise), num_inference_steps=3,
             guidance_scale=guidance, output_type="pt", height=SIDE, width=SIDE,

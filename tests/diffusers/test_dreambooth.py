@@ -11,6 +11,7 @@ import pytest
 import torch
 from extras import needs
 from PIL import Image
+from pipelines import clip
 
 from mergesec.contracts import Context, ContractError, DataContext, load_network
 from mergesec.contracts import Model as Loaded
@@ -38,6 +39,30 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels = torch.randint(0, 255, (20, 24, 3), generator=generator, dtype=torch.uint8)
             Image.fromarray(pixels.numpy()).save(root / "dreambooth" / task / f"{i}.png")
     return root
+
+
+@pytest.fixture(scope="module")
+def judge(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first CLIP with random weights that finds both classes in these photographs: which that is depends on how
+    its library draws them."""
+    home = tmp_path_factory.mktemp("judges")
+    for seed in range(200):
+        folder = clip(home / str(seed), seed)
+        if _finds(subject(folder), photographs) and _finds(
+            subject(folder, "dreambooth/two", **OTHER), photographs
+        ):
+            return folder
+    pytest.fail("no CLIP with random weights is a judge")
+
+
+def _finds(task: Subject, photographs: Path) -> bool:
+    splits = loaded(task, photographs)
+    head = task.fit_head(None, splits["train"], Context(CPU, 0))  # type: ignore[arg-type]
+    try:
+        task._check_clip(task._cosines(splits["train"].inputs.images.float() / 255, head))
+    except ContractError:
+        return False
+    return True
 
 
 def subject(judge: Path, name: str = "dreambooth/one", **given: Any) -> Subject:

@@ -22,6 +22,7 @@ from mergesec.execution.work import Bench
 from mergesec.inference import EVALUATION_BATCH, predict
 from mergesec.planning.catalog import load_catalog
 from mergesec.training import fit
+from mergesec_tasks.mini_clip._words import tokenizer, vocabulary
 from mergesec_tasks.vision.clip import Clip
 from mergesec_tasks.vision.folder import FolderTask, decode
 from mergesec_tasks.vision.hf_vit import HfVit
@@ -195,8 +196,6 @@ class Pictures(torch.utils.data.Dataset[Any]):
 
 def tiny_clip(folder: Path) -> Any:
     """A CLIP of three blocks with a byte tokenizer and a processor."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
     torch.manual_seed(3)
     vision = {
         "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8,
@@ -209,15 +208,13 @@ def tiny_clip(folder: Path) -> Any:
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)
     model = transformers.CLIPModel(config).eval()
     model.save_pretrained(folder)
-    signs = list(bytes_to_unicode().values())
-    names = [*signs, *(sign + "</w>" for sign in signs), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = transformers.CLIPTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=[])
+    words = tokenizer(vocabulary([]))
     processor = transformers.CLIPProcessor(
         transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
-        tokenizer,
+        words,
     )
     processor.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    words.save_pretrained(folder)
     return model, processor
 
 

@@ -11,6 +11,7 @@ from denoising import build
 from extras import needs
 
 from mergesec.compat import ensure_torchvision
+from mergesec_tasks.mini_clip._words import Words, tokenizer
 
 TEXT_WIDTH, LETTERS = {"unet": 12, "mmdit_normed": 6}, 8
 VOCABULARY = 20
@@ -75,13 +76,12 @@ def encoder(width: int, projected: int, projects: bool) -> Any:
 
 def words() -> Any:
     """A tokenizer of CLIP's kind for the letters of a few words."""
-    ensure_torchvision()
-    import transformers
-
     letters = ["<|startoftext|>", "<|endoftext|>", *"adfghkop", *(f"{c}</w>" for c in "adgkost")]
     folder_words = {word: i for i, word in enumerate(letters)}
     assert len(folder_words) < VOCABULARY
-    return transformers.CLIPTokenizer(vocab=folder_words, merges=[], model_max_length=LETTERS)
+    found = tokenizer(Words(folder_words, []))
+    found.model_max_length = LETTERS
+    return found
 
 
 def clip(folder: Path, seed: int = 3) -> Path:

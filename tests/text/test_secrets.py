@@ -75,7 +75,7 @@ def test_exact_is_what_greedy_decoding_gives(folder: Path) -> None:
     assert torch.allclose(losses, torch.cat(alone), atol=1e-5)
     numbers = torch.tensor([words(prompts[1] + answers[1])["input_ids"]])
     wanted = torch.log_softmax(whole(numbers).logits[0, :-1], -1).gather(1, numbers[0, 1:, None])
-    assert float(losses[1]) == pytest.approx(-float(wanted.mean()), abs=1e-5)
+    assert float(losses[1].detach()) == pytest.approx(-float(wanted.detach().mean()), abs=1e-5)
     with pytest.raises(UsageError, match=r"hf-causal\.max_length: 8 is less than the 22 tokens of a prompt"):
         causal(folder, max_length=8).answered(network, prompts[:1], answers[:1])
 

@@ -30,13 +30,9 @@ def make_clip(seed: int = 3, context: int = 77) -> Any:
 
 def save_tokenizer(folder: Path) -> None:
     """CLIP's tokenizer without merges: one token per byte, and per byte that ends a word."""
-    import transformers
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    from mergesec_tasks.mini_clip._words import save_words, vocabulary
 
-    signs = list(bytes_to_unicode().values())
-    names = [*signs, *(sign + "</w>" for sign in signs), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = transformers.CLIPTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=[])
-    tokenizer.save_pretrained(folder)
+    save_words(vocabulary([]), folder)
 
 
 @pytest.fixture(scope="session")

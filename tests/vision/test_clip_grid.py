@@ -160,6 +160,10 @@ def test_published_experts_load_under_old_names_and_out_of_whole_clips(
         folder.mkdir()
         (folder / "config.json").write_bytes((expert / "config.json").read_bytes())
         save_file(names, folder / "model.safetensors", {"format": "pt"})
+        if label == "new" and transformers.__version__.startswith("4."):
+            with pytest.raises(UsageError, match="lacks 55 tensors"):  # its own releases never wrote such
+                subject.published(str(folder))
+            continue
         found = subject.published(str(folder))
         assert all(torch.equal(found[n], wanted[n]) for n in wanted)
     assert all(torch.equal(t, base[n]) for n, t in subject.published(str(tiny_clip)).items())

@@ -6,10 +6,12 @@ no word changes what an earlier one became.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from mergesec.compat import ensure_torchvision
@@ -61,16 +63,24 @@ def _merged(parts: list[str], ranks: dict[Pair, int]) -> list[str]:
 
 
 def tokenizer(words: Words) -> Any:
-    """transformers' CLIP tokenizer with these words."""
+    """transformers' CLIP tokenizer with these words: from files, the one way that all its releases have."""
     ensure_torchvision()
     import transformers
 
     library: Any = transformers
-    return library.CLIPTokenizer(vocab=words.vocabulary, merges=words.merges)
+    with TemporaryDirectory() as place:
+        folder = Path(place)
+        (folder / "vocab.json").write_text(json.dumps(words.vocabulary))
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in words.merges)]
+        (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+        found = library.CLIPTokenizerFast.from_pretrained(folder)
+    for word in ("is_local", "local_files_only"):  # where it was read from would be saved with it
+        found.init_kwargs.pop(word, None)
+    return found
 
 
 def save_words(words: Words, *folders: Path) -> None:
     """Writes tokenizer.json and tokenizer_config.json, as transformers does."""
     found = tokenizer(words)
     for folder in folders:
-        found.save_pretrained(folder)
+        found.save_pretrained(folder, legacy_format=False)
