@@ -93,7 +93,7 @@ CONTRADICTIONS = [
     ("defense", {"name": "params", "range_low": 3, "range_high": 2}, "range_low", "3.0 does not go with range_high 2.0"),
     ("defense", {"name": "mergelock", "condition": 0.5}, "condition", "0.5 does not go with distribution 'gaussian'"),
     ("attack", {"name": "merge_hijacking", "density": 0.1}, "density", "0.1 does not go with epsilon 0.2"),
-    ("attack", {"name": "scale_sweep", "scales": [0.5, -1.0]}, "scales", "takes numbers in [0.0, None], got -1.0"),
+    ("attack", {"name": "scale_sweep", "scales": [0.5, -1.0]}, "scales", "takes numbers in [0.0, ∞), got -1.0"),
     ("attack", {"name": "scale_sweep", "scales": []}, "scales", "got an empty list"),
     ("attack", {"name": "scale_sweep", "scales": [0.5, "two"]}, "scales", "got 'two'"),
 ]  # fmt: skip

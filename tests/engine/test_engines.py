@@ -221,9 +221,9 @@ def test_what_a_round_verified_is_not_read_again_for_the_next(
             there.discard(key)
             raise CorruptArtifact(key)
 
-    monkeypatch.setattr(sessions, "completed", lambda store, steps: there.__contains__)
+    monkeypatch.setattr(sessions, "completed", lambda store, steps, spent=False: there.__contains__)
     monkeypatch.setattr(sessions, "read_evaluation", reading)
-    monkeypatch.setattr(Store, "meta", lambda self, kind, key: {})
+    monkeypatch.setattr(Store, "facts", lambda self, kind, key: {})
     made = evaluations - there
     spoilt |= made
     place = Workplace(str(tmp_path / "store"), (str(micro),), None, 1)

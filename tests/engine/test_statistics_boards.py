@@ -158,7 +158,7 @@ def test_records_are_strict() -> None:
 
 
 def test_reading_names_what_is_wrong(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"grid: no records of 'g' .*found: none"):
+    with pytest.raises(UsageError, match=r"grid: no records of 'g' .*valid: none"):
         read_records(tmp_path, "g")
     (tmp_path / "g").mkdir()
     manifest = tmp_path / "g" / "grid.json"

@@ -44,9 +44,11 @@ def main(
         if card.parameters:
             rows = []
             for n, p in card.parameters.items():
-                bounds = f"{p.min} … {p.max}" if p.min is not None or p.max is not None else ""
-                allowed = ", ".join(p.choices) or bounds
+                allowed = ", ".join(p.choices) or (
+                    p.interval if p.min is not None or p.max is not None else ""
+                )
                 allowed += f" or {', '.join(map(str, p.also))}" if p.also else ""
-                rows.append([n, p.type, str(p.default), allowed, p.doc])
+                default = str(p.default).lower() if isinstance(p.default, bool) else str(p.default)
+                rows.append([n, p.type, default, allowed, p.doc])
             print()
-            show.table("", ["parameter", "type", "default", "allowed", ""], rows)
+            show.table("", ["parameter", "type", "default", "allowed", "meaning"], rows)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mergesec.errors import UsageError
+from mergesec.errors import UsageError, nearest
 from mergesec.files import brief
 from mergesec.threats import TRIGGERED, Company, Role, Secrets, Threat
 
@@ -239,8 +239,8 @@ def read_records(folder: Path, grid: str) -> list[Record]:
     home = grid_folder(folder, grid)
     manifest = home / "grid.json"
     if not manifest.is_file():
-        known = sorted(p.parent.name for p in folder.glob("*/grid.json"))
-        raise UsageError("grid", f"no records of {grid!r} in {folder}; found: {', '.join(known) or 'none'}")
+        known = [p.parent.name for p in folder.glob("*/grid.json")]
+        raise UsageError("grid", f"no records of {grid!r} in {folder}{nearest(grid, known)}")
     try:
         names = [str(name) for name in json.loads(manifest.read_bytes())["cells"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -224,7 +224,7 @@ def _run(
     place: Workplace,
     reporter: Reporter,
     contained: bool | None,
-    frees: bool,
+    frees: bool = False,
 ) -> Outcome:
     """Have an engine do what is missing; again, if results turn out corrupt when they are read."""
     plan, store = session.plan, session.store

@@ -59,6 +59,12 @@ class Parameter:
     stands_for: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """The numbers that a literal of ``also`` stands for, by which it is compared with what may not equal it."""
 
+    @property
+    def interval(self) -> str:
+        """What a number may be: ``[1, ∞)``."""
+        least = "(-∞" if self.min is None else f"[{self.min}"
+        return f"{least}, ∞)" if self.max is None else f"{least}, {self.max}]"
+
     def check(self, where: str, value: Any) -> Any:
         """``value``, normalised; UsageError naming ``where`` if type or range is wrong."""
         if value is None and self.default is None:
@@ -75,7 +81,7 @@ class Parameter:
         if self.type in ("float", "int"):
             low, high = self.min, self.max
             if not _finite(value) or (low is not None and value < low) or (high is not None and value > high):
-                raise UsageError(where, f"{value!r} is outside [{low}, {high}]")
+                raise UsageError(where, f"{value!r} is outside {self.interval}")
         if self.type == "list":
             self._check_list(where, value)
         if self.type == "float":
@@ -95,7 +101,7 @@ class Parameter:
         bad = [v for v in value if type(v) not in (int, float) or not low <= v <= high]
         if bad or not (value or self.default == []):
             got = f"{bad[0]!r}" if bad else "an empty list"
-            within = f" in [{self.min}, {self.max}]" if ranged else ""
+            within = f" in {self.interval}" if ranged else ""
             raise UsageError(where, f"takes numbers{within}, got {got}")
 
 
