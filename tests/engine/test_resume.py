@@ -245,7 +245,8 @@ def test_a_training_tells_how_far_it_is(tmp_path: Path, monkeypatch: pytest.Monk
     for done in range(1, 5):
         clock[0] += 0.5
         keeper.step(done, 10, 0.25)
-    assert told == ["2/10 loss 0.25, 4s left", "4/10 loss 0.25, 3s left"]
+    keeper.step(10, 10, 0.125)
+    assert told == ["2/10 loss 0.25, 4s left", "4/10 loss 0.25, 3s left", "10/10 loss 0.125, trained"]
 
 
 # --------------------------------------------------------------------------- mapped artifacts

@@ -346,10 +346,12 @@ class Keeper:
         now = time.monotonic()
         if self._first is None:
             self._first = done - 1
-        if now - self._spoken >= 1.0:
+        if now - self._spoken >= 1.0 or done == steps:
             self._spoken = now
             left = (now - self._started) / (done - self._first) * (steps - done)
-            self._bench.report(f"{done}/{steps} loss {loss:.3g}, {left:.0f}s left")
+            # what a method does after its training takes a time that nobody knows here
+            rest = f", {left:.0f}s left" if done < steps else ", trained"
+            self._bench.report(f"{done}/{steps} loss {loss:.3g}{rest}")
 
     def due(self) -> bool:
         return time.monotonic() - self._saved >= self._bench.checkpoint_seconds
