@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,14 @@ def test_a_second_run_has_nothing_to_do_and_a_wider_one_makes_again_what_it_need
     assert wider.code == 0, wider.err
     assert _artifacts(bench, "merge", ".safetensors") == set()
     assert _artifacts(bench, "merge", SPENT) > merged
+
+
+def test_merges_of_an_earlier_run_go_too(bench: Any, kept: Any) -> None:
+    shutil.copytree(kept.store, bench.store)
+    assert ", 0 steps run," in bench.run(_grid(bench), "--drop-merges").out
+    assert _artifacts(bench, "merge", ".safetensors") == set()
+    assert _artifacts(bench, "merge", SPENT) == _artifacts(kept, "merge", ".json")
+    assert _same(bench, kept)
 
 
 def test_no_more_merges_lie_there_than_steps_run_at_once(bench: Any) -> None:

@@ -20,7 +20,7 @@ from mergesec.execution.engines.engine import Assignment, Engine, Ways, make_eng
 from mergesec.execution.engines.worker import Workplace
 from mergesec.execution.guests.containment import Walls, survey
 from mergesec.execution.harvest import make_records, read_evaluation, write_records
-from mergesec.execution.scheduler import History, Outcome, Reporter, completed
+from mergesec.execution.scheduler import MERGED, History, Outcome, Reporter, completed
 from mergesec.execution.store import CorruptArtifact, Store
 from mergesec.files import check_writable, default_root, fingerprint
 from mergesec.planning.catalog import Catalog, add_plugin, importable, load_catalog
@@ -212,6 +212,8 @@ def run_session(
         outcome = _run(session, runs, place, reporter, contained, drop_merges)
     finally:
         runs.close()
+    if drop_merges:
+        _drop_merges(session)
     records = make_records(session.plan, session.store, outcome)
     standing = write_records(results / "records", records, session.grid)
     boards, paths = publish(standing.records, results, session.grid.spec.name, standing.older)
@@ -283,6 +285,16 @@ def _drop_uncontained(session: Session) -> None:
             if suspect or store.facts(step.kind, key).get("contained") is not True:
                 store.remove(step.kind, key)
                 dropped.add(key)
+
+
+def _drop_merges(session: Session) -> None:
+    """Let go of merges that an earlier run left, or one that was killed, where all that reads them is done."""
+    steps, store = session.plan.steps, session.store
+    done = completed(store, steps, spent=True)
+    unread = {k for key, step in steps.items() if not done(key) for _, k in step.inputs}
+    for key, step in steps.items():
+        if step.kind in MERGED and key not in unread and store.has(step.kind, key):
+            store.spend(step.kind, key)
 
 
 def publish(
