@@ -106,16 +106,15 @@ BESIDE = OUTPUTS | {
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h)\.(\d{1,9})\.")
 
 
-def mismatched(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _mismatched(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Tensors on disk that have another shape than the network's, and what is told of it: transformers 4 tells names
     alone."""
-    other = "another shape than by config.json"
-    rows = [(row, other) if isinstance(row, str) else row for row in report["mismatched_keys"]]
-    return sorted((name, _shapes(*told) if len(told) == 2 else told[0]) for name, *told in rows)
-
-
-def _shapes(held: Sequence[int], wanted: Sequence[int]) -> str:
-    return f"the shape {list(held)}, by config.json it would be {list(wanted)}"
+    return sorted(
+        (row, "another shape than by config.json")
+        if isinstance(row, str)
+        else (row[0], f"the shape {list(row[1])}, by config.json it would be {list(row[2])}")
+        for row in report["mismatched_keys"]
+    )
 
 
 def loaded(folder: Path, config: Any, who: str, optional: Sequence[str]) -> nn.Module:
@@ -132,7 +131,7 @@ def loaded(folder: Path, config: Any, who: str, optional: Sequence[str]) -> nn.M
             os.fspath(folder), config=config, dtype=torch.float32, local_files_only=True,
             use_safetensors=True, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
-    for name, shapes in mismatched(report):
+    for name, shapes in _mismatched(report):
         raise UsageError(who, f"{str(folder)!r}: tensor '{name}' has {shapes}")
     missing = [n for n in sorted(report["missing_keys"]) if not any(part in n for part in optional)]
     if missing:
@@ -223,7 +222,7 @@ def text_tower(folder: Path, config: Any, who: str) -> Any:
             os.fspath(folder), config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32,
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
-    wrong = [name for name, _ in mismatched(report)]
+    wrong = [name for name, _ in _mismatched(report)]
     wrong += sorted(n for n in report["missing_keys"] if "position_ids" not in n)
     if wrong:
         raise UsageError(who, f"{str(folder)!r} lacks tensors of its text tower, first '{wrong[0]}'")

@@ -57,7 +57,7 @@ def judge(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _finds(task: Subject, photographs: Path) -> bool:
     splits = loaded(task, photographs)
-    head = task.fit_head(None, splits["train"], Context(CPU, 0))  # type: ignore[arg-type]
+    head = head_of(task, splits)
     try:
         task._check_clip(task._cosines(splits["train"].inputs.images.float() / 255, head))
     except ContractError:
@@ -69,6 +69,11 @@ def subject(judge: Path, name: str = "dreambooth/one", **given: Any) -> Subject:
     task = Subject(**{**DEFAULTS, "judge": str(judge), "size": 16, "rows": 3, **given})
     task.name = name
     return task
+
+
+def head_of(task: Subject, splits: dict) -> dict:
+    """The judge's texts, for which no model is asked."""
+    return task.fit_head(None, splits["train"], Context(CPU, 0))  # type: ignore[arg-type]
 
 
 def loaded(task: Subject, photographs: Path) -> dict:
@@ -134,7 +139,7 @@ def test_experts_are_trained_whole_or_as_low_rank_updates(
 def test_a_judge_that_sees_no_subject_is_none(photographs: Path, judge: Path) -> None:
     task = subject(judge)
     splits = loaded(task, photographs)
-    head = task.fit_head(None, splits["train"], Context(CPU, 0))  # type: ignore[arg-type]
+    head = head_of(task, splits)
     turned = {"texts": head["texts"].clone()}
     turned["texts"][-1] *= -1
     with pytest.raises(ContractError, match=r"its judge finds a dog in 0\.0% of the photographs"):

@@ -277,7 +277,7 @@ class Store:
 
     def facts(self, kind: str, key: str) -> dict[str, Any]:
         """What a step told of itself, verified, also if its tensors were let go of. CorruptArtifact as of ``meta``."""
-        place = self._place(Stored(kind, key, 0, 0.0))
+        place = self._told_at(kind, key)
         facts: dict[str, Any] = self._meta(kind, key, place)["info"]
         self._mark_used(place)
         return facts
@@ -358,7 +358,7 @@ class Store:
         return sound
 
     def _is_sound(self, kind: str, key: str) -> bool:
-        place = self._place(Stored(kind, key, 0, 0.0))
+        place = self._told_at(kind, key)
         try:
             meta = self._meta(kind, key, place)
             return place.suffix == SPENT or bool(
@@ -370,7 +370,11 @@ class Store:
     def _place(self, stored: Stored) -> Path:
         if stored.kind == CHECKPOINTS:
             return self.root / CHECKPOINTS / stored.key
-        path = self._paths(stored.kind, stored.key)[0]
+        return self._told_at(stored.kind, stored.key)
+
+    def _told_at(self, kind: str, key: str) -> Path:
+        """Where an artifact's facts are, whether its tensors are there or not."""
+        path = self._paths(kind, key)[0]
         spent = path.with_suffix(SPENT)
         return spent if is_plain(spent) and not is_plain(path) else path
 
