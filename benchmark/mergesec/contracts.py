@@ -276,6 +276,8 @@ class Expert:
 
     task: str
     weights: Weights
+    findings: Weights = field(default_factory=dict)
+    """What a screen's ``examine`` found in it; empty for everybody else."""
 
 
 @dataclass(frozen=True)
@@ -479,7 +481,7 @@ class Screened:
 
 
 class Defense(Component):
-    """One or more hooks; the card lists which. T1: screen, merge, repair. T2: train, protect, verify."""
+    """One or more hooks; the card lists which. T1: examine, screen, merge, repair. T2: train, protect, verify."""
 
     def train(self, ctx: TrainContext) -> Weights:
         """An expert trained so that it resists merging."""
@@ -504,6 +506,18 @@ class Defense(Component):
     def reference(self, ctx: TrainContext) -> Weights:
         """A malicious expert of the merger's own making; ``ctx`` knows no cell's trigger and no target class."""
         raise ContractError(f"{self.name}: the card asks for references but the class makes none")
+
+    def examine(self, base: Weights, expert: Expert, ctx: MergeContext) -> Weights:
+        """What a screen finds in one contributed expert by itself, as named tensors (at least one), finite.
+
+        ``ctx`` has the view of the expert's own task only. The runner asks once per expert and hands the answer to
+        ``screen`` as ``expert.findings``, in every cell that this expert is part of.
+        """
+        raise ContractError(f"{self.name}: the card lists examine but the class has none")
+
+    def examined(self, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> list[Expert]:
+        """The experts with their findings, ``examine`` asked about those that have none yet."""
+        return [e if e.findings else replace(e, findings=self.examine(base, e, ctx)) for e in experts]
 
     def screen(
         self, base: Weights, experts: Sequence[Expert], ctx: MergeContext

@@ -32,6 +32,8 @@ class Hook(StrEnum):
     POISON = "poison"
     FORGE = "forge"
     RECOVER = "recover"
+    EXAMINE = "examine"
+    """Of a screen: what it finds in one expert by itself, whoever stands beside it."""
     SCREEN = "screen"
     MERGE = "merge"
     REPAIR = "repair"
@@ -43,7 +45,7 @@ class Hook(StrEnum):
 HOOKS: dict[tuple[str, str], tuple[Hook, ...]] = {
     ("attack", Threat.BACKDOOR): (Hook.TRIGGER, Hook.POISON, Hook.FORGE),
     ("attack", Threat.PROTECTION): (Hook.RECOVER,),
-    ("defense", Threat.BACKDOOR): (Hook.SCREEN, Hook.MERGE, Hook.REPAIR),
+    ("defense", Threat.BACKDOOR): (Hook.EXAMINE, Hook.SCREEN, Hook.MERGE, Hook.REPAIR),
     ("defense", Threat.PROTECTION): (Hook.TRAIN, Hook.PROTECT, Hook.VERIFY),
 }
 """The hooks of each kind of component under each threat model."""

@@ -468,3 +468,30 @@ def test_past_a_screen_goes_the_strongest_expert_that_it_lets_in() -> None:
     for share, expected in ((0.8, 0.75), (0.3, 0.25)):
         found = method.poison(replace(ctx, defense=Near(share * away)))[UP]
         torch.testing.assert_close(found, clean_up + expected * (strong[UP] - clean_up))
+
+
+class Looking(Near):
+    """The same by a look at each expert, counted."""
+
+    def __init__(self, limit: float) -> None:
+        super().__init__(limit)
+        self.looks: list[Weights] = []
+
+    def examine(self, base: Weights, expert: Expert, ctx: MergeContext) -> Weights:
+        self.looks.append(expert.weights)
+        return {UP: expert.weights[UP]}
+
+    def screen(self, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> Screened:
+        seen = [e.findings[UP] for e in self.examined(base, experts, ctx)]
+        return Screened(
+            [e for e, up in zip(experts, seen, strict=True) if (up - seen[-1]).norm() <= self.limit]
+        )
+
+
+def test_who_knows_a_screen_that_looks_at_each_has_his_clean_expert_looked_at_once() -> None:
+    ctx, method = context(), ScreenedBadMerging(strengths=4, rows=8, **FIXED)
+    for limit in (1e9, -1.0):
+        screen = Looking(limit)
+        found = method.poison(replace(ctx, defense=screen))
+        near(found, method.poison(replace(ctx, defense=Near(limit))))
+        assert len(screen.looks) == (2 if limit > 0 else 5)  # the clean one, and each that he tried

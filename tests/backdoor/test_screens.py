@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, cast
 
@@ -308,6 +309,22 @@ def screened(method: Any, chosen: Sequence[Expert] | None = None) -> list[str]:
     found: Screened = method.screen(base, given_, nowhere(views, backbone))
     assert before == [digest_weights(e.weights) for e in given_]
     return [e.task for e in found.experts]
+
+
+def test_neural_cleanse_says_the_same_of_an_expert_whoever_stands_beside_it() -> None:
+    """What was found in each before is what the screen would have found; equality: one function of one network."""
+    backbone, base, views, made = world()
+    method, ctx = cleanse(steps=8, rows=16, batch=8), nowhere(views, backbone)
+    alone = [replace(e, findings=method.examine(base, e, ctx)) for e in made[:2]]
+    before = method.screen(base, alone, ctx)
+    assert before.report == method.screen(base, made[:2], ctx).report
+    given = {e.task: e.weights for e in made}
+    assert before.experts and all(e.weights is given[e.task] for e in before.experts)
+    swapped = replace(
+        alone[0], findings=alone[1].findings
+    )  # it is the findings that count, nothing is looked at again
+    told = method.screen(base, [swapped, alone[1]], ctx).report
+    assert told["smallest"]["t0"] == told["smallest"]["t1"] != before.report["smallest"]["t0"]
 
 
 @pytest.mark.slow

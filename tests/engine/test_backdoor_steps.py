@@ -375,7 +375,9 @@ class Bad(Defense):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shift", "expected"), [("2.0", ""), ("self.shift", "a reference depends on shift")])
+@pytest.mark.parametrize(
+    ("shift", "expected"), [("2.0", ""), ("self.shift", "what reference gives depends on shift")]
+)
 def test_the_battery_finds_references_that_depend_on_what_comes_after(
     shift: str, expected: str, tmp_path: Path
 ) -> None:

@@ -85,6 +85,15 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({**DEFENSE, "siblings": "number"}, "card.siblings: 'number'"),
     ({**DEFENSE, "references": "number"}, "card.references: 'number'"),
     ({**DEFENSE, "after_reference": ["number"]}, "card.after_reference: 'number'"),
+    ({**DEFENSE, "hooks": ["examine", "repair"]}, "card.hooks: 'examine' goes with 'screen'"),
+    (
+        {**DEFENSE, "hooks": ["screen"], "after_examine": ["number"]},
+        "belongs to a defense with the hook examine",
+    ),
+    (
+        {**DEFENSE, "hooks": ["examine", "screen"], "after_examine": ["number"]},
+        "card.after_examine: 'number'",
+    ),
     ({**BASIC, "trial": {"step": 1}}, "card.trial.step: mine has no such parameter"),
     ({**BASIC, "requires": ["fusion_bench"]}, "card.requires: expected module → package to install"),
     ({**BASIC, "modalities": "image"}, "card.modalities: expected a list of strings, got 'image'"),

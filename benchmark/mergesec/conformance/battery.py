@@ -35,8 +35,8 @@ from mergesec.conformance.triggers import (
     applies_to_requests,
     applies_to_text,
     is_malicious,
+    is_shared,
     lets_gradients_through,
-    shares_its_references,
     shares_its_trigger,
 )
 from mergesec.contracts import Attack, Backbone, DataContext, Task
@@ -278,13 +278,16 @@ def _check_method(entry: Entry, component: Any, catalog: Catalog, battery: Batte
         battery.check("the card's 'seeded' is true", lambda: _seeded(entry, plan, bench))
         if isinstance(component, Attack) and entry.card.threat == "backdoor":
             _check_trigger(component, entry, catalog, plan, bench, battery)
-        if entry.card.after_reference:
-            kinds = {key: step.kind for key, step in plan.steps.items()}
-            one = next(s for s in plan.steps.values() if s.kind == "reference")
-            battery.check(
-                "the card's 'after_reference' is true",
-                lambda: shares_its_references(entry, catalog, one, bench, kinds),
-            )
+        kinds = {key: step.kind for key, step in plan.steps.items()}
+        for kind, names in (
+            ("reference", entry.card.after_reference), ("examine", entry.card.after_examine),
+        ):  # fmt: skip
+            if names:
+                one = next(s for s in plan.steps.values() if s.kind == kind)
+                battery.check(
+                    f"the card's 'after_{kind}' is true",
+                    partial(is_shared, entry, names, catalog, one, bench, kinds),
+                )
         if entry.card.threat == "backdoor":
             _check_knowledge(entry, plan, bench, battery, Path(folder) / "blinded")
 
@@ -321,7 +324,7 @@ def _own_steps(entry: Entry, plan: Plan) -> list[Step]:
     card = entry.card
     kinds = {
         "merging": ("merge",), "attack": ("trigger", "poison", "forge", "recover"),
-        "defense": ("guard", "protect", "reference", "screen", "merge", "repair"),
+        "defense": ("guard", "protect", "reference", "examine", "screen", "merge", "repair"),
     }[card.kind]  # fmt: skip
     found = [s for s in plan.steps.values() if s.kind in kinds]
     return [s for s in found if any(r.name == card.name and r.kind == card.kind for _, r in s.components)]

@@ -122,13 +122,13 @@ def shares_its_trigger(
     return None
 
 
-def shares_its_references(
-    entry: Entry, catalog: Catalog, step: Step, bench: Bench, kinds: Mapping[str, str]
+def is_shared(
+    entry: Entry, names: Iterable[str], catalog: Catalog, step: Step, bench: Bench, kinds: Mapping[str, str]
 ) -> str | None:
-    """Another value of each parameter named by ``after_reference`` must give the same expert."""
-    for name, changed in other_values(entry, entry.card.after_reference).items():
+    """Another value of each of the parameters ``names`` must give the step's same tensors."""
+    for name, changed in other_values(entry, names).items():
         if _differs(entry, changed, catalog, step, bench, kinds):
-            return f"a reference depends on {name}"
+            return f"what {step.kind} gives depends on {name}"
     return None
 
 

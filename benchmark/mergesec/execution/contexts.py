@@ -210,10 +210,17 @@ def contributed(work: Work) -> list[Expert]:
     names = [r.removeprefix("expert:") for r in work.inputs if r.startswith("expert:")]
     if "screened" not in work.inputs:
         base_weights = work.tensors("base")
-        return [Expert(t, fitting(work.tensors(f"expert:{t}"), base_weights)) for t in names]
+        return [
+            Expert(t, fitting(work.tensors(f"expert:{t}"), base_weights), _findings(work, t)) for t in names
+        ]
     edited = unflatten(work.tensors("screened"), {}).per_task
     kept = work.info("kept" if "kept" in work.inputs else "screened")["kept"]
     return [Expert(t, edited[t] if t in edited else work.tensors(f"expert:{t}")) for t in kept]
+
+
+def _findings(work: Work, task: str) -> Weights:
+    """What the step's screen found in an expert before."""
+    return work.tensors(f"finding:{task}") if f"finding:{task}" in work.inputs else {}
 
 
 class PlainMerge(MergeMethod):

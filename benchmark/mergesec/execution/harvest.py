@@ -32,7 +32,7 @@ from mergesec.execution.scheduler import Outcome
 from mergesec.execution.store import CorruptArtifact, Store, parse_safetensors
 from mergesec.files import write_changed
 from mergesec.planning.cells import Cell
-from mergesec.planning.plan import CellPlan, Plan, back, behind, data_steps, siblings
+from mergesec.planning.plan import CellPlan, Plan, back, behind, data_steps, findings, siblings
 from mergesec.planning.refs import HUB_NAME, NONE, PACKAGED, Ref
 from mergesec.planning.resolve import Grid
 from mergesec.planning.seeds import salt_digest
@@ -268,8 +268,9 @@ def _sides(planned: CellPlan, road: Road) -> dict[str, dict[str, float]]:
             rows = sum(reported.values())
         further = siblings(road.plan, made)
         rows += _trained_on(road, further)
-        side = {"rows": float(rows), "seconds": _summed(road, made + further)}
-        sides["defense"] = side | {"peak_mb": _peak(road, made + further)}
+        every = [*made, *further, *findings(road.plan, made)]
+        side = {"rows": float(rows), "seconds": _summed(road, every)}
+        sides["defense"] = side | {"peak_mb": _peak(road, every)}
     return sides
 
 

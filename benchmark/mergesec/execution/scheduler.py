@@ -40,13 +40,14 @@ ATTEMPTS = 3
 
 _DEFAULT_SECONDS = {
     "data": 5.0, "base": 1.0, "head": 1.0, "expert": 60.0, "poison": 60.0, "guard": 90.0, "trigger": 2.0, "reference": 60.0,
-    "forge": 5.0, "protect": 3.0, "recover": 3.0, "screen": 2.0, "merge": 1.0, "repair": 10.0,
+    "forge": 5.0, "protect": 3.0, "recover": 3.0, "examine": 30.0, "screen": 2.0, "merge": 1.0, "repair": 10.0,
     "evaluate": 5.0, "compare": 2.0, "visibility": 1.0, "secret": 2.0, "verify": 3.0,
 }  # fmt: skip
 _DEFAULT_BYTES = {
     "evaluate": 50_000,
     "compare": 1_000,
     "visibility": 1_000,
+    "examine": 1_000,
     "verify": 2_000,
     "head": 10_000,
     "trigger": 20_000,

@@ -202,6 +202,18 @@ def recover(work: Work) -> Result:
     return Result(dict(check_weights(recovered, base_weights, attack.name)))
 
 
+def examine(work: Work) -> Result:
+    """What a screen finds in one expert, as named tensors."""
+    defense: Defense = work.component("defense")
+    (expert,) = contributed(work)
+    ctx = merge_context(work, PlainMerge(), work.seed)
+    found = dict(defense.examine(work.tensors("base"), expert, ctx))
+    if not found:
+        raise ContractError(f"{defense.name}.examine gave nothing back")
+    check_finite(found, f"{defense.name}.examine")
+    return Result(found)
+
+
 def screen(work: Work) -> Result:
     """Which experts may enter, those the defense edited (untouched ones are not stored again), and its report."""
     defense: Defense = work.component("defense")
@@ -280,8 +292,8 @@ def _check_served(repaired: Merged, method: MergeMethod, work: Work) -> None:
 
 KINDS: dict[str, Callable[[Work], Result]] = {
     "data": data, "base": base, "head": head, "expert": expert, "import": published, "trigger": trigger, "poison": poison,
-    "forge": forge, "guard": guard, "reference": reference, "protect": protect, "recover": recover, "screen": screen,
-    "merge": merge, "repair": repair, "evaluate": evaluate, "compare": compare,
+    "forge": forge, "guard": guard, "reference": reference, "protect": protect, "recover": recover,
+    "examine": examine, "screen": screen, "merge": merge, "repair": repair, "evaluate": evaluate, "compare": compare,
     "secret": secret, "verify": verify, "visibility": visibility,
 }  # fmt: skip
 

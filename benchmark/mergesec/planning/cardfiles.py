@@ -341,6 +341,8 @@ def _threat_mistakes(raw: Raw) -> Iterator[Mistake]:
         for hook in raw.get("hooks") or [""]:
             if hook not in allowed:
                 yield Mistake("card.hooks", f"{hook!r}{nearest(hook, allowed)}")
+        if Hook.EXAMINE in raw.get("hooks", ()) and Hook.SCREEN not in raw["hooks"]:
+            yield Mistake("card.hooks", "'examine' goes with 'screen', which decides by what it found")
 
 
 @dataclass(frozen=True)
@@ -354,7 +356,7 @@ class _Belongs:
 _BACKDOOR = {
     "adapts": _Belongs("attack"), "off_task": _Belongs("attack"), "after_trigger": _Belongs("attack"),
     "trigger_of": _Belongs("attack"), "references": _Belongs("defense"),
-    "after_reference": _Belongs("defense"), "per_task": _Belongs("defense", Hook.REPAIR),
+    "after_reference": _Belongs("defense"), "after_examine": _Belongs("defense", Hook.EXAMINE), "per_task": _Belongs("defense", Hook.REPAIR),
 }  # fmt: skip
 
 
@@ -375,7 +377,7 @@ def _reference_mistakes(raw: Raw) -> Iterator[Mistake]:
     for key in ("siblings", "references", "wraps"):
         if raw.get(key) and raw[key] not in given:
             yield Mistake(f"card.{key}", f"{raw[key]!r}{nearest(raw[key], given)}")
-    for key in ("after_trigger", "after_reference"):
+    for key in ("after_trigger", "after_reference", "after_examine"):
         for name in raw.get(key, ()):
             if name not in given or name == raw.get("wraps"):
                 yield Mistake(f"card.{key}", f"{name!r}{nearest(name, given)}")

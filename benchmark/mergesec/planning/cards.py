@@ -136,6 +136,8 @@ class Card:
     (``Defense.reference``) and is handed as ``ctx.references``."""
     after_reference: tuple[str, ...] = ()
     """Parameters that ``reference`` does not read: variants that differ in them share these experts."""
+    after_examine: tuple[str, ...] = ()
+    """Parameters that ``examine`` does not read: variants that differ in them share its findings."""
     wraps: str = ""
     """The parameter of type ``merging`` (of an attack: ``attacks``) naming what this one works around."""
     tries: bool = False

@@ -281,6 +281,17 @@ class Planner:
             seed=draw_seed(defense.name, "reference", task, seed, replica),
         )  # fmt: skip
 
+    @once
+    def finding(self, defense: Ref, task: str, expert: str, seed: int) -> str:
+        """What a screen finds in one expert, whoever stands beside it; nothing of its parameters in the key that only
+        the decision reads."""
+        looker = at_defaults(defense, self._card("defense", defense.name).after_examine, self.grid.catalog)
+        inputs = [("base", self.base()), (f"expert:{task}", expert), *self._views((task,))]
+        return self._add(
+            "examine", [*self._parties((task,)), ("defense", looker)], inputs, task=task,
+            **self._seed(defense, "examine", task, seed), protocol=self.grid.spec.protocol,
+        )  # fmt: skip
+
     def _marks(self, defense: Ref, task: str, seed: int, secrets: str) -> list[tuple[str, str]]:
         """The owner's secret, as an input, if the defense has marks to verify."""
         if Hook.VERIFY not in self._card("defense", defense.name).hooks:
@@ -350,10 +361,12 @@ class Planner:
         drawn = self._seed(defense, "defend", seed) if hooks else {}
         protocol = {"protocol": self.grid.spec.protocol}
         if Hook.SCREEN in hooks:
+            each = contributed if Hook.EXAMINE in hooks else ()
+            findings = [(f"finding:{t}", self.finding(defense, t, k, seed)) for t, k in each]
             key = self._add(
                 "screen",
                 [*components, ("defense", defense)],
-                [*inputs, *extra],
+                [*inputs, *extra, *findings],
                 **drawn,
                 **protocol,
             )
@@ -595,6 +608,11 @@ def siblings(plan: Plan, made: Iterable[str]) -> list[str]:
     return sorted({k for key in made for role, k in plan.steps[key].inputs if role.startswith(kinds)})
 
 
+def findings(plan: Plan, made: Iterable[str]) -> list[str]:
+    """What the screens among these steps had found in each expert."""
+    return sorted({k for key in made for role, k in plan.steps[key].inputs if role.startswith("finding:")})
+
+
 def data_steps(plan: Plan) -> dict[str, str]:
     """Keys of the data steps by task."""
     return {json.loads(s.args)["task"]: k for k, s in plan.steps.items() if s.kind == "data"}
@@ -609,7 +627,7 @@ def behind(plan: Plan, cell: CellPlan) -> set[str]:
         keys |= {k for role, k in plan.steps[key].inputs if role == "model"}
     if cell.cell.threat == Threat.BACKDOOR:
         defended = back(plan, roles[Role.MERGE])
-        keys |= {*defended, *siblings(plan, defended)}
+        keys |= {*defended, *siblings(plan, defended), *findings(plan, defended)}
         if cell.cell.attack is not NONE:
             keys |= set(back(plan, roles[Role.POISONED]))
             keys.add(dict(plan.steps[roles[Role.MERGE.triggered]].inputs)["trigger"])

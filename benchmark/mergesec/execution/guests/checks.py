@@ -53,6 +53,12 @@ def _merged(work: Work, result: Result, who: str) -> Result:
     return result
 
 
+def _examined(work: Work, result: Result, who: str) -> Result:
+    if not result.tensors:
+        raise ContractError(f"{who}.examine gave nothing back")
+    return _finite(work, result, who)
+
+
 def _screened(work: Work, result: Result, who: str) -> Result:
     given = [r.removeprefix("expert:") for r in work.inputs if r.startswith("expert:")]
     kept = result.facts.get("kept")
@@ -117,5 +123,5 @@ def _loaded(work: Work, result: Result, who: str) -> Result:
 _CHECKS: dict[str, Callable[[Work, Result, str], Result]] = {
     **dict.fromkeys(("expert", "import", "poison", "forge", "guard", "reference", "recover"), _weights),
     **dict.fromkeys(("merge", "repair"), _merged),
-    "screen": _screened, "verify": _verified, "evaluate": _evaluated, "data": _loaded,
+    "examine": _examined, "screen": _screened, "verify": _verified, "evaluate": _evaluated, "data": _loaded,
 }  # fmt: skip

@@ -53,16 +53,24 @@ class ScreenedBadMerging(AdaptiveBadMerging):
         if ctx.defense is None or type(ctx.defense).screen is Defense.screen:
             return weights
         clean = refit(ctx, seed=ctx.generator(SIBLING_STREAM).initial_seed())
+        beside = self.shown(clean, ctx.defense, ctx)
         candidate = weights
         for step in range(self.strengths, 0, -1):
             candidate = added(clean, clean, weights, step / self.strengths)
-            if self.let_in(candidate, clean, ctx.defense, ctx):
+            if self.let_in(candidate, beside, ctx.defense, ctx):
                 break
         return candidate
 
-    def let_in(self, candidate: Weights, clean: Weights, screen: Defense, ctx: TrainContext) -> bool:
+    def shown(self, weights: Weights, screen: Defense, ctx: TrainContext) -> Expert:
+        """An expert with what the screen finds in it by itself, if it is one that looks at each so."""
+        expert = Expert(ctx.task.name, weights)
+        if type(screen).examine is Defense.examine:
+            return expert
+        return screen.examined(ctx.base, [expert], self.context(ctx))[0]
+
+    def let_in(self, candidate: Weights, beside: Expert, screen: Defense, ctx: TrainContext) -> bool:
         """Whether the screen keeps ``candidate`` beside the clean expert."""
-        shown = [Expert(ctx.task.name, candidate), Expert(ctx.task.name, clean)]
+        shown = [self.shown(candidate, screen, ctx), beside]
         found = screen.screen(ctx.base, shown, self.context(ctx))
         passed = found.experts if isinstance(found, Screened) else found
         return any(expert.weights is candidate for expert in passed)

@@ -32,7 +32,8 @@ CARD = {
     "url": "https://doi.org/10.1109/SP.2019.00031",
     "summary": "drop experts with a class whose inverted trigger is abnormally small; the task stays, served by the merge of the rest",
     "threat": "backdoor",
-    "hooks": ["screen"],
+    "hooks": ["examine", "screen"],
+    "after_examine": ["index"],
     "knowledge": "tuning rows of every task and the contributed weights",
     "data": "tuning",
     "modalities": ["image"],
@@ -195,6 +196,10 @@ class NeuralCleanse(Defense):
                 hits = []
         return torch.where(best.isfinite(), best, size.detach().cpu())
 
+    def examine(self, base: Weights, expert: Expert, ctx: MergeContext) -> Weights:
+        """``{"sizes": [K]}``: the L1 norms of the masks, see ``sizes``."""
+        return {"sizes": self.sizes(expert, ctx)}
+
     def screen(self, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> Screened:
         """The experts that pass, untouched; one with fewer than three classes looked at passes.
 
@@ -202,8 +207,8 @@ class NeuralCleanse(Defense):
         with the L1 norm of its mask (``smallest``), and the ``median`` norm of all classes.
         """
         worst, found = [], []
-        for expert in experts:
-            sizes = self.sizes(expert, ctx)
+        for expert in self.examined(base, experts, ctx):
+            sizes = expert.findings["sizes"].cpu()
             worst.append(float(anomaly_indices(sizes).max()) if len(sizes) >= FEWEST else 0.0)
             least = int(sizes.argmin())
             label = int(self.looked_at(ctx.views[expert.task])[least])

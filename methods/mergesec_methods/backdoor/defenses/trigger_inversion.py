@@ -34,7 +34,8 @@ CARD = {
     "url": "https://arxiv.org/abs/2312.00050",
     "summary": "drop generators in which a shift of the start noise makes all images one (reconstruction)",
     "threat": "backdoor",
-    "hooks": ["screen"],
+    "hooks": ["examine", "screen"],
+    "after_examine": ["collapse"],
     "knowledge": "conditions of tuning rows of every task, the base and the contributed weights",
     "data": "tuning",
     "unlabelled": True,
@@ -61,14 +62,24 @@ class TriggerInversion(Defense):
         self.steps, self.rows, self.learning_rate = steps, rows, learning_rate
         self.weight, self.collapse = weight, collapse
 
+    def examine(self, base: Weights, expert: Expert, ctx: MergeContext) -> Weights:
+        """``{"spread": scalar, "usual": scalar}``: what is left of the expert's and of the base's, each under its own
+        shift; float64."""
+        request = requests(ctx.views[expert.task], self.rows, ctx, self.name)
+        usual = self.spread_left(base, request, ctx)
+        left = self.spread_left(expert.weights, request, ctx)
+        return {
+            name: torch.tensor(value, dtype=torch.float64)
+            for name, value in (("spread", left), ("usual", usual))
+        }
+
     def screen(self, base: Weights, experts: Sequence[Expert], ctx: MergeContext) -> Screened:
         """The experts that pass, untouched. Reports per expert the ``spread`` that is left under its own shift, as
         a share of the base's under its own (``relative``)."""
         left, relative = [], []
-        for expert in experts:
-            request = requests(ctx.views[expert.task], self.rows, ctx, self.name)
-            usual = self.spread_left(base, request, ctx)
-            left.append(self.spread_left(expert.weights, request, ctx))
+        for expert in self.examined(base, experts, ctx):
+            usual = float(expert.findings["usual"])
+            left.append(float(expert.findings["spread"]))
             relative.append(left[-1] / max(usual, 1e-9))
         suspicion = -torch.tensor(relative, dtype=torch.float64)
         report = {
