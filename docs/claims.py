@@ -469,7 +469,7 @@ CLAIMS: Sequence[Claim] = (
           most(0, 5)),
     Claim("neural-cleanse", "defenses", "Neural Cleanse does not find BadMerging (index 1.2): what is left of the backdoor",
           _BADMERGING, _MIXED,
-          Query("mini-backdoor-screens/backdoor", {"attack": "badmerging(*", "defense": "neural_cleanse"}, "backdoor"),
+          Query("mini-backdoor-cleanse/backdoor", {"attack": "badmerging(*", "defense": "neural_cleanse"}, "backdoor"),
           least(20, 5), given=(_ADDED, least(5, 0))),
     Claim("wag", "defenses", "Averaging with siblings removes a backdoor (WAG)",
           "Here's a Free Lunch, arXiv 2402.19334", _NOTES,

@@ -39,7 +39,8 @@ SHARES = ("clean experts", "attacks", "defenses", "merges", "evaluations")
 
 def total_board(records: Sequence[Record]) -> Board | None:
     """What all steps behind a grid's cells took, by what they are for, each counted once; preparation (data, heads, the
-    base) is left out. A trigger that variants share and experts that a defense trains for itself are counted with each."""
+    base) is left out. A trigger that variants share, experts that a defense trains for itself and a screen's looks at an
+    expert are counted with each; the screening behind a control is not."""
     shares: dict[str, dict[str, tuple[float, float]]] = {share: {} for share in SHARES}
     for record in records:
         for share, role, seconds, peak in _spent(record):
