@@ -14,6 +14,8 @@ from mergesec.errors import UsageError
 from mergesec.files import brief
 from mergesec.modelfiles import Stored, header
 
+FROZEN = "here that is the base's and no part of a merge, so this expert would be read by another one's"
+"""Why an expert with an output layer of its own is refused."""
 FIRST, SECOND, PREFIX = ".lora_A.weight", ".lora_B.weight", "base_model.model."
 
 
@@ -46,6 +48,13 @@ def check_factors(folder: Path, base: Mapping[str, Stored], lora: Lora, who: str
     module = without_factors(held, beside, lora)
     if module:
         raise _refused(folder, who, f"no factors for '{brief(module)}', which target_modules names")
+
+
+def check_frozen_output(folder: Path, who: str) -> None:
+    """UsageError if an adapter trains the output layer of a language model, which is the base's in every expert."""
+    for name in header(folder / FACTORS, who):
+        if "lm_head" in name.split("."):
+            raise _refused(folder, who, f"'{brief(name)}' trains the output layer; {FROZEN}")
 
 
 def _check_options(module: str, first: Stored, second: Stored, folder: Path, lora: Lora, who: str) -> None:

@@ -15,7 +15,7 @@ from mergesec.adapterconfig import is_adapter, read_lora
 from mergesec.errors import UsageError
 from mergesec.files import brief
 from mergesec.modelfiles import CONFIG, stored_tensors
-from mergesec_tasks._adapterfit import check_factors
+from mergesec_tasks._adapterfit import check_factors, check_frozen_output
 from mergesec_tasks._cliptext import check_text_tower, check_whole
 from mergesec_tasks._configs import (
     Values,
@@ -40,17 +40,19 @@ DECODERS = ("gpt2", "llama", "qwen2", "mistral")
 
 
 class Kinds(NamedTuple):
-    """What a backbone reads: types of models, and whether its inputs are images or texts."""
+    """What a backbone reads: types of models, whether its inputs are images or texts, and whether it reads the
+    network's own output layer."""
 
     types: Sequence[str]
     images: bool
+    output: bool = False
 
 
 KINDS = {
     "hf-vit": Kinds(IMAGES, True),
     "clip": Kinds(("clip_vision_model",), True),
     "hf-text": Kinds(ENCODERS, False),
-    "hf-causal": Kinds(DECODERS, False),
+    "hf-causal": Kinds(DECODERS, False, True),
 }
 """By the backbone's name."""
 
@@ -69,6 +71,8 @@ def check_expert(folder: Path, base: Path, values: Values, who: str, kinds: Kind
     weights; what makes its inputs may be missing, but not differ."""
     if is_adapter(folder, who):
         check_factors(folder, stored_tensors(base, who), read_lora(folder, who), who)
+        if kinds.output:
+            check_frozen_output(folder, who)
     else:
         own = read_config(folder, who, kinds.types)
         check_same_function(values, own, base / CONFIG, folder / CONFIG, who)

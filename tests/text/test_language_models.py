@@ -409,6 +409,47 @@ def test_an_output_layer_is_looked_for_before_anything_runs(folders: Any, tmp_pa
             backbone.label_rows(loaded(backbone), LABELS)
 
 
+@pytest.mark.parametrize("output", ["same", "rounded", "missing", "trained"])
+def test_an_expert_with_an_output_layer_of_its_own_is_no_number(
+    folders: Any, output: str, tmp_path: Path
+) -> None:
+    """It would be read by the base's."""
+    base = folders["untied"][0]
+    expert = shutil.copytree(base, tmp_path / "expert")
+    tensors = load_file(base / "model.safetensors")
+    own = tensors.pop("lm_head.weight")
+    if output == "trained":
+        own[5, 7] += 0.5
+    stored = {} if output == "missing" else {"lm_head.weight": own.bfloat16() if output == "rounded" else own}
+    body = {name: tensor + 0.01 for name, tensor in tensors.items()}
+    save_file({**body, **stored}, expert / "model.safetensors", {"format": "pt"})
+    backbone = causal(base)
+    if output == "trained":
+        with pytest.raises(
+            UsageError, match=r"^hf-causal: 'lm_head\.weight' in '.*expert' is not that of the base; here"
+        ):
+            backbone.published(str(expert))
+    else:
+        found = backbone.published(str(expert))
+        torch.testing.assert_close(found["norm.weight"], tensors["model.norm.weight"] + 0.01)
+
+
+@pytest.mark.parametrize("end", ["weight", "lora_A.weight"])
+def test_an_adapter_that_trains_the_output_layer_is_refused(folders: Any, end: str, tmp_path: Path) -> None:
+    from mergesec_tasks._modelfolders import inspect
+
+    base, place = folders["untied"][0], adapter(tmp_path / "adapter", 3, 32)
+    assert causal(base).published(str(place))
+    factors = load_file(place / "adapter_model.safetensors")
+    name = f"base_model.model.lm_head.{end}"
+    save_file({**factors, name: torch.ones(2, 32)}, place / "adapter_model.safetensors")
+    message = rf"'{re.escape(name)}' trains the output layer; here that is the base's"
+    with pytest.raises(UsageError, match=rf"^suite\.experts\.t: .*{message}"):
+        inspect("hf-causal", {"path": str(base)}, "suite.backbone", {"suite.experts.t": str(place)})
+    with pytest.raises(UsageError, match=rf"^hf-causal: .*{message}"):
+        causal(base).published(str(place))
+
+
 def test_an_adapter_of_one_tower_needs_no_factors_for_the_other(tmp_path: Path) -> None:
     from mergesec.adapterconfig import read_lora
     from mergesec.modelfiles import header

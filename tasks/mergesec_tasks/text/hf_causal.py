@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mergesec.adapterconfig import is_adapter
+from mergesec.contracts import Weights
 from mergesec.errors import UsageError
-from mergesec.modelfiles import file_of
+from mergesec.modelfiles import file_of, stored_tensors
+from mergesec_tasks._adapterfit import FROZEN, check_frozen_output
+from mergesec_tasks._hub import model_folder
 from mergesec_tasks._transformers import numbers_of
 from mergesec_tasks._words import unknown_word
 from mergesec_tasks.text._hf import HfFolder, padded
@@ -120,6 +125,27 @@ class HfCausal(HfFolder):
         self.template, self.label_prefix, self.labels = template, label_prefix, labels
         self.perplexity_rows = perplexity_rows
 
+    def published(self, source: str) -> Weights:
+        """As everywhere; UsageError for an expert with an output layer of its own, by which it would not be read."""
+        place = model_folder(source, "expert")
+        if is_adapter(place, self.who):
+            check_frozen_output(place, self.who)
+        weights = super().published(source)
+        if not is_adapter(place, self.who):
+            self._check_output_of(place)
+        return weights
+
+    def _check_output_of(self, place: Path) -> None:
+        """UsageError if an expert's folder holds another output layer than the base's; rounded to fewer digits it is
+        the same."""
+        tied = getattr(
+            self.config, "tie_word_embeddings", False
+        )  # by the base's config and so by the expert's
+        if tied or OUTPUT not in stored_tensors(place, self.who):
+            return
+        if not _alike(self._stored_rows(None), rows_in(place, None, self.who)):
+            raise UsageError(self.who, f"'{OUTPUT}' in '{place}' is not that of the base; {FROZEN}")
+
     def _begin(self) -> list[int]:
         """What the tokeniser puts before every text."""
         first = self.tokeniser.bos_token_id
@@ -209,17 +235,28 @@ class HfCausal(HfFolder):
         return self._stored_rows(tokens).to(next(network.parameters()).device)
 
     def _stored_rows(self, tokens: Sequence[int] | None) -> Tensor:
-        from safetensors import safe_open
-
         check_output(self.path, self.told, self.who)
-        file = file_of(self.path, OUTPUT, self.who)
-        with safe_open(str(file), framework="pt") as opened:
-            part = opened.get_slice(OUTPUT)
-            rows: Tensor = part[:] if tokens is None else torch.cat([part[t : t + 1] for t in tokens])
-        # with NaN no answer would be the likeliest, which would count as a wrong one
-        if not bool(rows.isfinite().all()):
-            raise UsageError(self.who, f"'{OUTPUT}' in '{file}' holds values that are not finite")
-        return rows.float()
+        return rows_in(self.path, tokens, self.who)
+
+
+def rows_in(folder: Path, tokens: Sequence[int] | None, who: str) -> Tensor:
+    """Rows of the output layer that a folder stores, float32; all of them without ``tokens``."""
+    from safetensors import safe_open
+
+    file = file_of(folder, OUTPUT, who)
+    with safe_open(str(file), framework="pt") as opened:
+        part = opened.get_slice(OUTPUT)
+        rows: Tensor = part[:] if tokens is None else torch.cat([part[t : t + 1] for t in tokens])
+    # with NaN no answer would be the likeliest, which would count as a wrong one
+    if not bool(rows.isfinite().all()):
+        raise UsageError(who, f"'{OUTPUT}' in '{file}' holds values that are not finite")
+    return rows.float()
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tables are the same, perhaps stored with fewer digits."""
+    kinds = (torch.float32, torch.bfloat16, torch.float16)
+    return one.shape == other.shape and any(torch.equal(one.to(kind), other.to(kind)) for kind in kinds)
 
 
 def _losses(states: Tensor, table: Tensor, targets: Tensor) -> Tensor:
