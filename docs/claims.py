@@ -110,7 +110,7 @@ FRONTIER = "mini-protection-frontier/protection_cells"
 GENERATED = "mini-diffusion-protection/protection_cells"
 GENERATED_GAUGE = "mini-diffusion-gauge/protection_cells"
 LANGUAGE = "real-llm/protection_cells"
-REFUSALS, GRADED = "real-llm-refusal-smoke/refusal", {"model": "merge", "experts": "refusal + verdict"}
+REFUSALS, GRADED = "real-llm-refusal/refusal", {"model": "merge", "experts": "refusal + verdict"}
 FEATURES = "mini-merging-features/clean"
 V1, V2 = {"defense": "params"}, {"defense": "params(scaling=nonsymmetric)"}
 REPAIRS = "mini-backdoor-repairs/backdoor"
