@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -159,6 +160,28 @@ def test_weighted_task_arithmetic_closed_forms() -> None:
     equal = WeightedTaskArithmetic([]).merge(base, members, context())
     plain = TaskArithmetic(0.3, GRID).merge(base, members, context())
     torch.testing.assert_close(flat(equal.shared), flat(plain.shared), rtol=0, atol=1e-6)
+
+
+def test_weighted_task_arithmetic_of_equal_lengths() -> None:
+    """Closed form; an expert made ten times as long enters as before, and one that is the base as nothing."""
+    base, members = network(0), experts(3)
+    vectors = torch.stack([flat(e.weights) - flat(base) for e in members]).double()
+    given = torch.tensor([0.5, -0.25, 1.5], dtype=torch.float64)
+    lengths = vectors.norm(dim=1)
+    wanted = flat(base) + (given[:, None] * vectors * (lengths.mean() / lengths)[:, None]).sum(0)
+    merged = WeightedTaskArithmetic(given.tolist(), "equal").merge(base, members, context())
+    torch.testing.assert_close(flat(merged.shared), wanted.float(), rtol=0, atol=1e-5)
+    longer = replace(members[0], weights={n: base[n] + 10 * (w - base[n]) if w.is_floating_point() else w
+                                          for n, w in members[0].weights.items()})  # fmt: skip
+    found = WeightedTaskArithmetic([0.3] * 3, "equal").merge(base, [longer, *members[1:]], context())
+    mean = (10 * lengths[0] + lengths[1] + lengths[2]) / 3
+    told = flat(base) + (0.3 * vectors * (mean / lengths)[:, None]).sum(0)
+    torch.testing.assert_close(flat(found.shared), told.float(), rtol=0, atol=1e-5)
+    idle = WeightedTaskArithmetic([1.0, 1.0], "equal").merge(
+        base, [members[0], Expert("idle", base)], context()
+    )
+    half = flat(base) + (vectors[0] / 2)  # the mean length is half of the other's
+    torch.testing.assert_close(flat(idle.shared), half.float(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
