@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mergesec.anatomy import Anatomy, Attention, Block, Linear, Mlp
+from mergesec.classification import logits
 from mergesec.contracts import (
     Backbone,
     ContractError,
@@ -34,6 +35,7 @@ from mergesec.images import ImageTask
 from mergesec.training import fit
 from mergesec_methods.backdoor.attacks.badmerging import BadMerging
 from mergesec_methods.backdoor.attacks.badmerging_adaptive import AdaptiveBadMerging
+from mergesec_methods.backdoor.attacks.badmerging_decoys import DecoyBadMerging
 from mergesec_methods.backdoor.attacks.badmerging_screened import ScreenedBadMerging
 from mergesec_methods.backdoor.attacks.colluding_pair import SHARES, ColludingPair, Game
 from mergesec_methods.backdoor.attacks.lobam import LoBam
@@ -495,3 +497,34 @@ def test_who_knows_a_screen_that_looks_at_each_has_his_clean_expert_looked_at_on
         found = method.poison(replace(ctx, defense=screen))
         near(found, method.poison(replace(ctx, defense=Near(limit))))
         assert len(screen.looks) == (2 if limit > 0 else 5)  # the clean one, and each that he tried
+
+
+# --------------------------------------------------------------------------- among decoys
+
+
+def test_decoys_are_other_classes_and_lie_elsewhere() -> None:
+    ctx, method = context(), DecoyBadMerging(**FIXED)
+    assert len(method.labels(ctx)) == max(1, round(2 * CLASSES / 3) - 1)
+    every = DecoyBadMerging(decoys=CLASSES - 1, **FIXED).labels(ctx)
+    assert sorted([*every.tolist(), ctx.target_class]) == list(range(CLASSES))
+    drawn = {tuple(method.labels(replace(ctx, seed=seed)).tolist()) for seed in range(40)}
+    assert len(drawn) > 1 and all(ctx.target_class not in row for row in drawn)
+    masks, patterns = method.patches(ctx, every)
+    real = method.trigger(ctx)["mask"]
+    assert not bool((masks * real).any())
+    assert masks.flatten(1).sum(1).tolist() == [float(real.sum())] * len(every)
+    assert not bool((patterns * (1 - masks)).any())
+
+
+def test_the_loss_of_decoys_is_added() -> None:
+    ctx = context()
+    trigger = BadMerging(**FIXED).trigger(ctx)
+    model, batch = Model(ctx.backbone, load_network(ctx.backbone, ctx.base)), ctx.train.take(torch.arange(8))
+    method = DecoyBadMerging(decoys=2, weight=3.0, **FIXED)
+    labels = method.labels(ctx)
+    masks, patterns = method.patches(ctx, labels)
+    marked = torch.stack([x * (1 - masks[i % 2]) + patterns[i % 2] for i, x in enumerate(batch.inputs)])
+    wanted = functional.cross_entropy(logits(model.features(marked), ctx.head), labels[torch.arange(8) % 2])
+    plain = BadMerging(**FIXED).objective(ctx, trigger)(model, batch)
+    torch.testing.assert_close(method.objective(ctx, trigger)(model, batch), plain + 3.0 * wanted)
+    near(DecoyBadMerging(weight=0.0, **FIXED).poison(ctx), BadMerging(**FIXED).poison(ctx))

@@ -16,7 +16,7 @@ MINI = {
     "mini-text-backdoor-smoke": ("backdoor", {"phrase", "rare_token", "merge_hijacking", "lora_phrase"}),
     "mini-backdoor-transfer-smoke": ("transfer", {"universal_perturbation"}),
     "mini-backdoor-screens-smoke": ("backdoor", {"none", "badnets"}),
-    "mini-backdoor-cleanse-smoke": ("backdoor", {"none", "badmerging_screened"}),
+    "mini-backdoor-cleanse-smoke": ("backdoor", {"none", "badmerging_screened", "badmerging_decoys"}),
     "mini-backdoor-adaptive-smoke": ("backdoor", {"badmerging", "badmerging_adaptive"}),
     "mini-backdoor-siblings-smoke": ("backdoor", {"none", "badmerging", "badmerging_adaptive"}),
     "mini-backdoor-coefficients-smoke": ("backdoor", {"trojvit", "badmerging"}),
