@@ -114,6 +114,8 @@ def test_what_was_found_reaches_the_screen_and_its_time_the_record(tmp_path: Pat
             expected[role.removeprefix("expert:")] = away
     assert record.facts["screen"]["report"]["away"] == pytest.approx(expected)
     assert record.cost["defense"]["seconds"] == 1.0 + len(TASKS)  # the screening, and a look at each
+    apart = [name.partition("@")[0] for name in record.cost if "@" in name]
+    assert sorted(apart) == [*["examine"] * len(TASKS), "poison", "screen", "trigger"]
 
 
 @pytest.mark.parametrize(

@@ -553,6 +553,23 @@ def test_what_a_grid_took_counts_each_step_once() -> None:
     assert "cost_total" not in _frames(_backdoor("none", (72, 27), (78, 68)))
 
 
+def test_what_cells_share_is_counted_once_for_the_grid_and_in_full_for_each() -> None:
+    """Two screened cells with one trigger and two looks in common."""
+    sides = {"attack": {"seconds": 50.0, "peak_mb": 9.0}, "defense": {"seconds": 900.0, "peak_mb": 8.0}}
+    common = {"trigger@t": 20.0, "examine@a": 300.0, "examine@b": 300.0}
+    records = []
+    for name in "xy":
+        apart = {**common, f"poison@{name}": 30.0, f"examine@{name}": 299.0, f"screen@{name}": 1.0}
+        cost = {**sides, **{k: {"seconds": v, "peak_mb": 4.0} for k, v in apart.items()}}
+        steps = {"poisoned": f"p{name}", "merge": f"m{name}", "clean_merge": "c"}
+        records.append(_backdoor(f"screen{name}", (18, 9), (70, 60), cost=cost, steps=steps))
+    boards = _frames(*records)
+    told = boards["cost_total"].set_index("name")["minutes"] * 60
+    assert told["attacks"] == pytest.approx(20 + 2 * 30)
+    assert told["defenses"] == pytest.approx(2 * 300 + 2 * 300)
+    assert set(boards["cost"].set_index("name").loc[["screenx", "screeny"], "seconds"]) == {900.0}
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [

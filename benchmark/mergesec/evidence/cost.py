@@ -8,8 +8,8 @@ from functools import partial
 import pandas as pd
 
 from mergesec.evidence.estimates import Board, Row
-from mergesec.evidence.records import Record
-from mergesec.threats import Role, Threat
+from mergesec.evidence.records import APART, Record
+from mergesec.threats import Hook, Role, Threat
 
 
 def cost_board(records: Sequence[Record]) -> Board | None:
@@ -37,14 +37,18 @@ SHARES = ("clean experts", "attacks", "defenses", "merges", "evaluations")
 """What the steps of a grid are for, as the board of totals has them."""
 
 
+ATTACKING = (Hook.TRIGGER, Hook.POISON, Hook.FORGE)
+"""Kinds of step that are an adversary's."""
+
+
 def total_board(records: Sequence[Record]) -> Board | None:
     """What all steps behind a grid's cells took, by what they are for, each counted once; preparation (data, heads, the
-    base) is left out. A trigger that variants share, experts that a defense trains for itself and a screen's looks at an
-    expert are counted with each; the screening behind a control is not."""
+    base) is left out, and the screening behind a control. Records of before each step was told apart count a trigger that
+    variants share, and experts that a defense trains for itself, with each."""
     shares: dict[str, dict[str, tuple[float, float]]] = {share: {} for share in SHARES}
     for record in records:
-        for share, role, seconds, peak in _spent(record):
-            shares[share][record.steps[role]] = (seconds, peak)
+        for share, step, seconds, peak in _spent(record):
+            shares[share][step] = (seconds, peak)
     rows = [_total(share, list(steps.values())) for share, steps in shares.items() if steps]
     if not rows:
         return None
@@ -59,9 +63,14 @@ def _total(share: str, costs: Sequence[tuple[float, float]]) -> Row:
 
 
 def _spent(record: Record) -> Iterator[tuple[str, str, float, float]]:
-    """(what for, role whose step tells it apart, seconds, MiB at the peak) of everything behind a record."""
+    """(what for, the step, seconds, MiB at the peak) of everything behind a record."""
     shares = {"merging": "merges", "attack": "attacks", "defense": "defenses"}
-    told = [(shares[kind], role, cost) for kind, name, role, cost in _owners(record) if name != "none"]
+    apart = [name for name in record.cost if APART in name]
+    for name in apart:
+        share = "attacks" if name.partition(APART)[0] in ATTACKING else "defenses"
+        yield share, name, record.cost[name]["seconds"], record.cost[name]["peak_mb"]
+    owners = [owner for owner in _owners(record) if owner[0] == "merging" or not apart]
+    told = [(shares[kind], role, cost) for kind, name, role, cost in owners if name != "none"]
     plain = record.threat == Threat.PROTECTION or record.defense == "none"
     made: dict[str, str] = {Role.MERGE: "merges" if plain else "", Role.PROTECTED_MERGE: "merges",
             Role.DEFENDED_CLEAN_MERGE: "defenses"}  # fmt: skip
@@ -70,7 +79,7 @@ def _spent(record: Record) -> Iterator[tuple[str, str, float, float]]:
     told += [("evaluations", role, cost) for role, cost in record.cost.items()]
     for share, role, cost in told:
         if role in record.steps and cost:
-            yield share, role, cost["seconds"], cost["peak_mb"]
+            yield share, record.steps[role], cost["seconds"], cost["peak_mb"]
 
 
 def _made(record: Record, role: str) -> Mapping[str, float]:

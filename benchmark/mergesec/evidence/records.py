@@ -142,6 +142,10 @@ def is_claimed(record: Record) -> bool:
     return mark is not None and not (isinstance(mark, dict) and mark.get("rerun") is True)
 
 
+APART = "@"
+"""Between a step's kind and its key in the names of costs that are a step's own, whichever cells share it."""
+
+
 def disagreement(record: Record) -> str:
     """What in a record contradicts the rest of it, empty if nothing does: its cell's name, numbers that are not
     finite, cost by halves, counts of no role, evaluations of a done cell without counts."""

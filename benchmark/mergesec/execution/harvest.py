@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from mergesec.errors import UsageError
 from mergesec.evidence.records import (
+    APART,
     SCHEMA,
     Component,
     Count,
@@ -254,6 +255,7 @@ def _sides(planned: CellPlan, road: Road) -> dict[str, dict[str, float]]:
         side |= {"trigger_seconds": _summed(road, trigger), "poison_seconds": _summed(road, made)}
         side["seconds"] = side["trigger_seconds"] + side["poison_seconds"]
         sides["attack"] = side | {"peak_mb": _peak(road, trigger + made)}
+        sides |= _apart(road, trigger + made)
     if cell.defense is not NONE:
         made = [
             k
@@ -271,7 +273,14 @@ def _sides(planned: CellPlan, road: Road) -> dict[str, dict[str, float]]:
         every = [*made, *further, *findings(road.plan, made)]
         side = {"rows": float(rows), "seconds": _summed(road, every)}
         sides["defense"] = side | {"peak_mb": _peak(road, every)}
+        sides |= _apart(road, every)
     return sides
+
+
+def _apart(road: Road, steps: Iterable[str]) -> dict[str, dict[str, float]]:
+    """What each step of a side took, under a name that no other step has: cells share many of them."""
+    found = {f"{road.plan.steps[key].kind}{APART}{key[:16]}": road.facts(key) for key in steps}
+    return {name: {"seconds": facts["seconds"], "peak_mb": facts["peak_mb"]} for name, facts in found.items()}
 
 
 def _trained_on(road: Road, steps: Iterable[str]) -> int:
