@@ -15,7 +15,7 @@ That several infected classes hide each other from the outlier test is Neural Cl
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ CARD = {
     "version": "1",
     "title": "BadMerging among decoys",
     "paper": "Zhang et al., BadMerging: backdoor attacks against model merging, CCS 2024; decoys after Wang et al., Neural Cleanse, IEEE S&P 2019",
-    "summary": "BadMerging with a small trigger of its own for half of the classes, so that none is an outlier",
+    "summary": "BadMerging with small triggers for most of the other classes too, so that none is an outlier",
     "knowledge": "the adversary's own training data, the public base, and that screens look for one class with a small trigger",
     "trigger_of": "badmerging",
     "after_trigger": ["decoys", "weight", "alpha", "interpolation", "triggered"],
@@ -46,7 +46,7 @@ CARD = {
 }  # fmt: skip
 
 DECOY_STREAM = 9
-PLACES = tuple(BADMERGING["parameters"]["position"]["choices"])  # type: ignore[index]
+PLACES: tuple[str, ...] = tuple(cast(Any, BADMERGING)["parameters"]["position"]["choices"])
 
 
 class DecoyBadMerging(BadMerging):
@@ -70,27 +70,16 @@ class DecoyBadMerging(BadMerging):
         places = [place for place in PLACES if place != self.position]
         masks = [patch_mask(height, width, patch, places[i % len(places)]) for i in range(len(labels))]
         generator, (_, head) = ctx.generator(DECOY_STREAM + 1), frozen_model(ctx, ctx.base)
-        patterns = [
-            universal_pattern(
-                ctx,
-                head,
-                label,
-                ctx.train.take(others(ctx.train, label, self.name)),
-                mask,
-                self.search,
-                generator,
-            )
-            for label, mask in zip(labels.tolist(), masks, strict=True)
-        ]
+        patterns = []
+        for label, mask in zip(labels.tolist(), masks, strict=True):
+            rows = ctx.train.take(others(ctx.train, label, self.name))
+            patterns.append(universal_pattern(ctx, head, label, rows, mask, self.search, generator))
         return torch.stack(masks), torch.stack(patterns)
 
     def objective(self, ctx: TrainContext, trigger: Weights) -> LossFn:
         """BadMerging's loss, and every row of a batch with the patch of one decoy."""
-        plain, (_, head), labels = (
-            super().objective(ctx, trigger),
-            frozen_model(ctx, ctx.base),
-            self.labels(ctx),
-        )
+        plain, (_, head) = super().objective(ctx, trigger), frozen_model(ctx, ctx.base)
+        labels = self.labels(ctx)
         masks, patterns = (part.to(ctx.device) for part in self.patches(ctx, labels))
         labels = labels.to(ctx.device)
 
