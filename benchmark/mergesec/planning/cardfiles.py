@@ -341,7 +341,8 @@ def _threat_mistakes(raw: Raw) -> Iterator[Mistake]:
         for hook in raw.get("hooks") or [""]:
             if hook not in allowed:
                 yield Mistake("card.hooks", f"{hook!r}{nearest(hook, allowed)}")
-        if Hook.EXAMINE in raw.get("hooks", ()) and Hook.SCREEN not in raw["hooks"]:
+        hooks = raw.get("hooks") or ()
+        if Hook.EXAMINE in hooks and Hook.SCREEN not in hooks:
             yield Mistake("card.hooks", "'examine' goes with 'screen', which decides by what it found")
 
 
