@@ -24,6 +24,7 @@ MINI = {
     "mini-backdoor-colluding-smoke": ("backdoor", {"colluding_pair"}),
     "mini-protection-frontier-smoke": ("protection_cells", {"none", "coupled", "scale_sweep", "distill"}),
 }
+MERGES = {"mini-merging-features-smoke": {"task_arithmetic", "regmean", "lot", "cat"}}
 MODELS = {
     "real-llm-secrets-smoke": "secrets",
     "real-llm-refusal-smoke": "refusal",
@@ -53,7 +54,7 @@ def test_every_smoke_grid_is_run_somewhere() -> None:
         "real-llm-many-smoke",
         "real-smoke",  # its data sets are real: by hand
     }
-    assert {name for name in preset_names() if name.endswith("-smoke")} == {*MINI, *MODELS, *elsewhere}
+    assert {name for name in preset_names() if name.endswith("-smoke")} == {*MINI, *MERGES, *MODELS, *elsewhere}
 
 
 @pytest.mark.slow
@@ -63,6 +64,13 @@ def test_of_the_small_suites(bench: Any, grid: str) -> None:
     _ran(bench, grid)
     rows = _rows(bench, grid, board)
     assert attacks <= {row["attack"].partition("(")[0] for row in rows}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", MERGES)
+def test_of_merges(bench: Any, grid: str) -> None:
+    _ran(bench, grid)
+    assert MERGES[grid] <= {row["method"].partition("(")[0] for row in _rows(bench, grid, "clean")}
 
 
 @pytest.mark.slow
