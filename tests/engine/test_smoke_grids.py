@@ -54,7 +54,12 @@ def test_every_smoke_grid_is_run_somewhere() -> None:
         "real-llm-many-smoke",
         "real-smoke",  # its data sets are real: by hand
     }
-    assert {name for name in preset_names() if name.endswith("-smoke")} == {*MINI, *MERGES, *MODELS, *elsewhere}
+    assert {name for name in preset_names() if name.endswith("-smoke")} == {
+        *MINI,
+        *MERGES,
+        *MODELS,
+        *elsewhere,
+    }
 
 
 @pytest.mark.slow
